@@ -1,0 +1,95 @@
+"""LongEval "lines": a long record of `key: number` lines and one question about it.
+
+The prompt text, the key vocabulary and the scoring follow the published LongEval test cases, so that generated cases
+and the published files can be used side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+MAX_NUMBER = 50_000
+
+HEADER = (
+    "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
+    "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
+    "corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
+    "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n"
+)
+QUESTION = "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number. "
+
+Entry = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class LinesCase:
+    """One question: the full prompt, the number that answers it, the key it asks for, and the record's length."""
+
+    prompt: str
+    expected: int
+    key: str
+    num_lines: int
+
+
+@lru_cache(maxsize=1)
+def key_words() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The adjectives and the nouns that keys are made of, each in a fixed order."""
+    try:
+        from wonderwords import RandomWord
+    except ImportError as error:
+        raise ImportError("LongEval lines need the word lists of `wonderwords`: pip install wonderwords") from error
+    words = RandomWord()
+    adjectives = words.filter(include_categories=["adjective"])
+    nouns = words.filter(include_categories=["noun"])
+    return tuple(sorted(set(adjectives))), tuple(sorted(set(nouns)))
+
+
+def make_record(num_lines: int, rng: random.Random) -> list[Entry]:
+    """Draw `num_lines` (key, number) entries with pairwise different keys."""
+    if num_lines < 1:
+        raise ValueError(f"a record needs at least one line, got {num_lines}")
+    adjectives, nouns = key_words()
+    keys: dict[str, None] = {}
+    while len(keys) < num_lines:
+        keys[f"{rng.choice(adjectives)}-{rng.choice(nouns)}"] = None
+    return [(key, rng.randint(1, MAX_NUMBER)) for key in keys]
+
+
+def line_text(key: str, number: int) -> str:
+    """One line of a record, with its newline."""
+    return f"line {key}: REGISTER_CONTENT is <{number}>\n"
+
+
+def prompt_text(record: Iterable[Entry], key: str) -> str:
+    """The whole prompt: header, record, and the question about `key`."""
+    return HEADER + "".join(line_text(*entry) for entry in record) + QUESTION.format(key=key)
+
+
+def make_case(num_lines: int, seed: int) -> LinesCase:
+    """Generate one test case; the same arguments always give the same case."""
+    rng = random.Random(f"lines-{num_lines}-{seed}")
+    record = make_record(num_lines, rng)
+    key, expected = rng.choice(record)
+    return LinesCase(prompt_text(record, key), expected, key, num_lines)
+
+
+def read_official(path: str | Path) -> list[LinesCase]:
+    """Read the cases of a published LongEval lines file (JSON lines), unchanged."""
+    cases = []
+    for row in Path(path).read_text(encoding="utf-8").splitlines():
+        if row.strip():
+            case = json.loads(row)
+            cases.append(LinesCase(case["prompt"], case["expected_number"], case["random_idx"][0], case["num_lines"]))
+    return cases
+
+
+def score(output: str, expected: int) -> bool:
+    """Whether the last integer in a model's output is the expected number."""
+    integers = re.findall(r"\d+", output)
+    return bool(integers) and int(integers[-1]) == expected
