@@ -1,0 +1,121 @@
+"""The settings of a compressed cache: one frozen, validated dataclass, saved as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cskv.errors import ConfigError
+
+INITS = ("svd", "asvd")
+
+
+@dataclass(frozen=True)
+class CSKVConfig:
+    """How the KV cache is compressed (CSKV, arXiv 2409.10593, sections 3.1 to 3.3).
+
+    Attributes:
+        k_density: share of the key channels kept as latents, in (0, 1]. The rank is `round(k_density * kv_dim)`.
+        v_density: the same for values.
+        window: tokens, at least 0. The newest `window` tokens are always read exactly.
+        group: tokens, at least 1. Tokens leave the window in groups of this many ("sealing"), so that the window holds
+            between `window` and `window + group - 1` tokens when a forward begins. The paper's `--use_window
+            --q_window_size g` is `window=0, group=g`; without `--use_window` it is `window=0, group=1`.
+        init: how the factors are initialised: "svd", or "asvd" (activation-aware, needs calibration statistics).
+        asvd_alpha: the exponent of ASVD's channel scale, s = (mean|x| + eps)^alpha (arXiv 2312.05821, equation 5).
+        k_bits, v_bits: bits per latent. 16 stores latents in the model's own dtype.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    k_density: float = 0.2
+    v_density: float = 0.2
+    window: int = 32
+    group: int = 32
+    init: str = "asvd"
+    asvd_alpha: float = 0.5
+    k_bits: int = 16
+    v_bits: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("k_density", "v_density"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0.0 < value <= 1.0:
+                raise ConfigError(f"{name} is {value!r}; expected a share of kv_dim in (0, 1], for instance 0.2")
+        for name, least in (("window", 0), ("group", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} is {value!r}; expected a whole number of tokens, at least {least}")
+        if self.init not in INITS:
+            raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(INITS)}")
+        if not _is_number(self.asvd_alpha) or not 0.0 <= self.asvd_alpha <= 1.0:
+            raise ConfigError(f"asvd_alpha is {self.asvd_alpha!r}; expected a number in [0, 1], the paper's is 0.5")
+        for name in ("k_bits", "v_bits"):
+            if getattr(self, name) != 16:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; only 16 is available, quantised latents are not implemented yet"
+                )
+
+    def k_rank(self, kv_dim: int) -> int:
+        """The number of key latents per token for a projection with `kv_dim` output channels."""
+        return density_to_rank(self.k_density, kv_dim, "k_density")
+
+    def v_rank(self, kv_dim: int) -> int:
+        """The number of value latents per token for a projection with `kv_dim` output channels."""
+        return density_to_rank(self.v_density, kv_dim, "v_density")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CSKVConfig:
+        """The inverse of `to_dict`. Keys that this version does not know are dropped with a warning."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(f"ignoring unknown CSKV settings {unknown}: written by a newer cskv?", stacklevel=2)
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def to_json(self) -> str:
+        """The settings as sorted JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> CSKVConfig:
+        """Read settings that `to_json` wrote.
+
+        Raises:
+            ConfigError: the file is not JSON, or a value is out of range.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read settings from {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds {type(values).__name__}; expected a JSON object of CSKV settings")
+        return cls.from_dict(values)
+
+
+def density_to_rank(density: float, kv_dim: int, name: str = "density") -> int:
+    """`density * kv_dim` rounded to the nearest whole rank (halves up).
+
+    Raises:
+        ConfigError: the rank rounds to 0.
+    """
+    rank = math.floor(density * kv_dim + 0.5)
+    if rank < 1:
+        raise ConfigError(
+            f"{name} {density} of kv_dim {kv_dim} rounds to rank 0; give at least {1 / kv_dim:.4g} to keep one channel"
+        )
+    return rank
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

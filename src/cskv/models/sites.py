@@ -1,0 +1,155 @@
+"""Where a model's keys and values are made: its attention layers and their projections, found generically.
+
+A site is an attention module that owns a layer index and either separate `k_proj` and `v_proj` or one fused `qkv_proj`
+whose output is [queries, keys, values] (Phi3). Whether a site's keys can really be rebuilt from its projection is not
+assumed from the names: `cskv.models.probe` compares with what the model caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from cskv.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The rows of a linear layer that make keys or values.
+
+    Attributes:
+        linear: the module whose output holds the channels.
+        start, stop: the channels of the module's output that are ours.
+    """
+
+    linear: nn.Module
+    start: int
+    stop: int
+
+    @property
+    def kv_dim(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def weight(self) -> Tensor:
+        """(kv_dim, hidden): a view of the base model's weight."""
+        return self.linear.weight[self.start : self.stop]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(kv_dim,) or None: a view of the base model's bias."""
+        bias = getattr(self.linear, "bias", None)
+        return None if bias is None else bias[self.start : self.stop]
+
+    def select(self, output: Tensor) -> Tensor:
+        """Our channels of the module's output, (..., kv_dim)."""
+        return output[..., self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention layer whose cache is to be compressed.
+
+    Attributes:
+        name: the module's qualified name in the model.
+        layer_idx: its index in the cache.
+        module: the attention module. Its first argument (`hidden_states`) is the layer input x.
+        k, v: its key and value projections.
+        head_dim: channels per head.
+    """
+
+    name: str
+    layer_idx: int
+    module: nn.Module
+    k: Projection
+    v: Projection
+    head_dim: int
+
+    @property
+    def kv_dim(self) -> int:
+        return self.k.kv_dim
+
+    @property
+    def hidden_size(self) -> int:
+        return self.k.linear.weight.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_dim // self.head_dim
+
+
+def find_sites(model: nn.Module) -> list[AttentionSite]:
+    """The full-attention layers of a decoder model, in cache order.
+
+    Layers with a sliding window are left out: their cache is bounded already.
+
+    Raises:
+        UnsupportedModelError: the model is no decoder, has no layer that the generic path knows, or all of its layers
+            slide (then there is nothing to compress).
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder models are supported")
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and _has_projections(module)
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"{name} has no attention module with k_proj/v_proj or qkv_proj and a layer_idx; see docs/add-a-family.md"
+        )
+    full = [(path, module) for path, module in found if not _slides(module)]
+    if not full:
+        raise UnsupportedModelError(
+            f"every attention layer of {name} has a sliding window, so its cache is bounded: nothing to compress"
+        )
+    sites = sorted((_site(path, module) for path, module in full), key=lambda site: site.layer_idx)
+    indices = [site.layer_idx for site in sites]
+    if len(set(indices)) != len(indices):
+        raise UnsupportedModelError(f"{name} has several attention modules with the same layer_idx: {indices}")
+    return sites
+
+
+def _has_projections(module: nn.Module) -> bool:
+    separate = hasattr(module, "k_proj") and hasattr(module, "v_proj")
+    return (separate or hasattr(module, "qkv_proj")) and not getattr(module, "is_cross_attention", False)
+
+
+def _slides(module: nn.Module) -> bool:
+    """True for a layer whose cache keeps only a window, by the attributes transformers itself decides on."""
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+    if layer_types is not None and module.layer_idx < len(layer_types):
+        return layer_types[module.layer_idx] != "full_attention"
+    return bool(getattr(module, "is_sliding", False)) or getattr(module, "sliding_window", None) is not None
+
+
+def _site(path: str, module: nn.Module) -> AttentionSite:
+    head_dim = getattr(module, "head_dim", None)
+    if not isinstance(head_dim, int):
+        raise UnsupportedModelError(f"{path} ({type(module).__name__}) does not tell its head_dim")
+    if hasattr(module, "qkv_proj"):
+        k, v = _fused(path, module, head_dim)
+    else:
+        k = Projection(module.k_proj, 0, module.k_proj.weight.shape[0])
+        v = Projection(module.v_proj, 0, module.v_proj.weight.shape[0])
+    if k.kv_dim != v.kv_dim or k.kv_dim % head_dim:
+        raise UnsupportedModelError(
+            f"{path}: keys have {k.kv_dim} and values {v.kv_dim} channels of head_dim {head_dim}; expected equal multiples"
+        )
+    return AttentionSite(path, module.layer_idx, module, k, v, head_dim)
+
+
+def _fused(path: str, module: nn.Module, head_dim: int) -> tuple[Projection, Projection]:
+    config = module.config
+    queries = config.num_attention_heads * head_dim
+    kv_dim = config.num_key_value_heads * head_dim
+    total = module.qkv_proj.weight.shape[0]
+    if queries + 2 * kv_dim != total:
+        raise UnsupportedModelError(
+            f"{path}.qkv_proj has {total} rows; expected {queries} query + 2 x {kv_dim} key and value rows"
+        )
+    linear = module.qkv_proj
+    return Projection(linear, queries, queries + kv_dim), Projection(linear, queries + kv_dim, total)
