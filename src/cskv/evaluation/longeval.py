@@ -1,0 +1,79 @@
+"""LongEval "lines" accuracy through plain `model.generate`, as the paper measures it.
+
+The question is inside the prefill, so the first answer token comes from exact attention and every later one is read
+from the cache: compressed when the model is attached, exact when it is not. Decoding is greedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cskv.data.lines import LinesCase
+
+
+@dataclass(frozen=True)
+class CaseOutput:
+    """What the model answered to one case."""
+
+    key: str
+    expected: int
+    output: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class LinesResult:
+    """Accuracy over a number of cases.
+
+    Attributes:
+        num_lines: lines per record.
+        n: cases.
+        accuracy: the share of correct answers.
+        low, high: Wilson's 95 % interval of the accuracy.
+        prompt_tokens: the mean length of a prompt in tokens.
+        prefill_seconds: the mean time from the call of `generate` to the first token, per case.
+        decode_tokens_per_second: tokens after the first, over all cases, per second of decoding.
+        outputs: one per case, in order.
+    """
+
+    num_lines: int
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    prompt_tokens: float
+    prefill_seconds: float
+    decode_tokens_per_second: float
+    outputs: tuple[CaseOutput, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        raise NotImplementedError
+
+
+def evaluate_lines(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[LinesCase],
+    *,
+    batch_size: int = 1,
+    max_new_tokens: int = 64,
+    on_case: Callable[[int], None] | None = None,
+) -> LinesResult:
+    """Answer every case greedily and score the answers.
+
+    Args:
+        model: attached or not; it is put in evaluation mode for the time of the call.
+        cases: for instance `[make_case(200, seed) for seed in range(50)]`.
+        batch_size: cases generated together, left-padded.
+        max_new_tokens: the longest answer. A row stops at end-of-sequence, or at a newline after a digit.
+        on_case: called with the number of cases just finished, for a progress bar.
+
+    Raises:
+        DataError: no cases, or a batch size or answer length below 1.
+    """
+    raise NotImplementedError

@@ -1,0 +1,25 @@
+"""Wilson's score interval for a share of successes (E. B. Wilson, JASA 1927)."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval in [0, 1] that holds the true share with the given confidence.
+
+    Unlike the normal approximation it stays inside [0, 1] and has width at 0 and `n` successes.
+
+    Raises:
+        ValueError: `n` is not positive, `successes` is outside [0, n], or `confidence` outside (0, 1).
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"got {successes} successes of {n}; expected 0 <= successes <= n and n >= 1")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence is {confidence}; expected a share in (0, 1), for instance 0.95")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
