@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from cskv.errors import UnsupportedModelError
 
@@ -101,10 +103,11 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
         raise UnsupportedModelError(
             f"{name} has no attention module with k_proj/v_proj or qkv_proj and a layer_idx; see docs/add-a-family.md"
         )
-    full = [(path, module) for path, module in found if not _slides(module)]
+    kinds = _uncompressed_layers(model)
+    full = [(path, module) for path, module in found if not kinds or kinds[module.layer_idx] is DynamicLayer]
     if not full:
         raise UnsupportedModelError(
-            f"every attention layer of {name} has a sliding window, so its cache is bounded: nothing to compress"
+            f"no layer of {name} caches all tokens (sliding windows are bounded already): nothing to compress"
         )
     sites = sorted((_site(path, module) for path, module in full), key=lambda site: site.layer_idx)
     indices = [site.layer_idx for site in sites]
@@ -118,12 +121,10 @@ def _has_projections(module: nn.Module) -> bool:
     return (separate or hasattr(module, "qkv_proj")) and not getattr(module, "is_cross_attention", False)
 
 
-def _slides(module: nn.Module) -> bool:
-    """True for a layer whose cache keeps only a window, by the attributes transformers itself decides on."""
-    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
-    if layer_types is not None and module.layer_idx < len(layer_types):
-        return layer_types[module.layer_idx] != "full_attention"
-    return bool(getattr(module, "is_sliding", False)) or getattr(module, "sliding_window", None) is not None
+def _uncompressed_layers(model: nn.Module) -> list[type]:
+    """What a fresh cache of this model holds, layer by layer; empty where transformers decides at the first forward."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore[operator, union-attr]
+    return [type(layer) for layer in cache.layers]
 
 
 def _site(path: str, module: nn.Module) -> AttentionSite:

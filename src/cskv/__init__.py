@@ -1,0 +1,47 @@
+"""cskv: a KV cache 5 to 20 times smaller, by channel shrinking (CSKV, arXiv 2409.10593).
+
+    import cskv
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("my-adapter")   # the base model, its cache compressed
+    with cskv.attach(base, cskv.CSKVAdapter.from_pretrained("my-adapter")):
+        base.generate(...)
+
+Importing registers the adapter format with transformers' auto classes; nothing else changes anywhere.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from cskv.adapter import BaseModelInfo, CSKVAdapter
+from cskv.config import CSKVConfig
+from cskv.errors import AdapterError, CacheError, ConfigError, CSKVError, DataError, UnsupportedModelError
+from cskv.factorization.factors import Factors, LayerFactors
+from cskv.models import auto
+from cskv.models.attach import Attachment, attach, detach
+from cskv.models.report import CacheReport, cache_report
+
+try:
+    __version__ = version("cskv")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "AdapterError",
+    "Attachment",
+    "BaseModelInfo",
+    "CSKVAdapter",
+    "CSKVConfig",
+    "CSKVError",
+    "CacheError",
+    "CacheReport",
+    "ConfigError",
+    "DataError",
+    "Factors",
+    "LayerFactors",
+    "UnsupportedModelError",
+    "attach",
+    "cache_report",
+    "detach",
+]
+
+auto.register()

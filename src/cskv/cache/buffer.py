@@ -1,0 +1,76 @@
+"""A token buffer that grows: amortised appends, bounded slack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+GROWTH = 16  # a full buffer grows by 1/16: slack stays under 6.3 %, and a token is copied 16 times at most on average
+LEAST_SLACK = 16  # tokens: short buffers do not reallocate at every step
+
+
+class TokenBuffer:
+    """Rows of (batch, tokens, channels), appended at the end of the token axis.
+
+    Appending writes into spare room; only a full buffer is copied, into one that is 1/16 longer.
+    """
+
+    def __init__(self) -> None:
+        self._storage: Tensor | None = None
+        self.length = 0
+
+    @property
+    def tokens(self) -> Tensor:
+        """(batch, length, channels): a view of what has been appended."""
+        if self._storage is None:
+            raise RuntimeError("the buffer is empty")
+        return self._storage[:, : self.length]
+
+    def append(self, rows: Tensor) -> None:
+        """Append (batch, new tokens, channels)."""
+        end = self.length + rows.shape[1]
+        if self._storage is None or end > self._storage.shape[1]:
+            self._reallocate(_capacity(end), rows)
+        self._storage[:, self.length : end] = rows  # type: ignore[index]
+        self.length = end
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on. Their room is kept for those that follow, unless it is too much."""
+        self.length = min(self.length, length)
+        # Half a growth step of tolerance: guesses that are appended and cropped at every step must not reallocate.
+        tolerated = _capacity(self.length) + max(LEAST_SLACK, self.length // GROWTH) // 2
+        if self._storage is not None and self._storage.shape[1] > tolerated:
+            self._reallocate(_capacity(self.length), self._storage)
+
+    def clear(self) -> None:
+        """Forget everything, storage included."""
+        self._storage = None
+        self.length = 0
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the storage by `change(storage)`, which may reorder, repeat, select or move rows of the batch."""
+        if self._storage is not None:
+            self._storage = change(self._storage)
+
+    def nbytes(self) -> int:
+        """Bytes really allocated, slack included."""
+        return 0 if self._storage is None else self._storage.untyped_storage().nbytes()
+
+    def slack_nbytes(self) -> int:
+        """Bytes allocated beyond the tokens held."""
+        if self._storage is None:
+            return 0
+        batch, _, channels = self._storage.shape
+        return self.nbytes() - batch * self.length * channels * self._storage.element_size()
+
+    def _reallocate(self, capacity: int, like: Tensor) -> None:
+        larger = torch.empty((like.shape[0], capacity, like.shape[2]), dtype=like.dtype, device=like.device)
+        if self._storage is not None:
+            larger[:, : self.length] = self._storage[:, : self.length]
+        self._storage = larger
+
+
+def _capacity(length: int) -> int:
+    return length + max(LEAST_SLACK, length // GROWTH)

@@ -1,0 +1,56 @@
+"""The model card of an adapter folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+def model_card(description: dict[str, Any]) -> str:
+    """A Markdown model card with the hub's YAML header, from `CSKVAdapter.describe()`."""
+    base = description["base_model"]
+    settings = description["compression"]
+    header: dict[str, Any] = {"library_name": "cskv", "tags": ["cskv", "kv-cache-compression"]}
+    if base["name"]:
+        header["base_model"] = base["name"]
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=True).strip(),
+        "---",
+        "",
+        f"# KV cache compressor for {base['name'] or base['model_type']}",
+        "",
+        f"Keeps {settings['k_density']:.0%} of the key channels and {settings['v_density']:.0%} of the value channels of the KV",
+        f"cache as latents (CSKV, arXiv 2409.10593). The newest {settings['window']} to "
+        f"{settings['window'] + settings['group'] - 1} tokens are kept exactly.",
+        "",
+        "```python",
+        "import cskv",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        "```",
+        "",
+        "| layer | key latents | value latents | of channels |",
+        "|---|---|---|---|",
+        *(f"| {i} | {rank['k']} | {rank['v']} | {rank['kv_dim']} |" for i, rank in description["ranks"].items()),
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in sorted(settings.items())),
+    ]
+    if description["metrics"]:
+        lines += ["", "| figure | value |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in sorted(_flat(description["metrics"]).items())]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = f"{value:.6g}" if isinstance(value, float) else value
+    return flat

@@ -1,0 +1,28 @@
+"""What differs between the transformers releases that are supported (5.2 to the newest 5.x)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import Cache
+
+CACHE_NAMES = ("cache", "past_key_values")  # renamed in 5.24
+
+
+def cache_kwarg(model: nn.Module) -> str:
+    """The name under which a model's `forward` takes its cache."""
+    parameters = inspect.signature(model.forward).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    return CACHE_NAMES[-1]
+
+
+def output_cache(outputs: Any) -> Cache | None:
+    """The cache in a model's or `generate`'s output, or None."""
+    for name in CACHE_NAMES:
+        if name in outputs:
+            return outputs[name]
+    return None

@@ -1,0 +1,183 @@
+"""A check by experiment that a layer's cached keys and values can be rebuilt from its projections.
+
+Eight tokens go through the unpatched model once. Each layer's projection outputs, its position embeddings and what its
+cache received are recorded; then every combination of norm and rotation is tried until one gives what was cached. A family
+that matches none is refused at attach time, rather than answered wrongly later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from cskv.errors import UnsupportedModelError
+from cskv.models.call import AttentionCall, CallReader
+from cskv.models.compat import cache_kwarg
+from cskv.models.recipe import NormStyle, Recipe, RopeStyle, rotation_of
+from cskv.models.rope import Rope, StoredRope, find_rope
+from cskv.models.sites import AttentionSite
+
+PROBE_TOKENS = 8
+KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
+VALUE_NORMS = ("v_norm",)
+# The largest error that is still rounding, relative to the largest cached value.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class SiteRecipe:
+    """How one layer's cached keys and values follow from its projections.
+
+    Attributes:
+        keys, values: the recipes of either.
+        rope: how cos and sin of old tokens are had again; None where the keys are not rotated.
+    """
+
+    keys: Recipe
+    values: Recipe
+    rope: Rope | None
+
+
+@dataclass
+class _Record:
+    call: AttentionCall | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
+def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]:
+    """Find the recipe of every site, by layer index.
+
+    Raises:
+        UnsupportedModelError: a layer's keys or values match no recipe.
+    """
+    cache, records = _run(model, sites)
+    recipes: dict[int, SiteRecipe] = {}
+    for site in sites:
+        record = records[site.layer_idx]
+        if record.call is None or record.k is None or record.v is None or site.layer_idx >= len(cache.layers):
+            raise UnsupportedModelError(f"{site.name} ({type(site.module).__name__}) did not run or filled no cache")
+        layer = cache.layers[site.layer_idx]
+        keys = _match(site, "keys", _key_candidates(site, record.call), record.k, record.call, layer.keys)
+        values = _match(site, "values", _value_candidates(site), record.v, record.call, layer.values)
+        recipes[site.layer_idx] = SiteRecipe(keys, values, _rope(model, site, keys, record.call))
+    return recipes
+
+
+def _run(model: nn.Module, sites: list[AttentionSite]) -> tuple[DynamicCache, dict[int, _Record]]:
+    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    device = next(p.device for p in model.parameters() if p.device.type != "meta")
+    tokens = (torch.arange(1, PROBE_TOKENS + 1, device=device) % config.vocab_size)[None]
+    cache = DynamicCache(config=config)
+    decoder = model.base_model
+    with _recording(sites) as records, _evaluating(model), torch.no_grad():
+        decoder(input_ids=tokens, use_cache=True, **{cache_kwarg(decoder): cache})  # type: ignore[operator, arg-type]
+    return cache, records
+
+
+@contextlib.contextmanager
+def _recording(sites: list[AttentionSite]) -> Iterator[dict[int, _Record]]:
+    records = {site.layer_idx: _Record() for site in sites}
+    handles = []
+    for site in sites:
+        handles += _record_site(site, records[site.layer_idx])
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record_site(site: AttentionSite, record: _Record) -> list[torch.utils.hooks.RemovableHandle]:
+    reader = CallReader(site.module)
+
+    def on_call(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        record.call = reader.read(args, kwargs)
+
+    def on_keys(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+        record.k = site.k.select(output)
+
+    def on_values(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+        record.v = site.v.select(output)
+
+    return [
+        site.module.register_forward_pre_hook(on_call, with_kwargs=True),
+        site.k.linear.register_forward_hook(on_keys),
+        site.v.linear.register_forward_hook(on_values),
+    ]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _key_candidates(site: AttentionSite, call: AttentionCall) -> Iterator[Recipe]:
+    rotate = rotation_of(site.module) if call.cos is not None else None
+    rope_styles = [RopeStyle.NONE] if rotate is None else [RopeStyle.FULL, RopeStyle.SLICED, RopeStyle.NONE]
+    for norm, style in _norms(site.module, KEY_NORMS):
+        for rope_style in rope_styles:
+            used = rotate if rope_style is not RopeStyle.NONE else None
+            yield Recipe(site.head_dim, norm, style, rope_style, used)
+
+
+def _value_candidates(site: AttentionSite) -> Iterator[Recipe]:
+    for norm, style in _norms(site.module, VALUE_NORMS):
+        yield Recipe(site.head_dim, norm, style)
+
+
+def _norms(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[nn.Module | None, NormStyle]]:
+    yield None, NormStyle.NONE
+    for name in names:
+        norm = getattr(module, name, None)
+        if isinstance(norm, nn.Module):
+            for style in (NormStyle.PER_HEAD, NormStyle.FLAT, NormStyle.AFTER_ROPE):
+                yield norm, style
+
+
+def _match(
+    site: AttentionSite, kind: str, candidates: Iterator[Recipe], channels: Tensor, call: AttentionCall, cached: Tensor
+) -> Recipe:
+    """The candidate closest to what was cached, if it is close enough."""
+    best, least = None, float("inf")
+    for recipe in candidates:
+        try:
+            with torch.no_grad():
+                heads = recipe.heads(channels, call.cos, call.sin)
+        except (RuntimeError, ValueError, IndexError):  # shapes that do not go together: not this family's recipe
+            continue
+        if heads.shape != cached.shape:
+            continue
+        scale = cached.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        error = ((heads - cached).abs().max() / scale).item()
+        if error < least:
+            best, least = recipe, error
+    tolerance = TOLERANCE.get(cached.dtype, 3e-2)
+    if best is None or not least <= tolerance:
+        found = "no combination ran" if best is None else f"the closest is off by {least:.1e} of the largest"
+        raise UnsupportedModelError(
+            f"the cached {kind} of {site.name} ({type(site.module).__name__}) follow from its projection by no known norm "
+            f"and rotation ({found}, {tolerance:.0e} is rounding); see docs/add-a-family.md"
+        )
+    return best
+
+
+def _rope(model: nn.Module, site: AttentionSite, keys: Recipe, call: AttentionCall) -> Rope | None:
+    if keys.rope_style is RopeStyle.NONE or call.cos is None or call.sin is None:
+        return None
+    if call.position_ids is None:
+        return StoredRope()
+    layer_types = getattr(getattr(site.module, "config", None), "layer_types", None)
+    kind = layer_types[site.layer_idx] if layer_types else None
+    with torch.no_grad():
+        return find_rope(model, call.x, call.cos, call.sin, call.position_ids, kind)

@@ -1,0 +1,87 @@
+"""How rebuilt channels become the keys and values that a model caches: bias -> norm -> RoPE, per family.
+
+The recipe of a layer is found by `cskv.models.probe`; here it is only carried out, with the model's own norm modules and
+its own `apply_rotary_pos_emb`.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class NormStyle(enum.Enum):
+    """Where a family normalises its keys."""
+
+    NONE = "none"
+    PER_HEAD = "per head"  # over head_dim, after the split into heads (Qwen3, Gemma3)
+    FLAT = "flat"  # over kv_dim, before the split (OLMo2)
+    AFTER_ROPE = "per head, after RoPE"
+
+
+class RopeStyle(enum.Enum):
+    """How a family rotates its keys."""
+
+    NONE = "none"
+    FULL = "all channels"  # also families whose function rotates the first channels only and passes the rest (Phi3)
+    SLICED = "first channels"  # the forward cuts the rotated channels out itself (StableLM, Phi)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """From channels (batch, tokens, kv_dim) to cached heads (batch, kv_heads, tokens, head_dim).
+
+    Attributes:
+        head_dim: channels per head.
+        norm: the model's norm module, or None for `NormStyle.NONE`.
+        norm_style, rope_style: what is done.
+        rotate: `rotate(heads, cos, sin)`, the defining module's own rotation; None for `RopeStyle.NONE`.
+    """
+
+    head_dim: int
+    norm: nn.Module | None = None
+    norm_style: NormStyle = NormStyle.NONE
+    rope_style: RopeStyle = RopeStyle.NONE
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def heads(
+        self, channels: Float[Tensor, "batch tokens kv_dim"], cos: Tensor | None, sin: Tensor | None
+    ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
+        """Carry the recipe out. `cos` and `sin`, (batch or 1, tokens, rotary_dim), are unused without RoPE."""
+        if self.norm_style is NormStyle.FLAT:
+            channels = self.norm(channels)  # type: ignore[misc]
+        heads = channels.unflatten(-1, (-1, self.head_dim))
+        if self.norm_style is NormStyle.PER_HEAD:
+            heads = self.norm(heads)  # type: ignore[misc]
+        heads = heads.transpose(1, 2)
+        if self.rope_style is not RopeStyle.NONE:
+            heads = self._rotated(heads, cos, sin)  # type: ignore[arg-type]
+        if self.norm_style is NormStyle.AFTER_ROPE:
+            heads = self.norm(heads)  # type: ignore[misc]
+        return heads
+
+    def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.rope_style is RopeStyle.FULL:
+            return self.rotate(heads, cos, sin)  # type: ignore[misc]
+        rotary = cos.shape[-1]
+        turned = self.rotate(heads[..., :rotary], cos, sin)  # type: ignore[misc]
+        return torch.cat([turned, heads[..., rotary:]], dim=-1)
+
+
+def rotation_of(attention: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The rotation that an attention module's own file defines, as a function of keys alone, or None."""
+    function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if function is None:
+        return None
+    names = list(inspect.signature(function).parameters)
+    if names[:2] == ["q", "k"]:
+        # No query heads: the function turns queries and keys alike, and only the keys are wanted.
+        return lambda heads, cos, sin: function(heads[:, :0], heads, cos, sin)[1]
+    return lambda heads, cos, sin: function(heads, cos, sin)

@@ -1,0 +1,105 @@
+"""What a cache really occupies: the bytes of the tensors that it holds, beside what the uncompressed cache would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from cskv.models.layer import CSKVLayer
+from cskv.models.sites import find_sites
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Allocated bytes of a cache, all layers together.
+
+    Attributes:
+        tokens: tokens cached per sequence.
+        batch: sequences.
+        latent_bytes: latents of all tokens.
+        window_bytes: exact keys and values of the newest tokens, in compressed layers.
+        position_bytes: what RoPE needs to rotate rebuilt keys.
+        slack_bytes: room for latents of tokens yet to come.
+        other_bytes: layers that are not compressed (sliding windows, or all layers of an ordinary cache).
+        uncompressed_bytes: what an ordinary cache holds of the same tokens.
+    """
+
+    tokens: int
+    batch: int
+    latent_bytes: int
+    window_bytes: int
+    position_bytes: int
+    slack_bytes: int
+    other_bytes: int
+    uncompressed_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything that the cache holds."""
+        return self.latent_bytes + self.window_bytes + self.position_bytes + self.slack_bytes + self.other_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Total bytes as a share of the uncompressed cache's."""
+        return self.total_bytes / self.uncompressed_bytes if self.uncompressed_bytes else 1.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Total bytes per cached token."""
+        return self.total_bytes / (self.tokens * self.batch) if self.tokens else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON-ready values."""
+        figures = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return figures | {"total_bytes": self.total_bytes, "ratio": self.ratio, "bytes_per_token": self.bytes_per_token}
+
+
+def cache_report(cache: Cache, model: nn.Module) -> CacheReport:
+    """Measure a cache, compressed or not.
+
+    Args:
+        cache: what `generate` or a forward returned.
+        model: the model that filled it; it tells the shape of uncompressed keys and values.
+    """
+    ours = [layer for layer in cache.layers if isinstance(layer, CSKVLayer)]
+    others = [layer for layer in cache.layers if not isinstance(layer, CSKVLayer)]
+    other_bytes = _storage_bytes(tensor for layer in others for tensor in _tensors(layer))
+    channels = {site.layer_idx: site.kv_dim for site in find_sites(model)}
+    uncompressed = other_bytes
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, CSKVLayer) and layer.store.length:
+            elements = layer.store.batch * layer.store.length * 2 * channels[index]
+            uncompressed += elements * layer.dtype.itemsize
+    return CacheReport(
+        tokens=cache.get_seq_length(),
+        batch=_batch(ours, others),
+        latent_bytes=sum(layer.store.latent_nbytes() for layer in ours),
+        window_bytes=sum(layer.store.window_nbytes() for layer in ours),
+        position_bytes=sum(layer.table.nbytes() for layer in ours if layer.owns_table and layer.table is not None),
+        slack_bytes=sum(layer.store.slack_nbytes() for layer in ours),
+        other_bytes=other_bytes,
+        uncompressed_bytes=uncompressed,
+    )
+
+
+def _batch(ours: list[CSKVLayer], others: list[Any]) -> int:
+    sizes = [layer.store.batch for layer in ours if layer.store.length]
+    sizes += [tensor.shape[0] for layer in others for tensor in _tensors(layer) if tensor.numel()]
+    return sizes[0] if sizes else 0
+
+
+def _tensors(layer: Any) -> Iterable[Tensor]:
+    return (value for value in (getattr(layer, "keys", None), getattr(layer, "values", None)) if value is not None)
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    storages: dict[int, torch.UntypedStorage] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+    return sum(storage.nbytes() for storage in storages.values())

@@ -1,0 +1,101 @@
+"""Cos and sin for keys that were sealed long ago.
+
+`FixedRope` recomputes them from position numbers with the model's own rotary embedding. `StoredRope` keeps them as they
+were given, for embeddings that change with the length of the sequence (dynamic, longrope) or are not understood.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cskv.errors import UnsupportedModelError
+
+# Scalings in which cos and sin are a function of the position alone (transformers' `rope_type`).
+FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+
+
+class Rope(Protocol):
+    """What is stored for each token, and how it becomes cos and sin again."""
+
+    def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
+        """What a `PositionTable` stores of the tokens of a forward."""
+        ...
+
+    def cos_sin(self, rows: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin, (batch or 1, tokens, rotary_dim), of stored rows. `x` gives dtype and device."""
+        ...
+
+
+class StoredRope:
+    """Keeps cos and sin themselves: 2 * rotary_dim numbers a token, shared by all layers."""
+
+    def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
+        return cos, sin
+
+    def cos_sin(self, rows: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rows
+        return cos.to(x.device), sin.to(x.device)
+
+
+@dataclass(frozen=True)
+class FixedRope:
+    """Keeps position numbers only: 4 bytes a token, shared by all layers.
+
+    Attributes:
+        embedding: the model's rotary embedding, called as `embedding(x, position_ids, *extra)`.
+        extra: `(layer_type,)` for embeddings that serve several kinds of layers (Gemma3), else ().
+    """
+
+    embedding: nn.Module
+    extra: tuple[str, ...] = ()
+
+    def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
+        if position_ids is None or position_ids.ndim != 2:
+            raise UnsupportedModelError(
+                "the attention layer got no (batch, tokens) position_ids in this forward; it got them when it was attached"
+            )
+        return (position_ids,)
+
+    def cos_sin(self, rows: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+        (positions,) = rows
+        cos, sin = self.embedding(x, positions.to(x.device), *self.extra)
+        return cos, sin
+
+
+def find_rope(model: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, kind: str | None) -> Rope:
+    """The cheapest form that gives back exactly `cos` and `sin`.
+
+    Args:
+        model: where the rotary embedding is searched.
+        x: the layer input of the same forward.
+        cos, sin: what the attention layer was given, (batch or 1, tokens, rotary_dim).
+        position_ids: what it was given beside them, (batch or 1, tokens), or None.
+        kind: the layer's type in `config.layer_types`, or None.
+    """
+    if position_ids is None or position_ids.ndim != 2:
+        return StoredRope()
+    for module in model.modules():
+        if not type(module).__name__.endswith("RotaryEmbedding"):
+            continue
+        for extra in ((kind,), ()) if kind else ((),):
+            if not _is_fixed(module, kind):
+                continue
+            rope = FixedRope(module, extra)
+            try:
+                again = rope.cos_sin((position_ids,), x)
+            except (TypeError, AttributeError, KeyError, ValueError):  # this embedding is called in another way
+                continue
+            if torch.equal(again[0], cos) and torch.equal(again[1], sin):
+                return rope
+    return StoredRope()
+
+
+def _is_fixed(module: nn.Module, kind: str | None) -> bool:
+    rope_type = getattr(module, "rope_type", None)
+    if isinstance(rope_type, dict):
+        rope_type = rope_type.get(kind)
+    return rope_type in FIXED_ROPE_TYPES
