@@ -6,12 +6,17 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-
-def prefill(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]):
-    """Run one forward over the prompt and return (cache, logits of the last position)."""
-    raise NotImplementedError
+from cskv.cache.report import CacheReport, cache_report
+from cskv.evaluation.forward import evaluating, forward
 
 
-def cache_after_prefill(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]):
-    """The `cskv.CacheReport` of the cache that the prompt leaves: allocated bytes, slack included."""
-    raise NotImplementedError
+def cache_after_prefill(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) -> CacheReport:
+    """The report of the cache that a prompt leaves behind: allocated bytes, slack included.
+
+    Args:
+        model: attached or not.
+        input_ids: the prompt; fed in one forward.
+    """
+    with evaluating(model):
+        _, cache = forward(model, input_ids, last_only=True)
+    return cache_report(cache, model)

@@ -8,12 +8,19 @@ so that this equals token-by-token decoding and costs `group` times fewer forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cskv.errors import DataError
+from cskv.evaluation.forward import evaluating, forward
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,10 @@ class Perplexity:
     ppl: float
     nll: float
     tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return asdict(self)
 
 
 def perplexity(
@@ -51,9 +62,48 @@ def perplexity(
         on_tokens: called with the number of tokens just fed (rows times tokens), for a progress bar.
 
     Raises:
-        DataError: fewer than two tokens per sequence, no sequence, or a chunk or batch size below 1.
+        DataError: fewer than two tokens per sequence, no sequence, a chunk or batch size below 1, or logits that are
+            not finite.
     """
-    raise NotImplementedError
+    first = chunk if first_chunk is None else first_chunk
+    for name, value in (("chunk", chunk), ("first_chunk", first), ("batch_size", batch_size)):
+        if value < 1:
+            raise DataError(f"{name} is {value}; expected at least 1")
+    if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
+        raise DataError(f"token sequences have shape {tuple(sequences.shape)}; expected (at least 1, at least 2)")
+    total = 0.0
+    with evaluating(model):
+        for rows in sequences.split(batch_size):
+            total += _negative_log_likelihood(model, rows, chunk, first, on_tokens)
+    tokens = sequences.shape[0] * (sequences.shape[1] - 1)
+    if not math.isfinite(total):
+        raise DataError(f"the model's log-likelihood of the text is {total}: its logits are not finite")
+    return Perplexity(ppl=math.exp(total / tokens), nll=total / tokens, tokens=tokens)
+
+
+def _negative_log_likelihood(
+    model: PreTrainedModel,
+    rows: Int[Tensor, "batch tokens"],
+    chunk: int,
+    first_chunk: int,
+    on_tokens: Callable[[int], None] | None,
+) -> float:
+    """The summed negative log-likelihood of all tokens but the first of each row, in nats."""
+    total, cache = 0.0, None
+    for start, stop in _chunks(rows.shape[1], chunk, first_chunk):
+        logits, cache = forward(model, rows[:, start:stop], cache)
+        targets = rows[:, start + 1 : stop + 1].to(logits.device)
+        flat = logits.float().flatten(0, 1)
+        total += torch.nn.functional.cross_entropy(flat, targets.flatten(), reduction="sum").item()
+        if on_tokens is not None:
+            on_tokens((stop - start) * rows.shape[0])
+    return total
+
+
+def _chunks(length: int, chunk: int, first_chunk: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of every forward. The last token is only a target, so it is not fed."""
+    bounds = [0, *range(first_chunk, length - 1, chunk), length - 1]
+    return itertools.pairwise(bounds)
 
 
 def token_sequences(
@@ -64,4 +114,14 @@ def token_sequences(
     Raises:
         DataError: fewer than `count` texts are long enough.
     """
-    raise NotImplementedError
+    rows: list[list[int]] = []
+    for text in texts:
+        # No token is longer than the text it stands for, but one can be shorter: 16 characters a token is ample.
+        ids = tokenizer(text[: 16 * length])["input_ids"]
+        if len(ids) >= length:
+            rows.append(ids[:length])
+        if len(rows) == count:
+            return torch.tensor(rows, dtype=torch.long)
+    raise DataError(
+        f"only {len(rows)} texts have {length} tokens; expected {count}: give more text or shorter sequences"
+    )

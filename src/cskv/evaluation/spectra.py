@@ -6,13 +6,23 @@ of all keys, scaled by 1/sqrt(tokens): the square roots of the eigenvalues of th
 
 from __future__ import annotations
 
+import bisect
+import csv
+import io
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from cskv.atomic import write_text
+from cskv.errors import DataError
+from cskv.models.sites import find_sites
 
 ENERGY_SHARES = (0.90, 0.95, 0.99)
 
@@ -35,22 +45,34 @@ class Spectrum:
 
     @property
     def normalised(self) -> tuple[float, ...]:
-        """The values divided by the largest."""
-        raise NotImplementedError
+        """The values divided by the largest; all 0 for a matrix of zeros."""
+        largest = self.values[0]
+        return tuple(value / largest if largest else 0.0 for value in self.values)
 
-    @property
+    @cached_property
     def cumulative_energy(self) -> tuple[float, ...]:
         """The share of the squared sum that the first 1, 2, ... values hold; the last is 1."""
-        raise NotImplementedError
+        sums = list(itertools.accumulate(value * value for value in self.values))
+        return tuple(partial / sums[-1] if sums[-1] else 1.0 for partial in sums)
 
     def rank_for(self, share: float) -> int:
-        """The fewest singular values that hold at least `share` of the energy."""
-        raise NotImplementedError
+        """The fewest singular values that hold at least `share` of the energy, `share` in (0, 1]."""
+        # The slack lets exact shares of float sums count, such as 0.9 of ten equal values.
+        return 1 + bisect.bisect_left(self.cumulative_energy, share - 1e-12)
 
 
 def weight_spectra(model: nn.Module) -> list[Spectrum]:
-    """The spectra of every attention site's K and V weights, K before V, in cache order."""
-    raise NotImplementedError
+    """The spectra of every attention site's K and V weights, K before V, in cache order.
+
+    Raises:
+        UnsupportedModelError: the model has no site.
+    """
+    spectra = []
+    for site in find_sites(model):
+        for projection, weight in (("k", site.k.weight), ("v", site.v.weight)):
+            values = torch.linalg.svdvals(weight.detach().to(torch.float64))
+            spectra.append(Spectrum(site.layer_idx, projection, "weight", tuple(values.tolist())))
+    return spectra
 
 
 def moment_spectrum(moment: Float[Tensor, "kv_dim kv_dim"], layer: int, projection: str) -> Spectrum:
@@ -59,23 +81,42 @@ def moment_spectrum(moment: Float[Tensor, "kv_dim kv_dim"], layer: int, projecti
     Raises:
         DataError: the moment is not finite.
     """
-    raise NotImplementedError
-
-
-def calibrated_spectra(model: nn.Module, statistics: Any) -> list[Spectrum]:
-    """The spectra of calibrated K and V from `cskv.calibration` statistics collected with `covariance=True`.
-
-    Raises:
-        DataError: the statistics hold no second moments or belong to another model.
-    """
-    raise NotImplementedError
+    if not torch.isfinite(moment).all():
+        raise DataError(f"the second moment of layer {layer} {projection} is not finite; calibrate on other text")
+    eigenvalues = torch.linalg.eigvalsh(moment.detach().to(torch.float64))
+    values = eigenvalues.flip(0).clamp(min=0.0).sqrt()  # rounding leaves tiny negative eigenvalues
+    return Spectrum(layer, projection, "calibrated", tuple(values.tolist()))
 
 
 def summary_rows(spectra: Iterable[Spectrum]) -> list[dict[str, Any]]:
-    """One row per spectrum: layer, projection, source, kv_dim, rank_90, rank_95, rank_99."""
-    raise NotImplementedError
+    """One row per spectrum: layer, projection, source, values, rank_90, rank_95, rank_99 (ranks for that energy)."""
+    return [
+        {
+            "layer": spectrum.layer,
+            "projection": spectrum.projection,
+            "source": spectrum.source,
+            "values": len(spectrum.values),
+            **{f"rank_{round(100 * share)}": spectrum.rank_for(share) for share in ENERGY_SHARES},
+        }
+        for spectrum in spectra
+    ]
 
 
 def write_csv(spectra: Iterable[Spectrum], path: str | Path) -> Path:
-    """Write one row per singular value (layer, projection, source, index, value, normalised, cumulative_energy)."""
-    raise NotImplementedError
+    """Write one row per singular value, atomically.
+
+    Columns: layer, projection, source, index (from 1), value, normalised, cumulative_energy.
+
+    Raises:
+        CSKVError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["layer", "projection", "source", "index", "value", "normalised", "cumulative_energy"])
+    for spectrum in spectra:
+        columns = zip(spectrum.values, spectrum.normalised, spectrum.cumulative_energy, strict=True)
+        for index, numbers in enumerate(columns, start=1):
+            formatted = [f"{number:.9g}" for number in numbers]
+            writer.writerow([spectrum.layer, spectrum.projection, spectrum.source, index, *formatted])
+    write_text(path, text.getvalue())
+    return Path(path)

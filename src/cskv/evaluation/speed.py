@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+
+from cskv.errors import DataError
+from cskv.evaluation.forward import clock, evaluating, forward
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,58 @@ class DecodeSpeed:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
-        raise NotImplementedError
+        return asdict(self)
 
 
 def measure_decode(
-    model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], *, steps: int = 32, repeats: int = 3
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    *,
+    steps: int = 32,
+    repeats: int = 3,
+    warmup: int = 4,
 ) -> DecodeSpeed:
-    """Prefill, decode one warm-up stretch, then time `repeats` stretches of `steps` greedy tokens each.
+    """Prefill, decode `warmup` tokens, then time `repeats` stretches of `steps` greedy tokens each.
 
     The stretches follow one another in one cache, so that a stretch of `config.group` steps contains one sealing.
 
     Raises:
-        DataError: `steps` or `repeats` below 1, or an empty prompt.
+        DataError: `steps` or `repeats` below 1, `warmup` below 0, or an empty prompt.
     """
-    raise NotImplementedError
+    for name, value, least in (("steps", steps, 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise DataError(f"{name} is {value}; expected at least {least}")
+    batch, prompt_tokens = input_ids.shape
+    if not batch * prompt_tokens:
+        raise DataError(f"the prompt has shape {tuple(input_ids.shape)}; expected at least one row and one token")
+    with evaluating(model):
+        forward(model, input_ids[:, :8])
+        began = clock(model.device)
+        logits, cache = forward(model, input_ids, last_only=True)
+        prefill_seconds = clock(model.device) - began
+        token, cache, _ = _decode(model, logits.argmax(-1), cache, warmup)
+        speeds = []
+        for _ in range(repeats):
+            token, cache, seconds = _decode(model, token, cache, steps)
+            speeds.append(batch * steps / seconds)
+    return DecodeSpeed(
+        tokens_per_second=statistics.median(speeds),
+        low=min(speeds),
+        high=max(speeds),
+        prefill_seconds=prefill_seconds,
+        prompt_tokens=prompt_tokens,
+        batch=batch,
+        steps=steps,
+        repeats=repeats,
+    )
+
+
+def _decode(
+    model: PreTrainedModel, token: Int[Tensor, "batch 1"], cache: Cache, steps: int
+) -> tuple[Int[Tensor, "batch 1"], Cache, float]:
+    """Decode greedily and return (last token, cache, seconds)."""
+    began = clock(model.device)
+    for _ in range(steps):
+        logits, cache = forward(model, token, cache, last_only=True)
+        token = logits.argmax(-1)
+    return token, cache, clock(model.device) - began

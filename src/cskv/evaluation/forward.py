@@ -1,0 +1,62 @@
+"""One forward through a model's own cache, whatever transformers calls it, and a wall clock that waits for the device."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from cskv.errors import CacheError
+from cskv.models.compat import cache_kwarg, output_cache
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; the former mode comes back at the end."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def forward(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    cache: Cache | None = None,
+    *,
+    last_only: bool = False,
+) -> tuple[Float[Tensor, "batch kept vocabulary"], Cache]:
+    """Append tokens to a cache, a fresh one when None, and return (logits, cache).
+
+    Args:
+        last_only: compute the logits of the last position only, as generation does after a prefill.
+
+    Raises:
+        CacheError: the model returns no cache.
+    """
+    kwargs = {cache_kwarg(model): cache, "use_cache": True}
+    if last_only and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        kwargs["logits_to_keep"] = 1
+    outputs = model(input_ids=input_ids.to(model.device), **kwargs)
+    filled = output_cache(outputs)
+    if filled is None:
+        raise CacheError(
+            f"{type(model).__name__} returned no cache; expected a decoder model that supports use_cache=True"
+        )
+    return outputs.logits[:, -1:] if last_only else outputs.logits, filled
+
+
+def clock(device: torch.device) -> float:
+    """Seconds of a monotonic clock, once the device's queued work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
