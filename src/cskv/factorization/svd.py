@@ -58,7 +58,9 @@ def scaled_factors(
         raise ConfigError(f"rank is {rank}; expected 1 to {kv_dim}, the projection's channels")
     weight = weight.detach().double()
     if not torch.isfinite(weight).all():
-        raise DataError(f"a ({kv_dim}, {weight.shape[1]}) projection weight holds NaN or infinity; check the base model")
+        raise DataError(
+            f"a ({kv_dim}, {weight.shape[1]}) projection weight holds NaN or infinity; check the base model"
+        )
     scaled = weight if scale is None else weight * scale.to(weight)
     squares, vectors = torch.linalg.eigh(scaled @ scaled.T)  # ascending
     basis = vectors[:, -rank:].flip(1)

@@ -1,0 +1,163 @@
+"""Text by name: a local file, a dataset of the `datasets` library, or the corpus that every Python carries.
+
+    notes.txt          a UTF-8 text file, read in its own order
+    offline            this Python's documentation and library sources (`cskv.data.offline`); needs no network
+    pile_subset        ola13/small-the_pile, the paper's calibration and training text
+    wikitext2          Salesforce/wikitext, wikitext-2-raw-v1
+    c4                 allenai/c4, English
+    anything else      a hub name or a local folder that `datasets.load_dataset` understands
+
+Every source streams: no more than a bounded shuffling buffer of documents is held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cskv.data import offline
+from cskv.errors import DataError
+
+Split = Literal["train", "heldout"]
+
+PIECE_CHARACTERS = 1 << 16
+SHUFFLED_DOCUMENTS = 1000
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Documents that can be read again and again.
+
+    Attributes:
+        name: what errors and saved statistics call it.
+        read: seed -> an iterator over texts. The same seed gives the same order.
+        separate: True where each text is a document of its own; False where texts are pieces of one running text.
+    """
+
+    name: str
+    read: Callable[[int], Iterator[str]]
+    separate: bool = True
+
+
+@dataclass(frozen=True)
+class HubText:
+    """Where a named text lies on the hub.
+
+    Attributes:
+        path, config: the arguments of `datasets.load_dataset`.
+        column: the column that holds the text.
+        heldout: the split to evaluate on, or None where the dataset has but one.
+        separate: False where a row is a line of a running text and no document.
+    """
+
+    path: str
+    config: str | None = None
+    column: str = "text"
+    heldout: str | None = "validation"
+    separate: bool = True
+
+
+HUB_TEXTS = {
+    "pile_subset": HubText("ola13/small-the_pile", heldout=None),
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", heldout="test", separate=False),
+    "c4": HubText("allenai/c4", "en"),
+}
+
+
+def open_source(
+    name: str, split: Split = "train", *, config: str | None = None, column: str | None = None
+) -> TextSource:
+    """Find a text source by name. Nothing is read or downloaded until its documents are.
+
+    Args:
+        name: see the module's docstring.
+        split: "train", or "heldout" for evaluation. A local file is one text, whatever the split.
+        config: the dataset's configuration, where it has several.
+        column: the dataset's column that holds the text; "text" unless told.
+
+    Raises:
+        DataError: there is no such file or split.
+    """
+    if split not in ("train", "heldout"):
+        raise DataError(f"split is {split!r}; expected 'train' or 'heldout'")
+    if name == "offline":
+        return TextSource("offline", lambda seed: _shuffled_offline(split, seed))
+    if name in HUB_TEXTS:
+        hub = HUB_TEXTS[name]
+        hub = dataclasses.replace(hub, config=config or hub.config, column=column or hub.column)
+        return _dataset_source(name, split, hub)
+    path = Path(name)
+    if path.is_file():
+        return TextSource(name, lambda _seed: read_pieces(path), separate=False)
+    if not path.is_dir() and (path.suffix == ".txt" or path.is_absolute() or name.startswith(".")):
+        raise DataError(f"there is no text file or folder {name}")
+    return _dataset_source(name, split, HubText(name, config, column or "text"))
+
+
+def texts_source(texts: Iterable[str], name: str = "texts", *, separate: bool = True) -> TextSource:
+    """A source over texts that are in memory already, in their own order."""
+    kept = list(texts)
+    return TextSource(name, lambda _seed: iter(kept), separate)
+
+
+def read_pieces(path: Path) -> Iterator[str]:
+    """A UTF-8 file in pieces that end at line ends, or after `PIECE_CHARACTERS` more of a very long line.
+
+    Raises:
+        DataError: the file cannot be read or is not UTF-8.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            while piece := file.read(PIECE_CHARACTERS):
+                yield piece + file.readline(PIECE_CHARACTERS)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason}); convert it, for instance with iconv") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _shuffled_offline(split: Split, seed: int) -> Iterator[str]:
+    # The corpus fits in memory (tens of MB); alphabetical order would give a short run one corner of it.
+    texts = [text for _, text in offline.documents(split)]
+    random.Random(seed).shuffle(texts)
+    return iter(texts)
+
+
+def _dataset_source(name: str, split: Split, hub: HubText) -> TextSource:
+    wanted = "train" if split == "train" else hub.heldout
+    if wanted is None:
+        raise DataError(f"dataset {name} has no held-out split; evaluate on another text, for instance wikitext2")
+    return TextSource(name, lambda seed: _dataset_texts(name, wanted, hub, seed), hub.separate)
+
+
+def _dataset_texts(name: str, split: str, hub: HubText, seed: int) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(f"reading dataset {name} needs the `datasets` library: pip install 'cskv[data]'") from error
+    try:
+        rows = load_dataset(hub.path, hub.config, split=split, streaming=True)
+        if hub.separate:
+            rows = rows.shuffle(seed=seed, buffer_size=SHUFFLED_DOCUMENTS)
+        for row in rows:
+            yield _text_of(row, name, hub.column)
+    except DataError:
+        raise
+    # The library and the network below it raise dozens of unrelated types; each means the text cannot be had.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"cannot read split {split!r} of dataset {name} ({hub.path}): {reason}; "
+            "without a network, give a text file or 'offline'"
+        ) from error
+
+
+def _text_of(row: dict[str, Any], name: str, column: str) -> str:
+    text = row.get(column)
+    if not isinstance(text, str):
+        raise DataError(f"dataset {name} has no text in column {column!r}; its columns are {sorted(row)}")
+    return text
