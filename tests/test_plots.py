@@ -82,7 +82,7 @@ def test_an_unknown_image_format_is_refused_and_leaves_no_file(tmp_path):
 
 
 def test_points_at_one_place_are_set_side_by_side_around_it():
-    assert _dodged([100.0, 20.0, 20.0, 20.0]) == pytest.approx([100.0, 18.2, 20.0, 21.8])
+    assert _dodged([100.0, 20.0, 20.0, 20.0]) == pytest.approx([100.0, 18.6, 20.0, 21.4])
 
 
 def test_the_moving_mean_trails():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from cskv.atomic import write_atomically
 from cskv.errors import DataError
@@ -18,12 +20,36 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart with every common colour blindness, and by the markers in black and white.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "v", "D", "^", "P", "X")
-STYLE = {"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 SOURCES = {"weight": "weights", "calibrated": "calibrated activations"}
 PROJECTIONS = {"k": "Keys", "v": "Values"}
 FLOOR = 1e-4
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def _styled(draw: Callable[P, T]) -> Callable[P, T]:
+    """Let a figure be drawn in our style without changing the caller's settings."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@_styled
 def plot_spectra(spectra: Iterable[Spectrum], path: str | Path, title: str | None = None) -> Path:
     """Draw normalised singular values per layer, keys beside values, weights above calibrated activations.
 
@@ -39,13 +65,14 @@ def plot_spectra(spectra: Iterable[Spectrum], path: str | Path, title: str | Non
     figure = _figure(10.0, 3.6 * len(sources) + 0.4)
     axes = figure.subplots(len(sources), 2, sharex=True, sharey=True, squeeze=False)
     colour = _layer_colours(figure, axes, layers)
+    floor = max(FLOOR, 0.7 * min(min(spectrum.normalised) for spectrum in spectra))
     for row, source in enumerate(sources):
         for column, projection in enumerate(PROJECTIONS):
             ax = axes[row][column]
             for spectrum in (s for s in spectra if (s.source, s.projection) == (source, projection)):
-                values = [max(value, FLOOR / 10) for value in spectrum.normalised]
+                values = [max(value, floor / 10) for value in spectrum.normalised]
                 ax.plot(range(1, len(values) + 1), values, color=colour[spectrum.layer], linewidth=1.6)
-            ax.set(title=f"{PROJECTIONS[projection]}: {SOURCES[source]}", yscale="log", ylim=(FLOOR, 1.5))
+            ax.set(title=f"{PROJECTIONS[projection]}: {SOURCES[source]}", yscale="log", ylim=(floor, 1.5))
             if row == len(sources) - 1:
                 ax.set_xlabel("singular value index")
         axes[row][0].set_ylabel("singular value / largest")
@@ -53,6 +80,7 @@ def plot_spectra(spectra: Iterable[Spectrum], path: str | Path, title: str | Non
     return _save(figure, path)
 
 
+@_styled
 def plot_training(
     log: str | Path | Sequence[str | Path], path: str | Path, labels: Sequence[str] | None = None
 ) -> Path:
@@ -71,23 +99,28 @@ def plot_training(
     labels = [entry.stem for entry in logs] if labels is None else labels
     figure = _figure(7.5, 4.5)
     ax = figure.subplots()
+    smallest, largest = math.inf, 0.0
     for index, (entry, label) in enumerate(zip(logs, labels, strict=True)):
         steps, losses = _read_losses(entry)
         colour = COLOURS[(index + 1) % len(COLOURS)]
         ax.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.35)
         ax.plot(steps, _smoothed(losses), color=colour, linewidth=2.0, label=label)
-    ax.set(xlabel="step", ylabel="reconstruction loss, summed over layers", yscale="log")
+        smallest, largest = min(smallest, *losses), max(largest, *losses)
+    ax.set(xlabel="step", ylabel="reconstruction loss, summed over layers")
+    _readable_scale(ax, smallest, largest)
     ax.set_title("Layer-wise reconstruction (bold: moving mean)")
     ax.legend(frameon=False)
     return _save(figure, path)
 
 
+@_styled
 def plot_demo(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str | None = None) -> Path:
     """Draw accuracy (with its interval) and perplexity over cache bytes per token, one point per row.
 
     Args:
         rows: each with name, bytes_per_token, accuracy, low, high, perplexity and num_lines.
         path: the PNG (or PDF, SVG) to write.
+        title: above both panels.
 
     Raises:
         DataError: no rows.
@@ -106,9 +139,10 @@ def plot_demo(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str | 
     accuracy.set(title=f"LongEval lines, {rows[0]['num_lines']} lines", ylabel="accuracy, % (95 % interval)")
     accuracy.set_ylim(-5, 105)
     perplexity.set(title="Held-out text, through the cache", ylabel="perplexity (lower is better)")
-    _readable_scale(perplexity, [row["perplexity"] for row in rows])
+    perplexities = [row["perplexity"] for row in rows]
+    _readable_scale(perplexity, min(perplexities), max(perplexities))
     for ax in (accuracy, perplexity):
-        ax.set_xlabel("real cache bytes per token")
+        ax.set_xlabel("real cache bytes per token (equal ones side by side)")
         ax.set_xlim(0, 1.08 * max(row["bytes_per_token"] for row in rows))
     handles, names = accuracy.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(rows)), frameon=False)
@@ -118,12 +152,10 @@ def plot_demo(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str | 
 
 def _figure(width: float, height: float) -> Figure:
     """A figure that belongs to no window: `Figure` with the Agg canvas leaves pyplot and the user's backend alone."""
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -157,7 +189,7 @@ def _layer_colours(figure: Figure, axes: Any, layers: Sequence[int]) -> dict[int
 
 def _dodged(xs: Sequence[float]) -> list[float]:
     """The same positions, with those that coincide set side by side, so that no point hides another."""
-    step = 0.018 * max(xs)
+    step = 0.014 * max(xs)
     result = []
     for index, x in enumerate(xs):
         alike = [i for i, other in enumerate(xs) if abs(other - x) < step]
@@ -165,11 +197,11 @@ def _dodged(xs: Sequence[float]) -> list[float]:
     return result
 
 
-def _readable_scale(ax: Axes, values: Sequence[float]) -> None:
-    """Logarithmic with plain numbers where values differ much, from just below the smallest otherwise."""
+def _readable_scale(ax: Axes, smallest: float, largest: float) -> None:
+    """Logarithmic, with plain numbers, where values differ much; linear otherwise."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if max(values) > 8 * min(values):
+    if 0 < 4 * smallest < largest:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,1 @@
+"""Measuring a model, compressed or not: accuracy, perplexity, bytes, speed and spectra."""

@@ -6,8 +6,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cskv.cache.report import CacheReport, cache_report
 from cskv.evaluation.forward import evaluating, forward
+from cskv.models.report import CacheReport, cache_report
 
 
 def cache_after_prefill(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) -> CacheReport:

@@ -1,4 +1,4 @@
-"""One forward through a model's own cache, whatever transformers calls it, and a wall clock that waits for the device."""
+"""One forward through a model's own cache, and a clock that waits for the device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -38,12 +39,15 @@ def forward(
     """Append tokens to a cache, a fresh one when None, and return (logits, cache).
 
     Args:
+        model: a decoder, attached or not.
+        input_ids: what follows the cached tokens, without padding.
+        cache: what an earlier call returned; it is changed in place.
         last_only: compute the logits of the last position only, as generation does after a prefill.
 
     Raises:
         CacheError: the model returns no cache.
     """
-    kwargs = {cache_kwarg(model): cache, "use_cache": True}
+    kwargs: dict[str, Any] = {cache_kwarg(model): cache, "use_cache": True}
     if last_only and "logits_to_keep" in inspect.signature(model.forward).parameters:
         kwargs["logits_to_keep"] = 1
     outputs = model(input_ids=input_ids.to(model.device), **kwargs)

@@ -74,6 +74,7 @@ def evaluate_lines(
 
     Args:
         model: attached or not; it is put in evaluation mode for the time of the call.
+        tokenizer: the model's; prompts are encoded as they are, without a chat template.
         cases: for instance `[make_case(200, seed) for seed in range(50)]`.
         batch_size: cases generated together, left-padded.
         max_new_tokens: the longest answer. A row stops at end-of-sequence, or at a newline after a digit.
@@ -118,7 +119,7 @@ def _answer(
     ends = AnswerEnd(tokenizer, prompt_length=input_ids.shape[1], end_ids=_as_list(eos), device=model.device)
     settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=eos)
     began = clock(model.device)
-    generated = model.generate(
+    generated = model.generate(  # type: ignore[operator]
         input_ids=input_ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=settings,
@@ -126,7 +127,7 @@ def _answer(
     )
     ended = clock(model.device)
     texts = [
-        tokenizer.decode(row[input_ids.shape[1] :][:length], skip_special_tokens=True)
+        str(tokenizer.decode(row[input_ids.shape[1] :][:length], skip_special_tokens=True))
         for row, length in zip(generated, ends.lengths.tolist(), strict=True)
     ]
     return _Answers(
@@ -207,7 +208,7 @@ class AnswerEnd(StoppingCriteria):
         return self.done.to(input_ids.device, copy=True)
 
     def _is_complete(self, row: list[int]) -> bool:
-        before, newline, _ = self.tokenizer.decode(row).rpartition("\n")
+        before, newline, _ = str(self.tokenizer.decode(row)).rpartition("\n")
         return bool(newline) and any(map(str.isdigit, before))
 
 

@@ -2,8 +2,8 @@
 
 A single forward over a text attends exactly and would hide the compression. Here a text is fed in chunks through the
 cache, teacher-forced: a position reads the tokens sealed before its chunk from the latents, and the window and its own
-chunk exactly. With a first chunk of `window + group` tokens and chunks of `group`, chunks begin where groups are sealed,
-so that this equals token-by-token decoding and costs `group` times fewer forwards.
+chunk exactly. With a first chunk of `window + group` tokens and chunks of `group`, chunks begin where groups are
+sealed, so that this equals token-by-token decoding and costs `group` times fewer forwards.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def perplexity(
     Memory is bounded by the cache and by the logits of one chunk.
 
     Args:
+        model: attached or not; it is put in evaluation mode for the time of the call.
         sequences: token ids, each row a text of its own.
         chunk: tokens per forward after the first; `config.group` for equality with token-by-token decoding.
         first_chunk: tokens of the first forward (the prefill, which attends exactly); `chunk` when None. Use
