@@ -23,7 +23,9 @@ def test_a_text_file_comes_back_whole_in_pieces_that_end_at_lines(tmp_path: Path
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     source = open_source(str(tmp_path / "a.txt"))
     pieces = list(source.read(0))
-    assert "".join(pieces) == text and len(pieces) > 2 and not source.separate
+    assert "".join(pieces) == text
+    assert len(pieces) > 2
+    assert not source.separate
     assert all(piece.endswith("\n") for piece in pieces)
 
 
@@ -41,7 +43,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_refused_at_once() -> None:
-    with pytest.raises(DataError, match="no text file or folder nowhere.txt"):
+    with pytest.raises(DataError, match=r"no text file or folder nowhere\.txt"):
         open_source("nowhere.txt")
 
 
@@ -75,7 +77,8 @@ def test_the_offline_corpus_is_shuffled_by_seed_and_split() -> None:
 def test_the_papers_names_point_to_their_datasets() -> None:
     assert HUB_TEXTS["pile_subset"].path == "ola13/small-the_pile"
     assert (HUB_TEXTS["wikitext2"].path, HUB_TEXTS["wikitext2"].config) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
-    assert not open_source("wikitext2").separate and open_source("c4").separate
+    assert not open_source("wikitext2").separate
+    assert open_source("c4").separate
     with pytest.raises(DataError, match="pile_subset has no held-out split"):
         open_source("pile_subset", "heldout")
 

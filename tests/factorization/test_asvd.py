@@ -67,7 +67,8 @@ def test_dead_channels_are_harmless(eps: float) -> None:
     factors = asvd_factors(weight, mean_abs, 8, eps=eps)
     torch.testing.assert_close(factors.up @ factors.down, weight, rtol=1e-5, atol=5e-5)
     silent = asvd_factors(weight, torch.zeros(12), 3, eps=eps)
-    assert torch.isfinite(silent.up).all() and torch.isfinite(silent.down).all()
+    assert torch.isfinite(silent.up).all()
+    assert torch.isfinite(silent.down).all()
 
 
 def test_statistics_of_another_model_are_refused() -> None:

@@ -25,7 +25,8 @@ def test_a_diagonal_weight_keeps_its_largest_entries_split_evenly() -> None:
 def test_full_rank_returns_the_weight(shape: tuple[int, int], seed: int) -> None:
     weight = random_weight(shape, seed)
     factors = svd_factors(weight, shape[0])
-    assert factors.down.shape == (shape[0], shape[1]) and factors.up.shape == (shape[0], shape[0])
+    assert factors.down.shape == (shape[0], shape[1])
+    assert factors.up.shape == (shape[0], shape[0])
     torch.testing.assert_close(factors.up @ factors.down, weight, rtol=1e-5, atol=2e-6)
 
 
@@ -71,13 +72,16 @@ def test_the_bias_is_kept_and_the_factors_are_fp32() -> None:
 @pytest.mark.parametrize("weight", [torch.zeros(4, 6), torch.ones(4, 6), torch.eye(4, 6) * 1e-12])
 def test_rank_deficient_and_tiny_weights_stay_finite(weight: torch.Tensor) -> None:
     factors = svd_factors(weight, 4)
-    assert torch.isfinite(factors.down).all() and torch.isfinite(factors.up).all()
+    assert torch.isfinite(factors.down).all()
+    assert torch.isfinite(factors.up).all()
     torch.testing.assert_close(factors.up @ factors.down, weight, rtol=1e-5, atol=1e-6 * float(weight.abs().max()))
 
 
 def test_gradients_do_not_reach_the_base_weight() -> None:
     factors = svd_factors(torch.nn.Parameter(random_weight((4, 4))), 2, torch.nn.Parameter(torch.zeros(4)))
-    assert not factors.down.requires_grad and not factors.up.requires_grad and not factors.bias.requires_grad
+    assert not factors.down.requires_grad
+    assert not factors.up.requires_grad
+    assert not factors.bias.requires_grad
 
 
 @pytest.mark.parametrize("rank", [0, -1, 5])

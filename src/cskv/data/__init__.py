@@ -1,0 +1,1 @@
+"""Text: sources by name, token samples packed from them, and LongEval lines."""

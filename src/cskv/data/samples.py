@@ -45,7 +45,7 @@ class TokenSamples:
     ) -> None:
         if num_samples < 1 or sample_len < 2:
             raise DataError(
-                f"asked for {num_samples} samples of {sample_len} tokens; expected at least 1 sample of at least 2 tokens"
+                f"got {num_samples} samples of {sample_len} tokens; expected at least 1 sample of at least 2 tokens"
             )
         self.source = source
         self.tokenizer = tokenizer
@@ -86,8 +86,8 @@ class TokenSamples:
                 f"{name} has {tokens} tokens; one sample needs {body}: give more text or a smaller sample length"
             )
         raise DataError(
-            f"{name} has {tokens} tokens, enough for {made} samples of {self.sample_len}; {self.num_samples} were asked for "
-            f"({self.num_samples * body} tokens): give more text or ask for at most {made}"
+            f"{name} has {tokens} tokens, enough for {made} samples of {self.sample_len}; {self.num_samples} were asked "
+            f"for ({self.num_samples * body} tokens): give more text or ask for at most {made}"
         )
 
     def _token_batches(self) -> Iterator[list[int]]:

@@ -1,0 +1,1 @@
+"""Pure linear algebra: weights, statistics and a rank give low-rank factors."""

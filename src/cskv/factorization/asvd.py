@@ -1,8 +1,8 @@
 """Activation-aware SVD: low-rank factors that spend their rank on the input channels that are large (ASVD).
 
-Layer inputs have a few channels far larger than the rest. ASVD (arXiv 2312.05821, equation 5, as the CSKV paper uses it
-in section 3.1) scales input channel i by s_i = (mean|x_i| + eps)^alpha, takes the SVD of W diag(s), and undoes the scale
-on the down-projection. It minimises || (W - up @ down) diag(s) ||_F. alpha = 0 is plain SVD.
+Layer inputs have a few channels far larger than the rest. ASVD (arXiv 2312.05821, equation 5, as the CSKV paper uses
+it in section 3.1) scales input channel i by s_i = (mean|x_i| + eps)^alpha, takes the SVD of W diag(s), and undoes the
+scale on the down-projection. It minimises || (W - up @ down) diag(s) ||_F. alpha = 0 is plain SVD.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Low-rank factors of a weight by singular value decomposition (paper, section 3.1).
 
-W = B S V^T. The best rank-r approximation in the Frobenius norm keeps the r largest singular values (Eckart-Young). They
-are split evenly, sqrt(S) to each side, so that both factors have entries of the same scale and train at one learning
-rate: up = B_r sqrt(S_r), down = sqrt(S_r) V_r^T.
+W = B S V^T. The best rank-r approximation in the Frobenius norm keeps the r largest singular values (Eckart-Young).
+They are split evenly, sqrt(S) to each side, so that both factors have entries of the same scale and train at one
+learning rate: up = B_r sqrt(S_r), down = sqrt(S_r) V_r^T.
 
 B and S come from the eigendecomposition of W W^T, which is only (kv_dim, kv_dim), and down = B_r^T W / sqrt(S_r). The
 product up @ down is then B_r B_r^T W whatever the rounding of S, so a rank-deficient weight, or one with more rows than

@@ -1,0 +1,1 @@
+"""Layer-wise reconstruction training of a compressor (paper, section 3.2)."""

@@ -1,0 +1,90 @@
+"""Watch a frozen model's attention layers: their inputs, and the keys and values that their projections make.
+
+Calibration and training both run the decoder without its language head, under `no_grad` and in evaluation mode, and see
+each layer through hooks that are removed again whatever happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cskv.models.sites import AttentionSite, Projection
+
+Watcher = Callable[[int, Tensor], None]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode comes back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def watching(
+    sites: Sequence[AttentionSite],
+    *,
+    inputs: Watcher | None = None,
+    keys: Watcher | None = None,
+    values: Watcher | None = None,
+) -> Iterator[None]:
+    """Call the watchers with (layer index, tensor) during every forward inside the block.
+
+    Args:
+        sites: the layers to watch.
+        inputs: gets the layer input x, (batch, tokens, hidden).
+        keys, values: get the projections' outputs, bias included, before any norm and RoPE, (batch, tokens, kv_dim).
+    """
+    with ExitStack() as hooks:
+        for site in sites:
+            if inputs is not None:
+                hook = site.module.register_forward_pre_hook(_input_hook(site.layer_idx, inputs), with_kwargs=True)
+                hooks.callback(hook.remove)
+            for projection, watcher in ((site.k, keys), (site.v, values)):
+                if watcher is not None:
+                    hook = projection.linear.register_forward_hook(_output_hook(site.layer_idx, projection, watcher))
+                    hooks.callback(hook.remove)
+        yield
+
+
+def decode(model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens hidden"]:
+    """Run the decoder, without the language head and without a cache."""
+    decoder = getattr(model, "base_model", model)
+    return decoder(input_ids=input_ids.to(device_of(model)), use_cache=False)[0]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that takes the model's token ids: that of its input embedding."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embedding, "weight", None)
+    if weight is not None and weight.device.type != "meta":
+        return weight.device
+    return getattr(model, "device", torch.device("cpu"))
+
+
+def _input_hook(layer_idx: int, watcher: Watcher) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watcher(layer_idx, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    return hook
+
+
+def _output_hook(
+    layer_idx: int, projection: Projection, watcher: Watcher
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        watcher(layer_idx, projection.select(output))
+
+    return hook
