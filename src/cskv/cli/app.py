@@ -1,0 +1,52 @@
+"""The `cskv` application: its subcommands and how option names are read."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from cskv.cli.analyze import analyze
+from cskv.cli.calibrate import calibrate
+from cskv.cli.doctor import doctor
+from cskv.cli.generate import generate
+from cskv.cli.inspect import inspect
+from cskv.cli.train import train
+
+
+def dashes(token: str) -> str:
+    """Option names with underscores, as the paper's scripts spell them, are the same as with dashes."""
+    return token.replace("_", "-")
+
+
+app = typer.Typer(
+    name="cskv",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="markdown",
+    context_settings={"token_normalize_func": dashes, "help_option_names": ["-h", "--help"]},
+)
+for command in (calibrate, train, generate, analyze, inspect, doctor):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cskv {version('cskv')}")
+        raise typer.Exit
+
+
+@app.callback()
+def cskv(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make the KV cache of a language model 5 to 20 times smaller along the channel dimension (CSKV).
+
+    The usual order: **calibrate**, **train**, **inspect**, **generate**. Options may be spelled with dashes or with
+    underscores. Every command ends with one line of JSON on standard output; everything else goes to standard error,
+    except for generated text. Exit codes: 0, 2 for a mistake in what was given, 130 when interrupted.
+    """

@@ -1,0 +1,111 @@
+"""`cskv calibrate`: one streaming pass over text that takes the statistics which ASVD needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cskv.cli import options as opt
+from cskv.cli.common import Interrupted, command, emit, progress, say, set_logging
+from cskv.cli.settings import model_name, statistics_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cskv.data.samples import TokenSamples
+    from cskv.statistics import Statistics
+
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Exact file to write, instead of a root.", rich_help_panel=opt.FILES),
+]
+NumSamples = Annotated[int, typer.Option("--num-samples", help="Samples of text.", rich_help_panel=opt.RUNNING)]
+MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens per sample.", rich_help_panel=opt.RUNNING)]
+Covariance = Annotated[
+    bool,
+    typer.Option(
+        "--covariance",
+        help="Also the second moments of keys and values, for `cskv analyze`: 16 kv_dim² bytes per layer.",
+        rich_help_panel=opt.RUNNING,
+    ),
+]
+
+
+@command
+def calibrate(
+    model_path: opt.ModelPath,
+    model_id: opt.ModelId = None,
+    training_dataset: opt.TrainingDataset = "offline",
+    num_samples: NumSamples = 256,
+    max_seq_len: MaxSeqLen = 4096,
+    covariance: Covariance = False,
+    output: Output = None,
+    asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT,
+    attn_impl: opt.AttnImpl = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
+    seed: opt.Seed = 0,
+    logging_level: opt.LoggingLevel = "WARNING",
+) -> None:
+    """Take statistics of a model's layers over text, for ASVD initialisation.
+
+    Writes one safetensors file. Memory does not grow with the number of samples.
+
+    Examples:
+
+    * `cskv calibrate --model_path my-model`
+    * `cskv calibrate --model-path my-model --training-dataset notes.txt --num-samples 64 --max-seq-len 1024`
+    * `cskv calibrate --model_path lmsys/longchat-7b-v1.5-32k --training_dataset pile_subset --device-map auto`
+    """
+    set_logging(logging_level)
+    from cskv.cli.loading import load_model, load_samples, load_tokenizer
+
+    target = output or statistics_path(asvd_calib_root, model_name(model_path, model_id))
+    tokenizer = load_tokenizer(model_path)
+    samples = load_samples(training_dataset, tokenizer, num_samples, max_seq_len, seed)
+    check_writable(target)
+    model = load_model(model_path, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
+    statistics = take_statistics(model, samples, covariance)
+    statistics.save(target)
+    say(f"statistics of {statistics.tokens:,} tokens of {statistics.source}: {target}")
+    emit(
+        {
+            "command": "calibrate",
+            "model": model_path,
+            "statistics": str(target),
+            "tokens": statistics.tokens,
+            "layers": len(statistics.layers),
+            "source": statistics.source,
+            "covariance": statistics.has_covariance,
+        }
+    )
+
+
+def take_statistics(model: PreTrainedModel, samples: TokenSamples, covariance: bool) -> Statistics:
+    """Calibrate under a progress bar."""
+    from cskv.calibration import calibrate as run
+
+    with progress() as bar:
+        task = bar.add_task("calibrating", total=len(samples))
+        try:
+            return run(
+                model, samples, covariance=covariance, progress=lambda done, _total: bar.update(task, completed=done)
+            )
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted: no statistics were written; start again") from error
+
+
+def check_writable(target: Path) -> None:
+    """Find out before the work, not after it, that the result cannot be written.
+
+    Raises:
+        CSKVError: the folder cannot be made or written.
+    """
+    from cskv.atomic import write_text
+
+    probe = target.with_name(f".{target.name}.writable")
+    write_text(probe, "")
+    probe.unlink()

@@ -1,0 +1,107 @@
+"""`cskv doctor`: what this installation has, and what it lacks."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import typer
+
+from cskv.cli.common import EXIT_MISTAKE, command, emit
+
+OPTIONAL = {
+    "matplotlib": "cskv analyze draws with it: pip install 'cskv[plots]'",
+    "datasets": "hub datasets for calibration and training: pip install 'cskv[data]'",
+    "wonderwords": "LongEval lines records: pip install 'cskv[data]'",
+}
+
+
+@command
+def doctor() -> None:
+    """Print versions, devices and what is missing.
+
+    Exit code 0 when everything required is there in a supported version, 2 otherwise.
+
+    Examples:
+
+    * `cskv doctor`
+    * `cskv doctor | tail -n 1 | python -m json.tool`
+    """
+    required = required_packages()
+    report: dict[str, Any] = {
+        "command": "doctor",
+        "cskv": metadata.version("cskv"),
+        "python": platform.python_version(),
+        "required": required,
+        "optional": {name: installed_version(name) for name in OPTIONAL},
+        "devices": devices(),
+    }
+    report["ok"] = all(entry["ok"] for entry in required.values())
+    for line in describe(report):
+        typer.echo(line)
+    emit(report)
+    if not report["ok"]:
+        raise typer.Exit(EXIT_MISTAKE)
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def required_packages() -> dict[str, dict[str, Any]]:
+    """Installed version, supported range and whether they agree, for every package that cskv requires."""
+    from packaging.requirements import Requirement
+
+    packages = {}
+    for text in metadata.requires("cskv") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = installed_version(requirement.name)
+        packages[requirement.name] = {
+            "installed": version,
+            "supported": str(requirement.specifier),
+            "ok": version is not None and requirement.specifier.contains(version, prereleases=True),
+        }
+    return packages
+
+
+def devices() -> dict[str, Any]:
+    """Processor cores and accelerators that torch sees; memory in bytes."""
+    try:
+        import torch
+    except ImportError as error:
+        return {"cpu_cores": os.cpu_count(), "error": str(error)}
+    cuda = [
+        {"name": properties.name, "memory": properties.total_memory}
+        for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+    return {"cpu_cores": os.cpu_count(), "cuda": cuda, "mps": torch.backends.mps.is_available()}
+
+
+def describe(report: dict[str, Any]) -> list[str]:
+    """The report as lines for a person."""
+    lines = [f"cskv {report['cskv']} on Python {report['python']}", "", "required:"]
+    for name, entry in report["required"].items():
+        mark = "ok " if entry["ok"] else "BAD"
+        lines.append(f"  {mark} {name} {entry['installed'] or 'is missing'} (supported: {entry['supported'] or 'any'})")
+    lines += ["", "optional:"]
+    for name, version in report["optional"].items():
+        lines.append(f"  ok  {name} {version}" if version else f"  --  {name} is missing; {OPTIONAL[name]}")
+    found = report["devices"]
+    lines += ["", "devices:", f"  {found['cpu_cores']} CPU cores"]
+    if "error" in found:
+        lines.append(f"  BAD torch cannot be imported: {found['error']}")
+    for index, gpu in enumerate(found.get("cuda", [])):
+        lines.append(f"  cuda:{index} {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB")
+    if found.get("mps"):
+        lines.append("  mps (Apple GPU)")
+    if not found.get("cuda") and not found.get("mps"):
+        lines.append("  no GPU: everything runs on the CPU, which is slow for models of more than a few hundred megabytes")
+    return lines

@@ -1,0 +1,31 @@
+"""Untrained factors for the commands that need them: SVD, or ASVD from saved statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cskv.config import CSKVConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cskv.adapter import CSKVAdapter
+
+
+def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path) -> CSKVAdapter:
+    """Factorise a model.
+
+    Args:
+        model: the base model.
+        config: the settings.
+        statistics: the file that `cskv calibrate` wrote; read for ASVD only.
+
+    Raises:
+        DataError: ASVD without usable statistics.
+        AdapterError: the statistics belong to another model.
+    """
+    from cskv.initialisation import initialise
+    from cskv.statistics import Statistics
+
+    return initialise(model, config, Statistics.load(statistics) if config.init == "asvd" else None)

@@ -1,0 +1,118 @@
+"""Loading models, tokenizers and devices with errors that a person can act on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cskv.errors import CSKVError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cskv.data.samples import TokenSamples
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(
+    path: str, *, attn_impl: str | None = None, dtype: str = "auto", device: str = "auto", device_map: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode.
+
+    Args:
+        path: folder or hub id.
+        attn_impl: transformers' `attn_implementation`, or None for its default.
+        dtype: one of `DTYPES`; "auto" is the checkpoint's own.
+        device: where all of it goes; "auto" is a GPU if there is one. Ignored when `device_map` is given.
+        device_map: Accelerate's placement over several devices, for instance "auto".
+
+    Raises:
+        CSKVError: no such model, a damaged or unsupported one, or an unknown dtype or device.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise CSKVError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    target = None if device_map else find_device(device)
+    _check_folder(path)
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    kwargs |= {"attn_implementation": attn_impl} if attn_impl else {}
+    kwargs |= {"device_map": device_map} if device_map else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(path), **kwargs)
+    except SafetensorError as error:
+        raise CSKVError(f"the weights of {path} are truncated or corrupted: {error}") from error
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise CSKVError(f"cannot load the model {path}: {_first_line(error)}") from error
+    if target is not None:
+        model = model.to(target)
+    return model.eval()
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model.
+
+    Raises:
+        CSKVError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    _check_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(os.path.expanduser(path))
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
+        raise CSKVError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from error
+
+
+def load_samples(
+    name: str, tokenizer: PreTrainedTokenizerBase, num_samples: int, sample_len: int, seed: int
+) -> TokenSamples:
+    """Token samples of a named text, after finding out that there is at least one.
+
+    Raises:
+        DataError: no such text, an empty one, or one shorter than a sample.
+    """
+    from cskv.data.samples import TokenSamples
+    from cskv.data.sources import open_source
+
+    samples = TokenSamples(open_source(name), tokenizer, num_samples, sample_len, seed)
+    next(iter(samples))
+    return samples
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is this process's GPU, where there is none the CPU.
+
+    Raises:
+        CSKVError: no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else name
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise CSKVError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _check_folder(path: str) -> None:
+    """Say at once that a local folder is missing, instead of asking the hub for a model of that name."""
+    folder = Path(path).expanduser()
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1  # a hub id is `name` or `owner/name`
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CSKVError(f"{path} has no config.json; expected a model folder in Hugging Face format")
+    elif folder.exists() or is_local:
+        raise CSKVError(f"model folder {path!r} does not exist; give a folder in Hugging Face format or a hub id")

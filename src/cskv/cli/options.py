@@ -1,0 +1,140 @@
+"""The options that several commands take, under the paper's names and plainer ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL, COMPRESSION, WINDOW, FILES, RUNNING = "Model", "Compression", "Exact window", "Files", "Running"
+
+DEFAULT_ADAPTER_ROOT = Path("outputs/adapters")
+DEFAULT_CALIBRATION_ROOT = Path("outputs/calibration")
+
+ModelPath = Annotated[
+    str,
+    typer.Option("--model-path", "--model", "-m", help="Folder or hub id of the base model.", rich_help_panel=MODEL),
+]
+OptionalModelPath = Annotated[
+    str | None,
+    typer.Option(
+        "--model-path",
+        "--model",
+        "-m",
+        help="Folder or hub id of the base model. Without it: the one that the adapter names.",
+        rich_help_panel=MODEL,
+    ),
+]
+ModelId = Annotated[
+    str | None,
+    typer.Option(
+        "--model-id", help="Your name for the model, used in folder names. [default: the path's last part]",
+        show_default=False, rich_help_panel=MODEL,
+    ),
+]  # fmt: skip
+AttnImpl = Annotated[
+    str | None,
+    typer.Option(
+        "--attn-impl",
+        help="Attention implementation: eager, sdpa, flash_attention_2, ... [default: transformers' own choice]",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto (the checkpoint's own), float32, bfloat16 or float16.", rich_help_panel=MODEL
+    ),
+]  # fmt: skip
+Device = Annotated[
+    str,
+    typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...", rich_help_panel=MODEL),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map", help="Spread one copy of the model over several devices: auto, balanced, sequential.",
+        rich_help_panel=MODEL,
+    ),
+]  # fmt: skip
+KDensity = Annotated[
+    float, typer.Option("--k-density", help="Share of the key channels kept, in (0, 1].", rich_help_panel=COMPRESSION)
+]
+VDensity = Annotated[
+    float, typer.Option("--v-density", help="Share of the value channels kept, in (0, 1].", rich_help_panel=COMPRESSION)
+]
+UseAsvd = Annotated[
+    bool,
+    typer.Option(
+        "--use-asvd/--no-use-asvd", help="Initialise by ASVD, from calibration statistics, instead of by SVD.",
+        rich_help_panel=COMPRESSION,
+    ),
+]  # fmt: skip
+KBits = Annotated[
+    int, typer.Option("--k-bits", help="Bits per key latent. Only 16 so far.", rich_help_panel=COMPRESSION)
+]
+VBits = Annotated[
+    int, typer.Option("--v-bits", help="Bits per value latent. Only 16 so far.", rich_help_panel=COMPRESSION)
+]
+UseWindow = Annotated[
+    bool | None,
+    typer.Option(
+        "--use-window/--no-use-window",
+        help="Keep recent tokens exact: window 0, group `--q-window-size`. Without it, `--window` and `--group`: none are.",
+        show_default=False,
+        rich_help_panel=WINDOW,
+    ),
+]
+QWindowSize = Annotated[
+    int, typer.Option("--q-window-size", help="Tokens per group for `--use-window`.", rich_help_panel=WINDOW)
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        "--window", help="Tokens that are always exact, instead of `--use-window`.", rich_help_panel=WINDOW
+    ),
+]  # fmt: skip
+Group = Annotated[
+    int | None,
+    typer.Option("--group", help="Tokens that leave the window at a time.", rich_help_panel=WINDOW),
+]
+TrainingDataset = Annotated[
+    str,
+    typer.Option(
+        "--training-dataset",
+        "--dataset",
+        help="A text file, or offline (Python's own documentation and sources), pile_subset, wikitext2, c4.",
+        rich_help_panel=FILES,
+    ),
+]
+CalibrationRoot = Annotated[
+    Path,
+    typer.Option(
+        "--asvd-calib-root",
+        "--cache-root-path",
+        help="Folder of calibration statistics, one folder per model id.",
+        rich_help_panel=FILES,
+    ),
+]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(
+        "--statistics", help="Exact file of calibration statistics, instead of a root.", rich_help_panel=FILES
+    ),
+]  # fmt: skip
+AdapterRoot = Annotated[
+    Path,
+    typer.Option(
+        "--kv-ckpt-root-path",
+        "--ckpt-save-path",
+        help="Folder of adapters, one folder per model id and settings.",
+        rich_help_panel=FILES,
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.", rich_help_panel=RUNNING)]
+LoggingLevel = Annotated[
+    str,
+    typer.Option("--logging-level", help="DEBUG, INFO, WARNING, ERROR or CRITICAL.", rich_help_panel=RUNNING),
+]

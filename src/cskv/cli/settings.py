@@ -1,0 +1,49 @@
+"""From command line options to settings, and from settings to the folder where an adapter is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cskv.config import CSKVConfig
+from cskv.errors import ConfigError
+
+
+def window_and_group(
+    use_window: bool | None, q_window_size: int, window: int | None, group: int | None
+) -> tuple[int, int]:
+    """The exact window and the sealing group, in tokens.
+
+    The paper's `--use_window --q_window_size g` is window 0 and group g; without `--use_window` it compresses every
+    token at once, which is window 0 and group 1. `--window` and `--group` set both directly.
+
+    Raises:
+        ConfigError: both ways were used.
+    """
+    if window is None and group is None:
+        return 0, (q_window_size if use_window else 1)
+    if use_window is not None:
+        raise ConfigError("give either --use-window with --q-window-size, or --window with --group, not both")
+    defaults = CSKVConfig()
+    return (defaults.window if window is None else window, defaults.group if group is None else group)
+
+
+def model_name(model_path: str, model_id: str | None) -> str:
+    """The name of a model in folder names: the given id, or the last part of the path.
+
+    Raises:
+        ConfigError: the id is no plain folder name.
+    """
+    name = Path(model_path).expanduser().resolve().name if model_id is None else model_id
+    if not name or name in (".", "..") or Path(name).name != name:
+        raise ConfigError(f"model id is {name!r}; expected one folder name, without slashes")
+    return name
+
+
+def adapter_name(config: CSKVConfig) -> str:
+    """The folder name of an adapter with these settings."""
+    return f"k{config.k_density:g}-v{config.v_density:g}-{config.init}-window{config.window}-group{config.group}"
+
+
+def statistics_path(root: Path, name: str) -> Path:
+    """Where the statistics of a model are kept under a root."""
+    return root / name / "statistics.safetensors"
