@@ -19,6 +19,7 @@ def tiny_llama(seed: int = 0, vocab_size: int = VOCABULARY, layers: int = 2) -> 
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
+        initializer_range=0.2,  # large enough for attention to matter
         bos_token_id=None,
         eos_token_id=None,
     )

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tests.evaluation.support import character_tokenizer, parrot, tiny_llama
 
 from cskv.data.lines import LinesCase, make_case
 from cskv.errors import DataError
 from cskv.evaluation.longeval import evaluate_lines, left_pad
+from tests.evaluation.support import character_tokenizer, parrot, tiny_llama
 
 TOKENIZER = character_tokenizer()
 SIZE = len(TOKENIZER)

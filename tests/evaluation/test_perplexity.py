@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tests.evaluation.support import VOCABULARY, character_tokenizer, tiny_llama
 
 from cskv.errors import DataError
 from cskv.evaluation.perplexity import perplexity, token_sequences
+from tests.evaluation.support import VOCABULARY, character_tokenizer, tiny_llama
 
 
 def random_tokens(rows: int, tokens: int, seed: int = 1) -> torch.Tensor:

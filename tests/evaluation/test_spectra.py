@@ -5,10 +5,18 @@ import math
 
 import pytest
 import torch
-from tests.evaluation.support import tiny_llama
 
-from cskv.errors import DataError
-from cskv.evaluation.spectra import Spectrum, moment_spectrum, summary_rows, weight_spectra, write_csv
+from cskv.calibration import calibrate
+from cskv.errors import AdapterError, DataError
+from cskv.evaluation.spectra import (
+    Spectrum,
+    calibrated_spectra,
+    moment_spectrum,
+    summary_rows,
+    weight_spectra,
+    write_csv,
+)
+from tests.evaluation.support import tiny_llama
 
 
 def spectrum(*values: float) -> Spectrum:
@@ -63,6 +71,27 @@ def test_a_singular_moment_has_no_negative_values():
 def test_a_moment_with_nan_is_refused():
     with pytest.raises(DataError, match="layer 2 k is not finite"):
         moment_spectrum(torch.full((3, 3), math.nan), 2, "k")
+
+
+def test_calibrated_spectra_are_those_of_all_keys_and_values():
+    model = tiny_llama()
+    samples = [torch.randint(0, 64, (12,), generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    outputs = []
+    hook = model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda _m, _a, out: outputs.append(out[0]))
+    statistics = calibrate(model, samples, covariance=True)
+    hook.remove()
+    spectra = {(s.layer, s.projection): s for s in calibrated_spectra(model, statistics)}
+    assert list(spectra) == [(0, "k"), (0, "v"), (1, "k"), (1, "v")]
+    expected = torch.linalg.svdvals(torch.cat(outputs).double()) / math.sqrt(60)
+    assert spectra[1, "v"].values == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-9)
+
+
+def test_statistics_without_moments_or_of_another_model_are_refused():
+    model, samples = tiny_llama(), [torch.arange(8)]
+    with pytest.raises(DataError, match="covariance=True"):
+        calibrated_spectra(model, calibrate(model, samples))
+    with pytest.raises(AdapterError, match="num_layers"):
+        calibrated_spectra(tiny_llama(layers=1), calibrate(model, samples, covariance=True))
 
 
 def test_summary_and_csv(tmp_path):

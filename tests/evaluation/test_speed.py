@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.evaluation.support import tiny_llama
 
 from cskv.errors import DataError
 from cskv.evaluation import speed
 from cskv.evaluation.speed import measure_decode
+from tests.evaluation.support import tiny_llama
 
 
 def test_every_repeat_decodes_its_steps_after_the_prompt():

@@ -6,7 +6,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cskv.evaluation.forward import evaluating, forward
+from cskv.capture import frozen
+from cskv.evaluation.forward import forward
 from cskv.models.report import CacheReport, cache_report
 
 
@@ -17,6 +18,6 @@ def cache_after_prefill(model: PreTrainedModel, input_ids: Int[Tensor, "batch to
         model: attached or not.
         input_ids: the prompt; fed in one forward.
     """
-    with evaluating(model):
+    with frozen(model):
         _, cache = forward(model, input_ids, last_only=True)
     return cache_report(cache, model)

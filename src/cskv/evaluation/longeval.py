@@ -15,9 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from cskv.capture import frozen
 from cskv.data.lines import LinesCase, score
 from cskv.errors import DataError
-from cskv.evaluation.forward import clock, evaluating
+from cskv.evaluation.forward import clock
 from cskv.evaluation.wilson import wilson_interval
 
 
@@ -89,7 +90,7 @@ def evaluate_lines(
         if value < 1:
             raise DataError(f"{name} is {value}; expected at least 1")
     batches: list[_Answers] = []
-    with evaluating(model):
+    with frozen(model):
         for start in range(0, len(cases), batch_size):
             batch = cases[start : start + batch_size]
             batches.append(_answer(model, tokenizer, [case.prompt for case in batch], max_new_tokens))

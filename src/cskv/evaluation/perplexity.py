@@ -19,8 +19,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cskv.capture import frozen
 from cskv.errors import DataError
-from cskv.evaluation.forward import evaluating, forward
+from cskv.evaluation.forward import forward
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def perplexity(
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise DataError(f"token sequences have shape {tuple(sequences.shape)}; expected (at least 1, at least 2)")
     total = 0.0
-    with evaluating(model):
+    with frozen(model):
         for rows in sequences.split(batch_size):
             total += _negative_log_likelihood(model, rows, chunk, first, on_tokens)
     tokens = sequences.shape[0] * (sequences.shape[1] - 1)

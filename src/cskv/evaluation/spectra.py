@@ -20,9 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cskv.adapter import BaseModelInfo
 from cskv.atomic import write_text
 from cskv.errors import DataError
 from cskv.models.sites import find_sites
+from cskv.statistics import Statistics
 
 ENERGY_SHARES = (0.90, 0.95, 0.99)
 
@@ -86,6 +88,26 @@ def moment_spectrum(moment: Float[Tensor, "kv_dim kv_dim"], layer: int, projecti
     eigenvalues = torch.linalg.eigvalsh(moment.detach().to(torch.float64))
     values = eigenvalues.flip(0).clamp(min=0.0).sqrt()  # rounding leaves tiny negative eigenvalues
     return Spectrum(layer, projection, "calibrated", tuple(values.tolist()))
+
+
+def calibrated_spectra(model: nn.Module, statistics: Statistics) -> list[Spectrum]:
+    """The spectra of calibrated keys and values, K before V, in cache order.
+
+    Args:
+        model: the model that was calibrated.
+        statistics: from `cskv.calibration.calibrate(..., covariance=True)`.
+
+    Raises:
+        DataError: the statistics hold no second moments, or they are not finite.
+        AdapterError: the statistics belong to another model.
+    """
+    sites = find_sites(model)
+    statistics.check_fits(BaseModelInfo.from_model(model), sites)
+    return [
+        moment_spectrum(statistics.get(site.layer_idx, f"{projection}.moment"), site.layer_idx, projection)
+        for site in sites
+        for projection in ("k", "v")
+    ]
 
 
 def summary_rows(spectra: Iterable[Spectrum]) -> list[dict[str, Any]]:

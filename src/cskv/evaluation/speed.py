@@ -10,8 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from cskv.capture import frozen
 from cskv.errors import DataError
-from cskv.evaluation.forward import clock, evaluating, forward
+from cskv.evaluation.forward import clock, forward
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def measure_decode(
     batch, prompt_tokens = input_ids.shape
     if not batch * prompt_tokens:
         raise DataError(f"the prompt has shape {tuple(input_ids.shape)}; expected at least one row and one token")
-    with evaluating(model):
+    with frozen(model):
         forward(model, input_ids[:, :8])
         began = clock(model.device)
         logits, cache = forward(model, input_ids, last_only=True)
