@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+
+DEFAULT_REFERENCE_VECTORS = Path(__file__).parents[2] / "shared" / "reference-vectors"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where runs of the official implementation lie."""
+    parser.addoption(
+        "--reference-vectors",
+        type=Path,
+        default=DEFAULT_REFERENCE_VECTORS,
+        help="a folder of runs of the official implementation; tests that need it are skipped when it is absent",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per reference run."""
+    if "reference_run" not in metafunc.fixturenames:
+        return
+    folder = metafunc.config.getoption("--reference-vectors")
+    runs = sorted(path.parent for path in folder.glob("*/run.safetensors"))
+    absent = pytest.param(None, marks=pytest.mark.skip(reason=f"no reference runs in {folder}"), id="absent")
+    metafunc.parametrize("reference_run", runs or [absent], ids=lambda run: run.name if run else None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -119,8 +119,8 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
             ours, theirs = getattr(self.base, name), getattr(base, name)
             if ours != theirs:
                 raise AdapterError(
-                    f"the adapter was made for {self.base.name or 'a model'} with {name} {ours}, this model has {theirs}; "
-                    "load the base model that the adapter names"
+                    f"made for {self.base.name or 'a model'} with {name} {ours}, this model has {theirs}: "
+                    "load the base model that it names"
                 )
         indices = [site.layer_idx for site in sites]
         if indices != self.layer_indices:
@@ -130,8 +130,8 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
             for kind, ours in (("k", factors.k), ("v", factors.v)):
                 if (ours.kv_dim, ours.hidden_size) != (site.kv_dim, site.hidden_size):
                     raise AdapterError(
-                        f"layer {site.layer_idx} {kind}: the adapter maps {ours.hidden_size} to {ours.kv_dim} channels, "
-                        f"the model {site.hidden_size} to {site.kv_dim}"
+                        f"layer {site.layer_idx} {kind}: the adapter maps {ours.hidden_size} to {ours.kv_dim} channels,"
+                        f" the model {site.hidden_size} to {site.kv_dim}"
                     )
 
     def describe(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         }
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the folder; `save_pretrained` and `push_to_hub` come here. The config is last: with it, all is there."""
+        """Write the folder, for `save_pretrained` and `push_to_hub`. The config is last: with it, all is there."""
         folder = Path(save_directory)
         write_tensors(folder / WEIGHTS_FILE, self.state_dict(), metadata={"format": "pt"})
         write_text(folder / CARD_FILE, model_card(self.describe()))
@@ -171,40 +171,18 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         return None
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **_unused: Any,
-    ) -> CSKVAdapter:
-        folder = Path(model_id)
-        if not folder.is_dir():
-            folder = _download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
-        return _read_folder(folder)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CSKVAdapter:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> CSKVAdapter:
         """Load an adapter from a folder or the hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository on the hub.
+            **hub: `huggingface_hub.snapshot_download`'s own (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
             AdapterError: no such folder, or its files are missing, truncated, or do not agree with each other.
         """
         folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            return _read_folder(folder)
-        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        return _read_folder(folder if folder.is_dir() else _download(str(pretrained_model_name_or_path), **hub))
 
 
 class _FactorModule(nn.Module):
@@ -253,7 +231,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} is not a cskv adapter: its {CONFIG_FILE} does not say model_type {MODEL_TYPE!r}")
     if description.get("format_version", 0) > FORMAT_VERSION:
         raise AdapterError(
-            f"{folder} has adapter format {description['format_version']}, this cskv reads {FORMAT_VERSION}; upgrade cskv"
+            f"{folder} has adapter format {description['format_version']}, this cskv reads {FORMAT_VERSION}; upgrade"
         )
     return description
 
@@ -272,11 +250,15 @@ def _read_folder(folder: Path) -> CSKVAdapter:
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     layers = {index: _layer_from(tensors, index, folder) for index in ranks}
     if tensors:
-        raise AdapterError(f"{folder / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {sorted(tensors)[:3]}")
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {sorted(tensors)[:3]}"
+        )
     for index, layer in layers.items():
         got = {"k": layer.k.rank, "v": layer.v.rank, "kv_dim": layer.k.kv_dim}
         if got != ranks[index]:
-            raise AdapterError(f"{folder}: layer {index} has ranks {got} in {WEIGHTS_FILE}, {ranks[index]} in {CONFIG_FILE}")
+            raise AdapterError(
+                f"{folder}: layer {index} has ranks {got} in {WEIGHTS_FILE}, {ranks[index]} in {CONFIG_FILE}"
+            )
     return CSKVAdapter(config, layers, base, metrics)
 
 
@@ -312,6 +294,8 @@ def _layer_from(tensors: dict[str, Tensor], index: int, folder: Path) -> LayerFa
         bias = tensors.pop(f"{prefix}.bias", None)
         fits = down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1]
         if not fits or (bias is not None and bias.shape != up.shape[:1]):
-            raise AdapterError(f"{folder / WEIGHTS_FILE}: {prefix} has down {tuple(down.shape)} and up {tuple(up.shape)}")
+            raise AdapterError(
+                f"{folder / WEIGHTS_FILE}: {prefix} has down {tuple(down.shape)} and up {tuple(up.shape)}"
+            )
         pair[kind] = Factors(down, up, bias)
     return LayerFactors(pair["k"], pair["v"])

@@ -21,8 +21,8 @@ def model_card(description: dict[str, Any]) -> str:
         "",
         f"# KV cache compressor for {base['name'] or base['model_type']}",
         "",
-        f"Keeps {settings['k_density']:.0%} of the key channels and {settings['v_density']:.0%} of the value channels of the KV",
-        f"cache as latents (CSKV, arXiv 2409.10593). The newest {settings['window']} to "
+        f"Keeps {settings['k_density']:.0%} of the key channels and {settings['v_density']:.0%} of the value channels",
+        f"of the KV cache as latents (CSKV, arXiv 2409.10593). The newest {settings['window']} to "
         f"{settings['window'] + settings['group'] - 1} tokens are kept exactly.",
         "",
         "```python",

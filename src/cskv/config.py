@@ -59,7 +59,7 @@ class CSKVConfig:
         for name in ("k_bits", "v_bits"):
             if getattr(self, name) != 16:
                 raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}; only 16 is available, quantised latents are not implemented yet"
+                    f"{name} is {getattr(self, name)!r}; only 16 is available: latents are not quantised yet"
                 )
 
     def k_rank(self, kv_dim: int) -> int:

@@ -64,7 +64,11 @@ def chunked_prefill(model: nn.Module) -> Tensor:
 
 def multi_turn(model: nn.Module) -> Tensor:
     config = GenerationConfig(
-        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=0, do_sample=False, return_dict_in_generate=True
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+        do_sample=False,
+        return_dict_in_generate=True,
     )
     first = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), generation_config=config)
     follow_up = torch.cat([first.sequences, PROMPT[:, 4:11]], dim=1)
@@ -83,8 +87,8 @@ MODES: list[Callable[[nn.Module], Tensor]] = [
     chunked_prefill,
     multi_turn,
 ]
-# With dynamic RoPE scaling the unpatched model's guesses stretch the frequencies of a later call: it does not agree with
-# itself when a prompt lookup runs twice.
+# With dynamic RoPE scaling the unpatched model's guesses stretch the frequencies of a later call: it does not agree
+# with itself when a prompt lookup runs twice.
 UNSTABLE = {("llama-dynamic-rope", prompt_lookup)}
 CASES = [(name, mode) for name in FAMILIES for mode in MODES if (name, mode) not in UNSTABLE]
 
@@ -145,8 +149,8 @@ def test_a_copied_cache_continues_on_its_own() -> None:
 
 
 def test_pipeline_uses_the_compressed_cache() -> None:
-    from transformers import PreTrainedTokenizerFast, pipeline
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, pipeline
 
     words = {f"w{i}": i for i in range(96)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))

@@ -89,9 +89,7 @@ class BiBranchStore:
         if self._keys is not None and self._values is not None:
             keys = torch.cat([self._keys, keys], dim=2)
             values = torch.cat([self._values, values], dim=2)
-        view = View(
-            self._k_latents.tokens[:, : self.sealed], self._v_latents.tokens[:, : self.sealed], keys, values
-        )
+        view = View(self._k_latents.tokens[:, : self.sealed], self._v_latents.tokens[:, : self.sealed], keys, values)
         self._keep_recent(keys, values, self._rollback_point(before))
         return view
 

@@ -1,0 +1,1 @@
+"""Attaching a compressor to a transformers model. The only room that knows transformers' internals."""

@@ -1,8 +1,8 @@
 """Put a compressor on a loaded model, and take it off again.
 
-Attaching adds one forward pre-hook to every compressed attention module and nothing else: no weight, method or config of
-the model changes, so that detaching leaves it as it was. The hook computes the latents of the layer input and makes sure
-that the layer of the cache about to be updated is ours.
+Attaching adds one forward pre-hook to every compressed attention module and nothing else: no weight, method or config
+of the model changes, so that detaching leaves it as it was. The hook computes the latents of the layer input and makes
+sure that the layer of the cache about to be updated is ours.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class Attachment:
         self.adapter = adapter
         self._owners = _table_owners(sites, recipes)
         self._hooks = [_SiteHook(self, site, recipes[site.layer_idx]) for site in sites]
-        self._handles = [
-            hook.site.module.register_forward_pre_hook(hook, with_kwargs=True) for hook in self._hooks
-        ]
+        self._handles = [hook.site.module.register_forward_pre_hook(hook, with_kwargs=True) for hook in self._hooks]
         # cos and sin of the sealed tokens, by table owner: made by the first layer of a forward, dropped by the last.
         self.sealed_rope: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -225,8 +223,8 @@ class _SiteHook:
         held, ours = store.ranks, (self._factors.k.rank, self._factors.v.rank)
         if (store.window, store.group) != (config.window, config.group) or held not in (None, ours):
             raise CacheError(
-                f"the cache was written by another compressor (ranks {held}, window {store.window}, group {store.group}); "
-                "start a new cache"
+                f"the cache is of another compressor (ranks {held}, window {store.window}, group {store.group})"
+                "; start a new cache"
             )
 
 

@@ -49,7 +49,7 @@ class CSKVForCausalLM(PreTrainedModel):
         adapter = CSKVAdapter.from_pretrained(pretrained_model_name_or_path, **hub)
         if not adapter.base.name:
             raise AdapterError(
-                f"{pretrained_model_name_or_path} does not name its base model; load the base yourself and call cskv.attach"
+                f"{pretrained_model_name_or_path} does not name its base model; load the base and call cskv.attach"
             )
         model = AutoModelForCausalLM.from_pretrained(
             adapter.base.name, *model_args, revision=adapter.base.revision or "main", **kwargs

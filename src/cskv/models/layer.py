@@ -60,9 +60,7 @@ class CSKVLayer(DynamicLayer):
         """Take the latents of the tokens that the next `update` brings."""
         self._staged = staged
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens and return all keys and values that their queries attend to.
 
         Args:

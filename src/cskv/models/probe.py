@@ -1,8 +1,8 @@
 """A check by experiment that a layer's cached keys and values can be rebuilt from its projections.
 
-Eight tokens go through the unpatched model once. Each layer's projection outputs, its position embeddings and what its
-cache received are recorded; then every combination of norm and rotation is tried until one gives what was cached. A family
-that matches none is refused at attach time, rather than answered wrongly later.
+Eight tokens go through the unpatched model once. Each layer's projection outputs, its position embeddings and what
+its cache received are recorded; then every combination of norm and rotation is tried, and the one that gives what was
+cached is kept. A family that matches none is refused at attach time, rather than answered wrongly later.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def _match(
     if best is None or not least <= tolerance:
         found = "no combination ran" if best is None else f"the closest is off by {least:.1e} of the largest"
         raise UnsupportedModelError(
-            f"the cached {kind} of {site.name} ({type(site.module).__name__}) follow from its projection by no known norm "
-            f"and rotation ({found}, {tolerance:.0e} is rounding); see docs/add-a-family.md"
+            f"the cached {kind} of {site.name} ({type(site.module).__name__}) follow from its projection by no known "
+            f"norm and rotation ({found}, {tolerance:.0e} is rounding); see docs/add-a-family.md"
         )
     return best
 

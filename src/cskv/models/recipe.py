@@ -1,7 +1,7 @@
 """How rebuilt channels become the keys and values that a model caches: bias -> norm -> RoPE, per family.
 
-The recipe of a layer is found by `cskv.models.probe`; here it is only carried out, with the model's own norm modules and
-its own `apply_rotary_pos_emb`.
+The recipe of a layer is found by `cskv.models.probe`; here it is only carried out, with the model's own norm modules
+and its own `apply_rotary_pos_emb`.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class FixedRope:
     def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
         if position_ids is None or position_ids.ndim != 2:
             raise UnsupportedModelError(
-                "the attention layer got no (batch, tokens) position_ids in this forward; it got them when it was attached"
+                "the attention layer got no (batch, tokens) position_ids in this forward, but did when it was attached"
             )
         return (position_ids,)
 
@@ -66,7 +66,9 @@ class FixedRope:
         return cos, sin
 
 
-def find_rope(model: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, kind: str | None) -> Rope:
+def find_rope(
+    model: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, kind: str | None
+) -> Rope:
     """The cheapest form that gives back exactly `cos` and `sin`.
 
     Args:

@@ -36,7 +36,7 @@ class Projection:
     @property
     def weight(self) -> Tensor:
         """(kv_dim, hidden): a view of the base model's weight."""
-        return self.linear.weight[self.start : self.stop]
+        return self.linear.weight[self.start : self.stop]  # type: ignore[index, return-value]
 
     @property
     def bias(self) -> Tensor | None:
@@ -74,7 +74,7 @@ class AttentionSite:
 
     @property
     def hidden_size(self) -> int:
-        return self.k.linear.weight.shape[1]
+        return self.k.weight.shape[1]
 
     @property
     def num_kv_heads(self) -> int:
@@ -138,7 +138,7 @@ def _site(path: str, module: nn.Module) -> AttentionSite:
         v = Projection(module.v_proj, 0, module.v_proj.weight.shape[0])
     if k.kv_dim != v.kv_dim or k.kv_dim % head_dim:
         raise UnsupportedModelError(
-            f"{path}: keys have {k.kv_dim} and values {v.kv_dim} channels of head_dim {head_dim}; expected equal multiples"
+            f"{path}: keys have {k.kv_dim} and values {v.kv_dim} channels; expected equal multiples of {head_dim}"
         )
     return AttentionSite(path, module.layer_idx, module, k, v, head_dim)
 

@@ -1,0 +1,137 @@
+"""The bi-branch store: which tokens are read from where, and that no way of filling it changes that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cskv.cache.bibranch import BiBranchStore, View
+
+BATCH, HEADS, HEAD_DIM, K_RANK, V_RANK = 2, 2, 4, 3, 5
+
+
+def tokens(start: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, keys and values whose entries are the token's number (values: negated)."""
+    number = torch.arange(start, start + count).float()
+    latents = number[None, :, None].expand(BATCH, count, K_RANK), -number[None, :, None].expand(BATCH, count, V_RANK)
+    heads = number[None, None, :, None].expand(BATCH, HEADS, count, HEAD_DIM)
+    return *latents, heads, -heads
+
+
+def fill(store: BiBranchStore, sizes: list[int]) -> View:
+    view, total = None, store.length
+    for size in sizes:
+        view = store.append(*tokens(total, size))
+        total += size
+    assert view is not None
+    return view
+
+
+def read_from(view: View) -> tuple[list[int], list[int]]:
+    """The numbers of the tokens in the compressed and in the exact branch."""
+    compressed, exact = view.k_latents[0, :, 0].int().tolist(), view.keys[0, 0, :, 0].int().tolist()
+    assert view.v_latents[1, :, 0].int().neg().tolist() == compressed
+    assert view.values[1, 1, :, 0].int().neg().tolist() == exact
+    return compressed, exact
+
+
+@pytest.mark.parametrize(
+    ("window", "group", "cached", "sealed"),
+    # The official rule, window 0: the first (s // g) * g of s cached tokens are compressed.
+    [(0, 1, 7, 7), (0, 4, 3, 0), (0, 4, 4, 4), (0, 4, 7, 4), (0, 32, 70, 64), (3, 4, 6, 0), (3, 4, 7, 4), (5, 1, 9, 4)],
+)
+def test_what_the_next_forward_reads(window: int, group: int, cached: int, sealed: int) -> None:
+    store = BiBranchStore(window, group)
+    fill(store, [cached])
+    compressed, exact = read_from(fill(store, [2]))
+    assert compressed == list(range(sealed))
+    assert exact == list(range(sealed, cached + 2))
+
+
+def test_a_prefill_reads_nothing_compressed() -> None:
+    compressed, exact = read_from(fill(BiBranchStore(0, 4), [19]))
+    assert compressed == []
+    assert exact == list(range(19))
+
+
+sizes_lists = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+
+
+@given(sizes_lists, st.integers(0, 6), st.integers(1, 6))
+def test_no_way_of_filling_changes_what_is_read(sizes: list[int], window: int, group: int) -> None:
+    total = sum(sizes)
+    chunked, single, whole = (BiBranchStore(window, group) for _ in range(3))
+    fill(chunked, sizes)
+    fill(single, [1] * total)
+    fill(whole, [total])
+    views = [read_from(fill(store, [1])) for store in (chunked, single, whole)]
+    assert views[0] == views[1] == views[2]
+    sealed = max(0, total - window) // group * group
+    assert views[0] == (list(range(sealed)), list(range(sealed, total + 1)))
+
+
+@given(sizes_lists, st.integers(0, 6), st.integers(1, 6))
+def test_between_forwards_no_old_token_is_held_exactly(sizes: list[int], window: int, group: int) -> None:
+    store = BiBranchStore(window, group)
+    total = 0
+    for size in sizes:
+        before, total = total, total + size
+        fill(store, [size])
+        held = store.window_nbytes() // (2 * BATCH * HEADS * HEAD_DIM * 4)
+        undoable = size - 1 if before and size <= group else 0
+        assert held <= window + group - 1 + undoable
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 6), st.integers(0, 6), st.integers(1, 6))
+def test_a_rejected_guess_leaves_no_trace(prompt: int, guess: int, accepted: int, window: int, group: int) -> None:
+    guess = min(guess, group)
+    accepted = min(accepted, guess - 1) + 1  # a verification always accepts at least the token fed before the guess
+    guessed, straight = BiBranchStore(window, group), BiBranchStore(window, group)
+    fill(guessed, [prompt, guess])
+    guessed.crop(prompt + accepted)
+    fill(straight, [prompt, accepted])
+    assert guessed.length == straight.length
+    assert read_from(fill(guessed, [1])) == read_from(fill(straight, [1]))
+
+
+@given(st.integers(2, 40), st.integers(1, 39), st.integers(0, 6), st.integers(1, 6))
+def test_a_crop_into_sealed_tokens_keeps_every_token_once(total: int, length: int, window: int, group: int) -> None:
+    length = min(length, total - 1)
+    store = BiBranchStore(window, group)
+    fill(store, [total])
+    store.crop(length)
+    compressed, exact = read_from(fill(store, [3]))
+    assert compressed + exact == list(range(length + 3))
+
+
+def test_bytes_are_those_of_the_tensors_held() -> None:
+    store = BiBranchStore(window=2, group=3)
+    fill(store, [50, 1, 1])
+    held = [store._k_latents._storage, store._v_latents._storage, store._keys, store._values]
+    assert store.nbytes() == sum(tensor.untyped_storage().nbytes() for tensor in held)
+    assert store.nbytes() == store.latent_nbytes() + store.window_nbytes() + store.slack_nbytes()
+    assert store.latent_nbytes() == BATCH * 52 * (K_RANK + V_RANK) * 4
+
+
+def test_batch_changes_reach_both_branches() -> None:
+    store = BiBranchStore(window=2, group=2)
+    k_latents, v_latents, keys, values = (part.clone() for part in tokens(0, 9))
+    for part in (k_latents, v_latents, keys, values):
+        part[1] += 100
+    store.append(k_latents, v_latents, keys, values)
+    store.map_batch(lambda rows: rows.index_select(0, torch.tensor([1, 0])))
+    view = store.append(*tokens(9, 1))
+    assert view.k_latents[0, :, 0].tolist() == [100.0 + i for i in range(6)]
+    assert view.keys[0, 0, :3, 0].tolist() == [106.0, 107.0, 108.0]
+    assert view.keys[1, 0, :3, 0].tolist() == [6.0, 7.0, 8.0]
+
+
+def test_cleared_store_starts_anew() -> None:
+    store = BiBranchStore(window=2, group=2)
+    fill(store, [9])
+    store.clear()
+    assert (store.length, store.nbytes(), store.ranks) == (0, 0, None)
+    assert read_from(fill(store, [5])) == ([], list(range(5)))

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cskv.cache.buffer import TokenBuffer
+
+
+def rows(start: int, count: int, batch: int = 2, channels: int = 3) -> torch.Tensor:
+    """Rows whose entries tell which token they are."""
+    return (torch.arange(start, start + count).float()[None, :, None] + torch.zeros(batch, 1, channels)).contiguous()
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12))
+def test_appends_of_any_sizes_hold_all_rows_in_order(sizes: list[int]) -> None:
+    buffer = TokenBuffer()
+    total = 0
+    for size in sizes:
+        buffer.append(rows(total, size))
+        total += size
+    assert buffer.length == total
+    assert torch.equal(buffer.tokens, rows(0, total))
+
+
+def test_slack_stays_under_a_tenth_at_16k_tokens() -> None:
+    buffer = TokenBuffer()
+    buffer.append(torch.zeros(1, 8000, 4))
+    worst = 0.0
+    for _ in range(8400):
+        buffer.append(torch.zeros(1, 1, 4))
+        if buffer.length >= 8192:
+            worst = max(worst, buffer.slack_nbytes() / (buffer.nbytes() - buffer.slack_nbytes()))
+    assert worst < 0.10
+    assert buffer.nbytes() == buffer._storage.untyped_storage().nbytes()
+
+
+def test_single_appends_rarely_move_the_storage() -> None:
+    buffer = TokenBuffer()
+    buffer.append(rows(0, 1000))
+    moves, address = 0, buffer.tokens.data_ptr()
+    for token in range(1000, 2000):
+        buffer.append(rows(token, 1))
+        moves += buffer.tokens.data_ptr() != address
+        address = buffer.tokens.data_ptr()
+    assert moves <= 13  # 1000 * (17/16)^12 > 2000
+
+
+def test_guesses_that_are_cropped_again_do_not_reallocate() -> None:
+    buffer = TokenBuffer()
+    buffer.append(rows(0, 500))
+    buffer.append(rows(500, 60))
+    buffer.crop(500)
+    moves, address = 0, buffer.tokens.data_ptr()
+    for _ in range(20):
+        buffer.append(rows(500, 10))
+        buffer.crop(500)
+        moves += buffer.tokens.data_ptr() != address
+        address = buffer.tokens.data_ptr()
+    assert moves <= 1
+    assert torch.equal(buffer.tokens, rows(0, 500))
+
+
+def test_a_large_crop_gives_memory_back() -> None:
+    buffer = TokenBuffer()
+    buffer.append(rows(0, 4000))
+    before = buffer.nbytes()
+    buffer.crop(100)
+    assert buffer.nbytes() < before / 10
+    assert torch.equal(buffer.tokens, rows(0, 100))
+
+
+def test_crop_beyond_the_end_changes_nothing() -> None:
+    buffer = TokenBuffer()
+    buffer.append(rows(0, 5))
+    buffer.crop(9)
+    assert torch.equal(buffer.tokens, rows(0, 5))
+
+
+def test_batch_changes_reach_old_and_new_rows() -> None:
+    buffer = TokenBuffer()
+    first = torch.arange(12.0).reshape(2, 2, 3)
+    buffer.append(first)
+    buffer.map_batch(lambda storage: storage.index_select(0, torch.tensor([1, 1, 0])))
+    buffer.append(torch.zeros(3, 1, 3))
+    assert torch.equal(buffer.tokens[:, :2], first[[1, 1, 0]])
+    assert torch.equal(buffer.tokens[:, 2], torch.zeros(3, 3))

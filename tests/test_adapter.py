@@ -1,0 +1,168 @@
+"""The adapter folder: what is saved comes back, and a damaged or foreign one is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cskv
+from cskv import AdapterError, CSKVAdapter, CSKVConfig
+from tests.models.families import tiny_model, truncated_adapter
+
+CONFIG = CSKVConfig(k_density=0.25, v_density=0.5)
+
+
+@pytest.fixture(scope="module")
+def adapter() -> CSKVAdapter:
+    made = truncated_adapter(tiny_model("qwen2"), CONFIG)  # its projections are biased
+    made.metrics = {"loss": {"k": 0.125, "v": 0.5}, "tokens": 4096}
+    return made
+
+
+@pytest.fixture
+def folder(adapter: CSKVAdapter, tmp_path: Path) -> Path:
+    adapter.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_what_is_saved_comes_back(adapter: CSKVAdapter, folder: Path) -> None:
+    loaded = CSKVAdapter.from_pretrained(folder)
+    assert loaded.config == adapter.config
+    assert loaded.base == adapter.base
+    assert loaded.metrics == adapter.metrics
+    assert list(loaded.state_dict()) == list(adapter.state_dict())
+    for name, tensor in adapter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_the_folder_holds_three_readable_files(folder: Path) -> None:
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    assert load_file(folder / "model.safetensors")["layers.0.k.down"].shape == (8, 64)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "| loss.k | 0.125 |" in card
+    assert "| 0 | 8 | 16 | 32 |" in card
+
+
+def test_factors_are_the_parameters(adapter: CSKVAdapter) -> None:
+    names = dict(adapter.named_parameters())
+    factors = adapter.factors(1)
+    assert factors.k.down is names["layers.1.k.down"]
+    assert factors.v.up is names["layers.1.v.up"]
+    assert not factors.v.bias.requires_grad
+    with pytest.raises(AdapterError, match=r"no layer 7; it has \[0, 1\]"):
+        adapter.factors(7)
+
+
+def test_a_truncated_weight_file_is_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match="truncated or corrupted") as caught:
+        CSKVAdapter.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_garbage_in_place_of_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x00garbage" * 10)
+    with pytest.raises(AdapterError, match="truncated or corrupted"):
+        CSKVAdapter.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder: Path, missing: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(AdapterError, match=missing):
+        CSKVAdapter.from_pretrained(folder)
+
+
+def edit_weights(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("layers.1.v.up"), r"lacks 'layers.1.v.up'"),
+        (lambda t: t.update(extra=torch.zeros(1)), r"does not name: \['extra'\]"),
+        (lambda t: t["layers.0.k.down"].fill_(float("nan")), "layers.0.k.down holds NaN"),
+        (
+            lambda t: t.update({"layers.0.k.down": torch.zeros(3, 64)}),
+            r"layers.0.k has down \(3, 64\) and up \(32, 8\)",
+        ),
+        (
+            lambda t: t.update({"layers.0.k.down": torch.zeros(3, 64), "layers.0.k.up": torch.zeros(32, 3)}),
+            "layer 0 has ranks",
+        ),
+    ],
+)
+def test_weights_that_do_not_agree_are_named(folder: Path, change, message: str) -> None:
+    edit_weights(folder, change)
+    with pytest.raises(AdapterError, match=message):
+        CSKVAdapter.from_pretrained(folder)
+
+
+def edit_config(folder: Path, **changes) -> None:
+    description = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "not a cskv adapter"),
+        ({"format_version": 99}, "adapter format 99, this cskv reads 1; upgrade"),
+        ({"ranks": None}, "damaged"),
+        ({"compression": {"k_density": 3.0}}, "k_density is 3.0"),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused(folder: Path, changes: dict, message: str) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(AdapterError, match=message):
+        CSKVAdapter.from_pretrained(folder)
+
+
+def test_a_folder_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(AdapterError, match=r"no adapter folder '\./nowhere'") as caught:
+        CSKVAdapter.from_pretrained("./nowhere", local_files_only=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {}, "model_type qwen2, this model has llama"),
+        ("qwen2", {"hidden_size": 32}, "hidden_size 64, this model has 32"),
+        ("qwen2", {"num_hidden_layers": 3}, "num_layers 2, this model has 3"),
+        ("qwen2", {"num_key_value_heads": 4}, "layer 0 k: the adapter maps 64 to 32 channels, the model 64 to 64"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(adapter, family: str, changes: dict, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        cskv.attach(tiny_model(family, **changes), adapter)
+
+
+def test_push_to_hub_uploads_the_same_folder(adapter: CSKVAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything up to the network is real; the upload itself is caught."""
+    from huggingface_hub import HfApi
+
+    uploaded = {}
+
+    def create_repo(self, repo_id, **_):
+        return type("Repo", (), {"repo_id": repo_id})()
+
+    def upload_folder(self, *, repo_id, folder_path, **_):
+        uploaded[repo_id] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    adapter.push_to_hub("someone/adapter")
+    assert sorted(uploaded["someone/adapter"]) == ["README.md", "config.json", "model.safetensors"]
+    assert json.loads(uploaded["someone/adapter"]["config.json"]) == adapter.describe()

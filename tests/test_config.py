@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from cskv import ConfigError, CSKVConfig
+
+
+@pytest.mark.parametrize(
+    ("density", "kv_dim", "rank"), [(0.2, 1024, 205), (0.5, 64, 32), (1.0, 256, 256), (0.2, 256, 51), (0.001, 1024, 1)]
+)
+def test_rank_is_the_density_rounded(density: float, kv_dim: int, rank: int) -> None:
+    config = CSKVConfig(k_density=density, v_density=density)
+    assert config.k_rank(kv_dim) == config.v_rank(kv_dim) == rank
+
+
+def test_a_rank_that_rounds_to_zero_is_refused_with_the_least_density() -> None:
+    with pytest.raises(ConfigError, match=r"k_density 0.001 of kv_dim 256 rounds to rank 0.*0.003906"):
+        CSKVConfig(k_density=0.001).k_rank(256)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k_density": 0}, r"k_density is 0; expected .*\(0, 1\]"),
+        ({"v_density": 1.5}, "v_density is 1.5"),
+        ({"k_density": float("nan")}, "k_density is nan"),
+        ({"k_density": "0.5"}, "k_density is '0.5'"),
+        ({"k_density": True}, "k_density is True"),
+        ({"window": -1}, "window is -1; expected a whole number of tokens, at least 0"),
+        ({"group": 0}, "group is 0; expected a whole number of tokens, at least 1"),
+        ({"group": 2.0}, "group is 2.0"),
+        ({"init": "pca2"}, "init is 'pca2'; expected one of svd, asvd"),
+        ({"asvd_alpha": 2}, "asvd_alpha is 2"),
+        ({"k_bits": 4}, "k_bits is 4; only 16"),
+        ({"v_bits": 2}, "v_bits is 2; only 16"),
+    ],
+)
+def test_a_value_out_of_range_is_one_clear_line(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        CSKVConfig(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_round_trip(tmp_path) -> None:
+    config = CSKVConfig(k_density=0.25, v_density=0.75, window=5, group=7, init="svd", asvd_alpha=0.3)
+    path = tmp_path / "settings.json"
+    path.write_text(config.to_json())
+    assert CSKVConfig.from_json_file(path) == config
+
+
+def test_settings_of_a_newer_version_are_dropped_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="head_groups"):
+        assert CSKVConfig.from_dict({"k_density": 0.5, "head_groups": 4}) == CSKVConfig(k_density=0.5)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_file_that_is_no_settings_is_refused(tmp_path, text: str) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="settings"):
+        CSKVConfig.from_json_file(path)
