@@ -6,7 +6,7 @@ only, never on the number of samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ Progress = Callable[[int, int | None], None]
 
 
 class _Means:
-    """Running means of named quantities, by layer: (layer, name) -> fp64 sum on the layer's device, and a token count."""
+    """Running means of named quantities, by layer: fp64 sums on the layer's device, and token counts."""
 
     def __init__(self) -> None:
         self.sums: dict[int, dict[str, Tensor]] = {}
@@ -70,7 +70,8 @@ def calibrate(
         model: a transformers decoder model.
         samples: token ids, one sample or a batch of equally long ones at a time; consumed once.
         covariance: also take first and second moments of keys and values, for `Statistics.singular_values`.
-        source, seed: what to note in the statistics about the text; taken from `TokenSamples` where not given.
+        source: the text's name, to be noted in the statistics; taken from `TokenSamples` where not given.
+        seed: the same for the seed of its order.
         progress: called with (batches done, batches in all or None) after each batch.
 
     Raises:
@@ -83,7 +84,7 @@ def calibrate(
     if covariance:
         watchers["keys"] = lambda layer_idx, y: means.add_output(layer_idx, "k", y)
         watchers["values"] = lambda layer_idx, y: means.add_output(layer_idx, "v", y)
-    total = len(samples) if hasattr(samples, "__len__") else None
+    total = len(samples) if isinstance(samples, Sized) else None
     tokens = 0
 
     def statistics() -> Statistics:
@@ -94,9 +95,7 @@ def calibrate(
             source=source if source is not None else getattr(getattr(samples, "source", None), "name", ""),
             seed=seed if seed is not None else getattr(samples, "seed", 0),
         )
-        result.check_finite(
-            f"after {tokens} tokens of {result.source or 'text'}: the model overflows; try it in bf16 or fp32"
-        )
+        result.check_finite(f"after {tokens} tokens: the model overflows; try it in bf16 or fp32")
         return result
 
     with frozen(model), watching(sites, **watchers):

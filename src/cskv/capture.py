@@ -21,12 +21,11 @@ Watcher = Callable[[int, Tensor], None]
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back at the end."""
+    """Evaluation mode; every module's own mode comes back at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
@@ -45,7 +44,8 @@ def watching(
     Args:
         sites: the layers to watch.
         inputs: gets the layer input x, (batch, tokens, hidden).
-        keys, values: get the projections' outputs, bias included, before any norm and RoPE, (batch, tokens, kv_dim).
+        keys: gets the key projection's output, bias included, before any norm and RoPE, (batch, tokens, kv_dim).
+        values: the same of the value projection.
     """
     with ExitStack() as hooks:
         for site in sites:
@@ -59,8 +59,9 @@ def watching(
         yield
 
 
+@torch.no_grad()
 def decode(model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens hidden"]:
-    """Run the decoder, without the language head and without a cache."""
+    """Run the decoder, without the language head, a cache or gradients."""
     decoder = getattr(model, "base_model", model)
     return decoder(input_ids=input_ids.to(device_of(model)), use_cache=False)[0]
 

@@ -92,7 +92,7 @@ class Statistics:
         indices = [site.layer_idx for site in sites]
         if indices != sorted(self.layers):
             raise AdapterError(
-                f"{where} for layers {sorted(self.layers)}, this model has {indices}; calibrate this model"
+                f"{where} for layers {sorted(self.layers)}, this one has {indices}; calibrate this model"
             )
         for site in sites:
             for name, tensor in self.layers[site.layer_idx].items():

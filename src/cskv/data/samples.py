@@ -1,9 +1,9 @@
 """Token samples of one length, packed from a stream of documents.
 
 Documents are tokenised as they come and laid end to end, with the end-of-text token after each; the row of tokens is
-cut into samples. A tokenizer that begins every text with its begin token does so for every sample, since models rely on
-it (attention sinks). Only one batch of documents and the remainder of the last one are held, so memory does not grow with
-the number of samples.
+cut into samples. A tokenizer that begins every text with its begin token does so for every sample, since models rely
+on it (attention sinks). Only one batch of documents and the remainder of the last one are held, so memory does not grow
+with the number of samples.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class TokenSamples:
                 f"{name} has {tokens} tokens; one sample needs {body}: give more text or a smaller sample length"
             )
         raise DataError(
-            f"{name} has {tokens} tokens, enough for {made} samples of {self.sample_len}; {self.num_samples} were asked "
-            f"for ({self.num_samples * body} tokens): give more text or ask for at most {made}"
+            f"{name} has {tokens} tokens, enough for {made} samples of {self.sample_len}; {self.num_samples} were "
+            f"asked for ({self.num_samples * body} tokens): give more text or ask for at most {made}"
         )
 
     def _token_batches(self) -> Iterator[list[int]]:

@@ -1,0 +1,81 @@
+"""The training log: one JSON object a line, in `train_log.jsonl`, for a person to plot.
+
+{"step": 1, "loss": 0.31, "k_loss": 0.2, "v_loss": 0.11, "lr": 5e-05, "tokens": 1024, "seconds": 0.8}
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from cskv.atomic import write_text
+from cskv.errors import CSKVError
+
+FILE = "train_log.jsonl"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step.
+
+    Attributes:
+        step: counted from 1.
+        loss: k_loss + v_loss.
+        k_loss, v_loss: summed over layers, averaged over the step's tokens, before the step's update.
+        lr: the learning rate used.
+        tokens: seen so far by all processes.
+        seconds: spent training so far, over all sessions of the run.
+    """
+
+    step: int
+    loss: float
+    k_loss: float
+    v_loss: float
+    lr: float
+    tokens: int
+    seconds: float
+
+
+class TrainingLog:
+    """Appends records; lines after `last_step`, which a resumed run will write again, are dropped first.
+
+    Raises:
+        CSKVError: the file cannot be written.
+    """
+
+    def __init__(self, output: Path, last_step: int) -> None:
+        self.path = output / FILE
+        write_text(self.path, "".join(_lines_until(self.path, last_step)))
+        try:
+            self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise CSKVError(f"cannot write {self.path}: {error.strerror}; choose a writable folder") from error
+
+    def append(self, record: StepRecord) -> None:
+        """Write one line, at once: a person may be watching."""
+        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+
+def read_log(path: str | Path) -> list[StepRecord]:
+    """The records of a log file. A last line that a killed run left unfinished is skipped."""
+    return [StepRecord(**json.loads(line)) for line in _whole_lines(Path(path))]
+
+
+def _lines_until(path: Path, last_step: int) -> list[str]:
+    return [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]

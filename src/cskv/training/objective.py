@@ -1,0 +1,95 @@
+"""The layer-wise reconstruction loss: sum over layers of MSE(K, K^) + MSE(V, V^).
+
+Keys are compared as the projection makes them, before any norm and RoPE. RoPE is orthogonal, so the paper's loss on
+rotated keys is the same number. Layer inputs come from the frozen model, so no layer's factors influence another's
+loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from cskv.adapter import CSKVAdapter
+from cskv.capture import decode, frozen, watching
+from cskv.factorization.factors import Factors
+from cskv.models.sites import AttentionSite
+
+
+class Observation(NamedTuple):
+    """What one layer of the base model did in a forward.
+
+    Attributes:
+        x: the layer input, (batch, tokens, hidden).
+        k, v: the projections' outputs, bias included, (batch, tokens, kv_dim).
+    """
+
+    x: Float[Tensor, "batch tokens hidden"]
+    k: Float[Tensor, "batch tokens kv_dim"]
+    v: Float[Tensor, "batch tokens kv_dim"]
+
+
+class Teacher:
+    """The frozen base model. `observe` works inside the `watching` block only.
+
+    Args:
+        model: a transformers decoder model.
+        sites: the layers to observe.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
+        self.model = model
+        self.sites = sites
+        self._seen: tuple[dict[int, Tensor], ...] = ({}, {}, {})
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Put the model into evaluation mode and hook it; undone at the end whatever happens."""
+        inputs, keys, values = (seen.__setitem__ for seen in self._seen)
+        with frozen(self.model), watching(self.sites, inputs=inputs, keys=keys, values=values):
+            yield
+
+    def observe(self, input_ids: Int[Tensor, "batch tokens"]) -> dict[int, Observation]:
+        """Run the model on tokens; nothing is kept for a backward pass."""
+        decode(self.model, input_ids)
+        inputs, keys, values = self._seen
+        return {
+            site.layer_idx: Observation(*(seen.pop(site.layer_idx) for seen in (inputs, keys, values)))
+            for site in self.sites
+        }
+
+
+class Reconstruction(nn.Module):
+    """The compressor as a module from observations to losses, so that DistributedDataParallel can wrap it.
+
+    Args:
+        adapter: its factors are the parameters; fp32.
+        bf16: compute the products in bf16, the losses in fp32.
+    """
+
+    def __init__(self, adapter: CSKVAdapter, bf16: bool = False) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.bf16 = bf16
+
+    def forward(self, observations: Mapping[int, Observation]) -> Float[Tensor, " 2"]:
+        """The key loss and the value loss, each summed over layers; each layer's is a mean over tokens and channels."""
+        k_losses, v_losses = [], []
+        for layer_idx, (x, k, v) in observations.items():
+            factors = self.adapter.factors(layer_idx)
+            k_losses.append(self._loss(factors.k, x, k))
+            v_losses.append(self._loss(factors.v, x, v))
+        return torch.stack([torch.stack(k_losses).sum(), torch.stack(v_losses).sum()])
+
+    def _loss(self, factors: Factors, x: Tensor, exact: Tensor) -> Float[Tensor, ""]:
+        device = factors.down.device  # a base spread over several devices keeps its factors on one
+        # Plain autocast instead of Accelerate's: that one is fixed per process by whoever made the first Accelerator.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            rebuilt = factors.expand(factors.latents(x.to(device, torch.float32)))
+        return mse_loss(rebuilt.float(), exact.to(device, torch.float32))

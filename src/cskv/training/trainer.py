@@ -1,0 +1,223 @@
+"""Layer-wise reconstruction training (paper, section 3.2): only down- and up-projections learn, the base is frozen.
+
+Each step runs the base model once without gradients, takes every layer's input and exact keys and values, and does one
+forward and backward of the compressor. AdamW; fp32 master weights. On several processes (torchrun, accelerate launch)
+each one has the whole base and its own samples, and gradients are averaged.
+
+Only the minimum of this loss over all factors of a rank has a closed form (PCA of the keys and values); training gets
+there step by step from SVD or ASVD, and is what the paper does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cskv.adapter import BaseModelInfo, CSKVAdapter
+from cskv.capture import device_of
+from cskv.errors import CSKVError
+from cskv.models.sites import find_sites
+from cskv.training.checkpoint import Checkpoints, Progress
+from cskv.training.interruption import Interruption
+from cskv.training.log import StepRecord, TrainingLog
+from cskv.training.objective import Reconstruction, Teacher
+from cskv.training.progress import progress_bar
+from cskv.training.settings import TrainingSettings
+from cskv.training.stream import Samples, SampleStream
+
+OnStep = Callable[[StepRecord], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to. The adapter itself was trained in place.
+
+    Attributes:
+        steps, tokens, seconds: in all, over every session of the run.
+        k_loss, v_loss: of the last step.
+        resumed_from: the step that this session began at.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    k_loss: float
+    v_loss: float
+    resumed_from: int = 0
+
+
+def train(
+    model: nn.Module,
+    adapter: CSKVAdapter,
+    samples: Samples,
+    settings: TrainingSettings | None = None,
+    *,
+    output: str | Path | None = None,
+    show_progress: bool = False,
+    on_step: OnStep | None = None,
+) -> TrainingResult:
+    """Train an adapter's factors in place to rebuild the model's keys and values.
+
+    With an output folder the run keeps checkpoints and a log there. Started again with the same arguments it continues
+    from the last checkpoint, and ends with the same factors, bit for bit, as if it had never stopped (same machine and
+    same number of processes). A run that is complete already only loads its result. Ctrl-C and SIGTERM finish the step
+    and save first.
+
+    Args:
+        model: the base model, where it is to run. Its weights, mode and hooks are left as they were.
+        adapter: from `initialise`; its factors become fp32 and move to the model's device.
+        samples: token samples; needs `len` and must give the same ones when iterated again.
+        settings: the paper's where None.
+        output: folder for `checkpoints/` and `train_log.jsonl`; None keeps nothing. All processes must see it.
+        show_progress: a bar on standard error, on the first process.
+        on_step: called after each step, on the first process.
+
+    Raises:
+        AdapterError: the adapter belongs to another model.
+        DataError: too few samples, or samples of unequal length in one batch.
+        CSKVError: the loss is not finite (checkpoints stay as they were), the folder cannot be written, or it holds a
+            run with other settings.
+    """
+    run = _Run(model, adapter, samples, settings or TrainingSettings(), None if output is None else Path(output))
+    return run.execute(show_progress, on_step)
+
+
+class _Run:
+    def __init__(
+        self, model: nn.Module, adapter: CSKVAdapter, samples: Samples, settings: TrainingSettings, output: Path | None
+    ) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        sites = find_sites(model)
+        adapter.check_fits(BaseModelInfo.from_model(model), sites)
+        self.settings, self.output, self.adapter = settings, output, adapter
+        self.accelerator = Accelerator(
+            cpu=device_of(model).type == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.teacher = Teacher(model, sites)
+        self.stream = SampleStream(samples, settings, self.accelerator.process_index, self.accelerator.num_processes)
+        adapter.to(self.accelerator.device, torch.float32)
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            adapter.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=self._fusable()
+        )
+        self.objective = Reconstruction(adapter, bf16=settings.mixed_precision == "bf16")
+        self.module = self.accelerator.prepare(self.objective)
+        self.checkpoints = None if output is None else Checkpoints(output, self._facts())
+
+    def execute(self, show_progress: bool, on_step: OnStep | None) -> TrainingResult:
+        start = progress = self._restore()
+        total = self.stream.total_steps
+        with ExitStack() as stack:
+            callbacks = [] if on_step is None or not self.is_writer else [on_step]
+            if self.output is not None and self.is_writer:
+                callbacks.append(stack.enter_context(TrainingLog(self.output, start.step)).append)
+            if show_progress and self.is_writer:
+                callbacks.append(stack.enter_context(progress_bar(total, start.step)))
+            interruption = stack.enter_context(Interruption())
+            stack.enter_context(self.teacher.watching())
+            batches = self.stream.batches(start.step)
+            began = time.perf_counter() - start.seconds
+            for step in range(start.step, total):
+                record = self._step(step, batches, progress.tokens, began)
+                progress = Progress(record.step, record.tokens, record.seconds, record.k_loss, record.v_loss)
+                for callback in callbacks:
+                    callback(record)
+                stopping = self._any_process(interruption.signal is not None)
+                if stopping or record.step % self.settings.checkpoint_every == 0 or record.step == total:
+                    self._save(progress)
+                if stopping:
+                    stack.close()
+                    interruption.deliver()
+                    raise KeyboardInterrupt(f"another process was stopped at step {record.step}")
+        return self._result(progress, start.step)
+
+    @property
+    def is_writer(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _step(self, step: int, batches: Iterator[Tensor], tokens: int, began: float) -> StepRecord:
+        accumulation = self.settings.accumulation
+        lr = self.settings.learning_rate_at(step, self.stream.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        losses = torch.zeros(2, device=self.accelerator.device)
+        seen = 0
+        for i in range(accumulation):
+            batch = next(batches)
+            last = i == accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                parts = self.module(self.teacher.observe(batch))
+                self.accelerator.backward(parts.sum() / accumulation)
+            losses += parts.detach() / accumulation
+            seen += batch.numel()
+        k_loss, v_loss = self._mean_over_processes(losses)
+        if not math.isfinite(k_loss + v_loss):
+            self._refuse_loss(step + 1, k_loss, v_loss)
+        if self.settings.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        tokens += seen * self.accelerator.num_processes
+        return StepRecord(step + 1, k_loss + v_loss, k_loss, v_loss, lr, tokens, time.perf_counter() - began)
+
+    def _mean_over_processes(self, losses: Tensor) -> list[float]:
+        if self.accelerator.num_processes > 1:
+            losses = self.accelerator.reduce(losses, "mean")
+        return losses.tolist()
+
+    def _any_process(self, flag: bool) -> bool:
+        """Signals reach processes between different steps; all of them must stop after the same one."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
+
+    def _refuse_loss(self, step: int, k_loss: float, v_loss: float) -> None:
+        latest = None if self.checkpoints is None else self.checkpoints.latest()
+        kept = "" if latest is None else f"; the last checkpoint, {latest}, is intact"
+        raise CSKVError(
+            f"the loss is not finite at step {step} (keys {k_loss}, values {v_loss}): lower the learning rate, now "
+            f"{self.settings.learning_rate}, or run the base model in bf16 or fp32{kept}"
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued: all that has a say in the numbers."""
+        base = asdict(self.adapter.base)
+        facts = {**self.settings.to_dict(), **self.adapter.config.to_dict()}
+        del facts["checkpoint_every"]
+        facts |= {name: base[name] for name in ("model_type", "hidden_size", "num_layers")}
+        return facts | {"samples": self.stream.fingerprint(), "processes": self.accelerator.num_processes}
+
+    def _restore(self) -> Progress:
+        if self.checkpoints is None:
+            return Progress()
+        if self.is_writer:
+            self.checkpoints.prepare()
+        self.accelerator.wait_for_everyone()
+        return self.checkpoints.restore(self.adapter, self.optimizer)
+
+    def _save(self, progress: Progress) -> None:
+        if self.checkpoints is not None and self.is_writer:
+            self.checkpoints.save(self.adapter, self.optimizer, progress)
+
+    def _fusable(self) -> bool:
+        return self.accelerator.device.type in ("cpu", "cuda")
+
+    def _result(self, progress: Progress, resumed_from: int) -> TrainingResult:
+        self.accelerator.wait_for_everyone()
+        if progress.k_loss is None or progress.v_loss is None:
+            raise CSKVError("the run has no steps; give at least one")
+        return TrainingResult(
+            progress.step, progress.tokens, progress.seconds, progress.k_loss, progress.v_loss, resumed_from
+        )
