@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Read when huggingface_hub is imported: no test asks the network for a model, not even for one that does not exist.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 DEFAULT_REFERENCE_VECTORS = Path(__file__).parents[2] / "shared" / "reference-vectors"
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.cli.support import TEXT, save_llama
 from typer.testing import CliRunner, Result
 
 from cskv.cli.app import app
+from tests.cli.support import TEXT, save_llama
 
 Run = Callable[..., Result]
 
@@ -31,9 +31,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run `cskv` in this process, in an empty working folder and without a network."""
+    """Run `cskv` in this process, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def invoke(*args: object) -> Result:
         return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
@@ -43,8 +42,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start `cskv` as a process of its own, in an empty working folder and without a network."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    """Start `cskv` as a process of its own, in an empty working folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
     def popen(*args: object) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "cskv.cli", *map(str, args)]

@@ -5,10 +5,10 @@ from importlib import metadata
 import pytest
 import torch
 import transformers
-from tests.cli.conftest import Run
-from tests.cli.support import last_json
 
 from cskv.cli import doctor
+from tests.cli.conftest import Run
+from tests.cli.support import last_json
 
 
 def test_doctor_reports_the_versions_that_are_imported(run: Run) -> None:
@@ -37,5 +37,7 @@ def test_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_optional_packages_are_those_of_the_extras() -> None:
-    extras = {text.split(">")[0] for text in metadata.requires("cskv") or [] if "extra ==" in text and "dev" not in text}
+    extras = {
+        text.split(">")[0] for text in metadata.requires("cskv") or [] if "extra ==" in text and "dev" not in text
+    }
     assert {name for name in extras if not name.startswith("cskv[")} == set(doctor.OPTIONAL)

@@ -50,7 +50,8 @@ def analyze(
 ) -> None:
     """Singular value spectra of the K and V weights and of the calibrated K and V, as spectra.csv and spectra.png.
 
-    The calibrated ones come from `--statistics` (made with `cskv calibrate --covariance`), or from a short calibration here.
+    The calibrated ones come from `--statistics` (made with `cskv calibrate --covariance`), or from a short calibration
+    here.
 
     Examples:
 
@@ -116,7 +117,6 @@ def describe(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["layer  of            channels  for 90 %  for 95 %  for 99 % of the energy"]
     for row in rows:
         what = f"{row['projection'].upper()} {row['source']}"
-        lines.append(
-            f"{row['layer']:>5}  {what:<12}{row['values']:>10}{row['rank_90']:>10}{row['rank_95']:>10}{row['rank_99']:>10}"
-        )
+        counts = "".join(f"{row[name]:>10}" for name in ("values", "rank_90", "rank_95", "rank_99"))
+        lines.append(f"{row['layer']:>5}  {what:<12}{counts}")
     return lines

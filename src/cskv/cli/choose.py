@@ -87,9 +87,7 @@ class AdapterChoice:
         explicit = self.adapter or (self.model_path if self._model_path_is_adapter() else None)
         adapter = CSKVAdapter.from_pretrained(explicit or self._folder_under_root())
         if explicit and self.window_given:
-            adapter.config = dataclasses.replace(
-                adapter.config, window=self.settings.window, group=self.settings.group
-            )
+            adapter.config = dataclasses.replace(adapter.config, window=self.settings.window, group=self.settings.group)
         base = adapter.base.name if self.model_path is None or explicit == self.model_path else self.model_path
         if not base:
             raise AdapterError("the adapter does not name its base model; give it with --model-path")
@@ -126,7 +124,7 @@ class AdapterChoice:
         if not folder.is_dir():
             kept = sorted(path.name for path in (self.root / model).glob("k*") if path.is_dir())
             raise AdapterError(
-                f"no adapter at {folder}; that folder's neighbours are: {', '.join(kept) or 'none'}. Train it with "
+                f"no adapter at {folder} (beside it: {', '.join(kept) or 'none'}); make it with "
                 "`cskv train` and the same options, or give --adapter, --use-init-params or --use-origin-model"
             )
         return folder

@@ -91,7 +91,7 @@ def progress(*columns: str) -> Progress:
 
 
 def set_logging(level: str) -> None:
-    """Set the level of our and transformers' loggers, by name ("debug", "INFO", ...).
+    """Set the level of our and transformers' loggers, by name; transformers draws bars only where a person sees them.
 
     Raises:
         CSKVError: there is no such level.
@@ -102,3 +102,7 @@ def set_logging(level: str) -> None:
     logging.basicConfig(level=number, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("cskv").setLevel(number)
     logging.getLogger("transformers").setLevel(number)
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()

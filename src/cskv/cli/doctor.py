@@ -103,5 +103,5 @@ def describe(report: dict[str, Any]) -> list[str]:
     if found.get("mps"):
         lines.append("  mps (Apple GPU)")
     if not found.get("cuda") and not found.get("mps"):
-        lines.append("  no GPU: everything runs on the CPU, which is slow for models of more than a few hundred megabytes")
+        lines.append("  no GPU: everything runs on the CPU, which is slow for large models")
     return lines

@@ -15,7 +15,7 @@ from cskv.errors import CSKVError, DataError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from cskv.adapter import CSKVAdapter
     from cskv.data.lines import LinesCase
@@ -109,6 +109,7 @@ def generate(
     from cskv.cli import choose
     from cskv.cli.loading import load_model, load_tokenizer
 
+    text, expected = _prompt(prompt, prompt_file, lines)
     wanted = choose.AdapterChoice(
         model_path=model_path,
         model_id=model_id,
@@ -125,7 +126,6 @@ def generate(
     )
     compressor, base = wanted.find()
     tokenizer = load_tokenizer(base)
-    text, expected = _prompt(prompt, prompt_file, lines)
     input_ids = _encode(tokenizer, text, chat)
     model = load_model(base, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
     if use_init_params and not use_origin_model:
@@ -171,7 +171,7 @@ def _read(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> torch.Tensor:
+def _encode(tokenizer: Any, text: str, chat: bool) -> torch.Tensor:
     """(1, tokens) token ids of the prompt."""
     if not chat:
         return tokenizer(text, return_tensors="pt")["input_ids"]
@@ -183,7 +183,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> torch.
 
 
 def _run(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     compressor: CSKVAdapter | None,
     input_ids: torch.Tensor,
@@ -222,11 +222,13 @@ def _run(
     )
     seconds = time.perf_counter() - start
     new = outputs.sequences[0, input_ids.shape[1] :]
-    report = cskv.cache_report(output_cache(outputs), model)
-    sizes = report.to_dict()
+    cache = output_cache(outputs)
+    if cache is None:
+        raise CSKVError("generate returned no cache; leave --cache-implementation out")
+    sizes = cskv.cache_report(cache, model).to_dict()
     for line in describe(sizes):
         say(line)
-    say(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} tokens/s with the prefill of {input_ids.shape[1]}")
+    say(f"{len(new)} tokens in {seconds:.1f} s, the prefill of {input_ids.shape[1]} tokens included")
     return {
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "prompt_tokens": input_ids.shape[1],

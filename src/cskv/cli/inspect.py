@@ -78,8 +78,8 @@ def describe(report: dict[str, Any]) -> list[str]:
     lines += [_row(*entry) for entry in _runs(report["ranks"])]
     lines += [
         "",
-        f"per token   {report['bytes_per_token']:,} bytes of latents in 16 bits, where the uncompressed cache of these layers "
-        f"takes {report['uncompressed_bytes_per_token']:,} ({report['ratio']:.1%} of it)",
+        f"per token   {report['bytes_per_token']:,} bytes of latents in 16 bits, {report['ratio']:.1%} of the "
+        f"{report['uncompressed_bytes_per_token']:,} that these layers' uncompressed cache takes",
         f"metrics     {_inline(report['metrics']) or 'none recorded'}",
         f"files       {', '.join(f'{name} {size:,} bytes' for name, size in report['files'].items())}",
     ]
@@ -100,5 +100,8 @@ def _row(names: str, rank: dict[str, int]) -> str:
 
 def _inline(metrics: dict[str, Any]) -> str:
     """Scalar figures on one line; nested ones are in the JSON line."""
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float, str))}
-    return ", ".join(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items())
+    return ", ".join(
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in metrics.items()
+        if isinstance(value, (int, float, str))
+    )

@@ -39,6 +39,7 @@ def load_model(
         raise CSKVError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     target = None if device_map else find_device(device)
     _check_folder(path)
+    model: Any
     kwargs: dict[str, Any] = {"dtype": dtype}
     kwargs |= {"attn_implementation": attn_impl} if attn_impl else {}
     kwargs |= {"device_map": device_map} if device_map else {}

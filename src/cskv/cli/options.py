@@ -82,7 +82,7 @@ UseWindow = Annotated[
     bool | None,
     typer.Option(
         "--use-window/--no-use-window",
-        help="Keep recent tokens exact: window 0, group `--q-window-size`. Without it, `--window` and `--group`: none are.",
+        help="Keep recent tokens exact: window 0, group `--q-window-size`. Without any window option none are.",
         show_default=False,
         rich_help_panel=WINDOW,
     ),

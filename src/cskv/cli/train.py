@@ -1,0 +1,178 @@
+"""`cskv train`: initialise an adapter's factors, then train them to rebuild the model's keys and values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cskv.cli import options as opt
+from cskv.cli.calibrate import check_writable
+from cskv.cli.choose import settings_from
+from cskv.cli.common import Interrupted, command, emit, is_main_process, say, set_logging
+from cskv.cli.settings import adapter_name, model_name, statistics_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cskv.adapter import CSKVAdapter
+    from cskv.data.samples import TokenSamples
+    from cskv.training.settings import TrainingSettings
+
+TRAINING = "Training"
+
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Exact adapter folder, instead of a root.", rich_help_panel=opt.FILES),
+]
+NumSamples = Annotated[int, typer.Option("--num-samples", help="Samples of text.", rich_help_panel=TRAINING)]
+MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens per sample.", rich_help_panel=TRAINING)]
+Epochs = Annotated[
+    int, typer.Option("--epochs", "--epoches", help="Passes over the samples.", rich_help_panel=TRAINING)
+]
+WarmupSteps = Annotated[
+    int,
+    typer.Option("--warmup-steps", help="Steps over which the learning rate rises.", rich_help_panel=TRAINING),
+]
+LearningRate = Annotated[
+    float,
+    typer.Option(
+        "--learning-rate",
+        help="AdamW's. The paper's 5e-5 suits 7B models; small models take 1e-3.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Schedule = Annotated[
+    str, typer.Option("--schedule", help="After the warm-up: constant or cosine.", rich_help_panel=TRAINING)
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", help="Samples per forward of one process.", rich_help_panel=TRAINING)
+]
+Accumulation = Annotated[
+    int, typer.Option("--gradient-accumulation", help="Forwards per step.", rich_help_panel=TRAINING)
+]
+MixedPrecision = Annotated[
+    str, typer.Option("--mixed-precision", help="no or bf16, for the factors' products.", rich_help_panel=TRAINING)
+]
+CheckpointEvery = Annotated[
+    int, typer.Option("--checkpoint-every", help="Steps between checkpoints.", rich_help_panel=TRAINING)
+]
+UseInit = Annotated[
+    bool,
+    typer.Option(
+        "--use-init-params",
+        help="Skip training: save the initial factors, in a folder whose name ends in -untrained.",
+        rich_help_panel=TRAINING,
+    ),
+]
+
+
+@command
+def train(
+    model_path: opt.ModelPath,
+    model_id: opt.ModelId = None,
+    k_density: opt.KDensity = 0.2,
+    v_density: opt.VDensity = 0.2,
+    use_asvd: opt.UseAsvd = False,
+    k_bits: opt.KBits = 16,
+    v_bits: opt.VBits = 16,
+    use_window: opt.UseWindow = None,
+    q_window_size: opt.QWindowSize = 32,
+    window: opt.Window = None,
+    group: opt.Group = None,
+    use_init_params: UseInit = False,
+    training_dataset: opt.TrainingDataset = "offline",
+    num_samples: NumSamples = 2048,
+    max_seq_len: MaxSeqLen = 1024,
+    epochs: Epochs = 1,
+    warmup_steps: WarmupSteps = 0,
+    learning_rate: LearningRate = 5e-5,
+    schedule: Schedule = "constant",
+    batch_size: BatchSize = 1,
+    gradient_accumulation: Accumulation = 1,
+    mixed_precision: MixedPrecision = "no",
+    checkpoint_every: CheckpointEvery = 200,
+    output: Output = None,
+    ckpt_save_path: opt.AdapterRoot = opt.DEFAULT_ADAPTER_ROOT,
+    asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT,
+    statistics: opt.Statistics = None,
+    attn_impl: opt.AttnImpl = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
+    seed: opt.Seed = 0,
+    logging_level: opt.LoggingLevel = "WARNING",
+) -> None:
+    """Make an adapter: initialise its factors by SVD or ASVD, then train them; the base model stays as it is.
+
+    Interrupted by Ctrl-C, the same command continues from the last checkpoint and ends with the same factors.
+
+    Examples:
+
+    * `cskv train --model-path my-model --use-asvd --use-window` (after `cskv calibrate --model-path my-model`)
+    * `cskv train --model_path my-model --k_density 0.5 --v_density 0.5 --use_asvd --use_window --k_bits 16 --v_bits 16`
+    * `cskv train --model-path small-model --window 32 --group 32 --learning-rate 1e-3 --training-dataset notes.txt`
+    * `cskv train --model-path my-model --use-init-params`
+    * `torchrun --nproc-per-node 4 -m cskv.cli train --model-path my-model --use-asvd --use-window`
+    """
+    set_logging(logging_level)
+    from cskv.cli.initial import initial_adapter
+    from cskv.cli.loading import load_model, load_samples, load_tokenizer
+    from cskv.training.settings import TrainingSettings
+
+    settings = settings_from(k_density, v_density, use_asvd, k_bits, v_bits, use_window, q_window_size, window, group)
+    schedule_settings = TrainingSettings(
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        schedule=schedule,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulation=gradient_accumulation,
+        mixed_precision=mixed_precision,
+        checkpoint_every=checkpoint_every,
+    )
+    name = model_name(model_path, model_id)
+    folder = output or ckpt_save_path / name / (adapter_name(settings) + ("-untrained" if use_init_params else ""))
+    samples = None
+    if not use_init_params:
+        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
+    check_writable(folder / "config.json")
+    if settings.window + settings.group == 1:
+        say("note: no exact window, every token is compressed at once; --use-window keeps the newest exact")
+    model = load_model(model_path, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
+    adapter = initial_adapter(model, settings, statistics or statistics_path(asvd_calib_root, name))
+    metrics = {} if samples is None else reconstruct(model, adapter, samples, schedule_settings, folder)
+    adapter.metrics |= metrics
+    if is_main_process():
+        adapter.save_pretrained(folder)
+        say(f"adapter: {folder}")
+    emit({"command": "train", "model": model_path, "adapter": str(folder), "settings": settings.to_dict(), **metrics})
+
+
+def reconstruct(
+    model: PreTrainedModel, adapter: CSKVAdapter, samples: TokenSamples, settings: TrainingSettings, folder: Path
+) -> dict[str, Any]:
+    """Train an adapter in place, with checkpoints and a log in its folder; the figures to keep, JSON-ready."""
+    from cskv.training.log import FILE, read_log
+    from cskv.training.trainer import train as run
+
+    try:
+        result = run(model, adapter, samples, settings, output=folder, show_progress=True)
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted: the last checkpoint is kept in {folder}; run the same command again to continue"
+        ) from error
+    first = read_log(folder / FILE)[0]
+    return {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 3),
+        "initial_k_loss": first.k_loss,
+        "initial_v_loss": first.v_loss,
+        "k_loss": result.k_loss,
+        "v_loss": result.v_loss,
+        "learning_rate": settings.learning_rate,
+        "dataset": samples.source.name,
+        "sample_tokens": samples.sample_len,
+    }
