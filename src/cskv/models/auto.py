@@ -37,7 +37,8 @@ class CSKVForCausalLM(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: the adapter's folder or hub id.
             model_args: for the base model's `from_pretrained`.
-            config: the adapter's config, which transformers has read already; not used.
+            config: the adapter's config, which transformers has read already. Some releases move `dtype` from the
+                arguments to it; nothing else of it is used.
             kwargs: for the base model's `from_pretrained` (dtype, device_map, ...). Hub arguments go to both.
 
         Raises:
@@ -46,6 +47,8 @@ class CSKVForCausalLM(PreTrainedModel):
         kwargs.pop("adapter_kwargs", None)
         hub = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
         kwargs.pop("revision", None)
+        if getattr(config, "dtype", None) is not None:
+            kwargs.setdefault("dtype", config.dtype)
         adapter = CSKVAdapter.from_pretrained(pretrained_model_name_or_path, **hub)
         if not adapter.base.name:
             raise AdapterError(
