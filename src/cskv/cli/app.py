@@ -47,6 +47,6 @@ def cskv(
     """Make the KV cache of a language model 5 to 20 times smaller along the channel dimension (CSKV).
 
     The usual order: **calibrate**, **train**, **inspect**, **generate**. Options may be spelled with dashes or with
-    underscores. Every command ends with one line of JSON on standard output; everything else goes to standard error,
-    except for generated text. Exit codes: 0, 2 for a mistake in what was given, 130 when interrupted.
+    underscores. Every command ends with one line of JSON on standard output; progress, notes and errors go to standard
+    error. Exit codes: 0, 2 for a mistake in what was given, 130 when interrupted.
     """

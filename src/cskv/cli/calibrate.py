@@ -108,4 +108,4 @@ def check_writable(target: Path) -> None:
 
     probe = target.with_name(f".{target.name}.writable")
     write_text(probe, "")
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # several processes may be looking at once

@@ -33,8 +33,9 @@ def console() -> Console:
 
 
 def say(text: str) -> None:
-    """A line for the person, on standard error."""
-    console().print(escape(text), soft_wrap=True)
+    """A line for the person, on standard error. Only the main process speaks."""
+    if is_main_process():
+        console().print(escape(text), soft_wrap=True)
 
 
 def emit(result: dict[str, Any]) -> None:
