@@ -1,0 +1,63 @@
+"""Write the demo's table into README.md from its committed results, so that no figure is typed by hand.
+
+    python scripts/readme_table.py           # rewrite the table between the markers
+    python scripts/readme_table.py --check   # exit code 1 if it would change
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results" / "demo.json"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- demo table: scripts/readme_table.py -->", "<!-- end of demo table -->"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The Markdown table of a demo's `results.json`, and a line on where it was measured."""
+    rows, environment = results["rows"], results["environment"]
+    lines = [
+        "| cache | bytes per token | of uncompressed | LongEval lines accuracy (95 % interval) | perplexity | tokens/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        interval = f"{100 * row['accuracy']:.0f} % ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
+        lines.append(
+            f"| {row['name']} | {row['bytes_per_token']:,.0f} | {100 * row['ratio']:.1f} % | {interval} | "
+            f"{row['perplexity']:.2f} | {row['tokens_per_second']:.0f} |"
+        )
+    first = rows[0]
+    tokens = first["details"]["cache"]["tokens"]
+    lines += [
+        "",
+        f"Bundled model, {first['cases']} questions on records of {first['num_lines']} lines (about {tokens:,} tokens), "
+        f"{environment['accelerator'] or environment['cpu']} with {environment['threads']} threads, "
+        f"torch {environment['torch']}, transformers {environment['transformers']}, {environment['date'][:10]}. "
+        "Bytes are those of the tensors that the cache holds after the prompt, window, positions and slack included; "
+        f"[all figures](docs/results/{RESULTS.name}), made by `make demo`.",
+    ]
+    return "\n".join(lines)
+
+
+def filled(readme: str, results: dict[str, Any]) -> str:
+    """The README with the table between its markers."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
+
+
+def main() -> None:
+    """Rewrite or check README.md."""
+    old = README.read_text(encoding="utf-8")
+    new = filled(old, json.loads(RESULTS.read_text(encoding="utf-8")))
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if old == new else f"{README.name}'s table differs from {RESULTS}: run scripts/readme_table.py")
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
