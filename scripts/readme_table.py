@@ -1,7 +1,7 @@
 """Write the demo's table into README.md from its committed results, so that no figure is typed by hand.
 
-    python scripts/readme_table.py           # rewrite the table between the markers
-    python scripts/readme_table.py --check   # exit code 1 if it would change
+Run `python scripts/readme_table.py` to rewrite the table between the markers; with `--check` it exits with 1 if it
+would change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def table(results: dict[str, Any]) -> str:
     """The Markdown table of a demo's `results.json`, and a line on where it was measured."""
     rows, environment = results["rows"], results["environment"]
     lines = [
-        "| cache | bytes per token | of uncompressed | LongEval lines accuracy (95 % interval) | perplexity | tokens/s |",
+        "| cache | bytes per token | of uncompressed | LongEval lines (95 % interval) | perplexity | tokens/s |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -34,7 +34,7 @@ def table(results: dict[str, Any]) -> str:
     tokens = first["details"]["cache"]["tokens"]
     lines += [
         "",
-        f"Bundled model, {first['cases']} questions on records of {first['num_lines']} lines (about {tokens:,} tokens), "
+        f"Bundled model, {first['cases']} questions on records of {first['num_lines']} lines ({tokens:,} tokens), "
         f"{environment['accelerator'] or environment['cpu']} with {environment['threads']} threads, "
         f"torch {environment['torch']}, transformers {environment['transformers']}, {environment['date'][:10]}. "
         "Bytes are those of the tensors that the cache holds after the prompt, window, positions and slack included; "
