@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.conftest import Run
 from tests.cli.support import mistake
@@ -53,6 +54,26 @@ def test_an_unknown_option_is_refused(run: Run) -> None:
 
 def test_options_with_underscores_keep_the_values_underscores(run: Run) -> None:
     assert "./my_model_folder" in mistake(run("calibrate", "--model_path", "./my_model_folder"))
+
+
+def test_running_out_of_gpu_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(*_args: object, **_kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("cskv.cli.loading.load_model", load_model)
+    monkeypatch.setattr("cskv.cli.loading.load_tokenizer", lambda _path: lambda _text, **_kwargs: {"input_ids": None})
+    line = mistake(run("generate", "--model-path", "a", "--use-origin-model", "--prompt", "a"))
+    assert line.startswith("error: out of GPU memory")
+    assert line.endswith("Tried to allocate 20.00 GiB)")
+
+
+def test_other_runtime_errors_are_bugs_and_stay_loud(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(_self: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("cskv.cli.choose.AdapterChoice.find", find)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("generate", "--model-path", "a", "--prompt", "a")
 
 
 def test_inspect_refuses_what_is_no_adapter(run: Run, model_folder: Path) -> None:

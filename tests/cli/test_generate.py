@@ -72,6 +72,20 @@ def test_window_options_replace_the_adapters_own(run: Run, full_rank: Path) -> N
     assert own <= (8 + 4) * 2 * 32 * 4 < 64 * 2 * 32 * 4 <= wide
 
 
+def test_an_adapter_folder_stands_for_its_base_model(run: Run, full_rank: Path) -> None:
+    by_model = last_json(run("generate", "--model-path", full_rank, "--prompt", PROMPT, "-n", 4))
+    by_adapter = last_json(run("generate", "--adapter", full_rank, "--prompt", PROMPT, "-n", 4))
+    assert by_model["compressed"] is True
+    assert by_model["text"] == by_adapter["text"]
+    assert by_model["cache"] == by_adapter["cache"]
+
+
+def test_sampling_depends_on_the_seed_alone(run: Run, model_folder: Path) -> None:
+    options = ["generate", "-m", model_folder, "--use-origin-model", "--prompt", PROMPT, "-n", 16, "--temperature", 1]
+    first, again, other = (last_json(run(*options, "--seed", seed))["text"] for seed in (1, 1, 2))
+    assert first == again != other
+
+
 def test_without_a_prompt_a_record_is_asked(run: Run, model_folder: Path) -> None:
     pytest.importorskip("wonderwords")
     result = run("generate", "-m", model_folder, "--use-origin-model", "--lines", 1, "-n", 2)
@@ -120,6 +134,11 @@ def test_mistakes_are_one_line(run: Run, model_folder: Path, options: list[str],
 def test_unknown_model(run: Run, path: str) -> None:
     line = mistake(run("generate", "--model-path", path, "--use-origin-model", "--prompt", "a"))
     assert path in line
+
+
+def test_unknown_adapter(run: Run) -> None:
+    for name in ("./nowhere", "nobody/has-this-adapter"):
+        assert name in mistake(run("generate", "--adapter", name, "--prompt", "a"))
 
 
 def test_adapter_of_another_model(run: Run, full_rank: Path, tmp_path: Path) -> None:

@@ -65,6 +65,13 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             fail(str(error), EXIT_MISTAKE)
         except (Interrupted, KeyboardInterrupt) as error:
             fail(str(error) or "interrupted", EXIT_INTERRUPTED)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's; named, because torch may not be imported yet
+                raise
+            fail(
+                f"out of GPU memory: take shorter or fewer samples at a time, or --device-map auto ({error})",
+                EXIT_MISTAKE,
+            )
 
     return guarded
 
