@@ -71,7 +71,10 @@ def test_statistics_are_the_means_over_all_tokens(config_class: type) -> None:
 
 def test_batches_and_single_samples_agree() -> None:
     model, samples = tiny(), random_samples()
-    one, batched = calibrate(model, samples), calibrate(model, [torch.stack(samples)])
+    one, batched = (
+        calibrate(model, samples, covariance=False),
+        calibrate(model, [torch.stack(samples)], covariance=False),
+    )
     for i in one.layers:
         torch.testing.assert_close(one.mean_abs(i), batched.mean_abs(i), rtol=1e-5, atol=1e-7)
     assert not one.has_covariance
@@ -128,6 +131,8 @@ def test_nan_names_the_layer() -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(math.nan)
     with pytest.raises(DataError, match=r"input\.mean_abs of layer 1 holds NaN or infinity; after 12 tokens"):
+        calibrate(model, random_samples(), covariance=False)
+    with pytest.raises(DataError, match=r"cached keys of model.layers.1.self_attn hold NaN"):
         calibrate(model, random_samples())
 
 
@@ -169,7 +174,7 @@ def test_statistics_of_another_model_are_refused(changes: dict[str, int], messag
 def test_moments_of_another_kv_dim_are_refused() -> None:
     statistics = calibrate(tiny(), random_samples(), covariance=True)
     other = tiny(num_key_value_heads=4)
-    with pytest.raises(AdapterError, match=r"k\.mean of layer 0 has 8 channels, this model has 16"):
+    with pytest.raises(AdapterError, match=r"of layer 0 has 8 channels, this model has 16"):
         statistics.check_fits(statistics.base, find_sites(other))
 
 
@@ -200,4 +205,54 @@ def test_a_file_with_nan_is_refused(tmp_path: Path) -> None:
 
 def test_a_statistic_that_was_not_collected_says_how_to_get_it() -> None:
     with pytest.raises(DataError, match=r"lack k\.moment of layer 0; calibrate again with covariance=True"):
-        calibrate(tiny(), random_samples()).singular_values(0, "k")
+        calibrate(tiny(), random_samples(), covariance=False).singular_values(0, "k")
+
+
+def test_a_large_mean_does_not_drown_the_variance() -> None:
+    """fp32 products of values around 3000 would lose variances of 1 altogether."""
+    model = tiny(Qwen2Config)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.bias.data.fill_(3000.0)
+    samples = random_samples()
+    statistics = calibrate(model, samples)
+    inputs = torch.cat([layer_inputs(model, sample)[0] for sample in samples]).double()
+    exact = torch.cov((inputs @ model.model.layers[0].self_attn.v_proj.weight.detach().double().T).T, correction=0)
+    mean, moment = statistics.get(0, "v.mean"), statistics.get(0, "v.moment")
+    torch.testing.assert_close(
+        moment - torch.outer(mean, mean), exact, rtol=1e-2, atol=1e-2 * float(exact.diagonal().max())
+    )
+
+
+def test_normalised_keys_and_query_energies_are_those_that_attention_sees() -> None:
+    """Against what transformers itself passes to its attention function, which RoPE has turned but not resized."""
+    from transformers import AttentionInterface, Qwen3Config
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    model, samples = tiny(Qwen3Config, head_dim=4), random_samples()
+    torch.nn.init.normal_(model.model.layers[1].self_attn.k_norm.weight)
+    torch.nn.init.normal_(model.model.layers[1].self_attn.q_norm.weight)
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def recording(module, query, key, value, mask, **kwargs):
+        seen.setdefault(module.layer_idx, []).append((query.double(), key.double()))
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register("recording", recording)
+    statistics = calibrate(model, samples)
+    model.set_attn_implementation("recording")
+    with torch.no_grad():
+        for sample in samples:
+            model(sample[None])
+    queries, keys = (torch.cat([call[i] for call in seen[1]]) for i in (0, 1))
+    energy = queries.square().mean((0, 2)).unflatten(0, (2, 2)).sum(1)
+    pairs = statistics.get(1, "query.energy").unflatten(0, (2, 4))
+    torch.testing.assert_close(pairs[:, :2] + pairs[:, 2:], energy[:, :2] + energy[:, 2:], rtol=1e-4, atol=1e-6)
+    sizes = keys.square().mean((0, 2))
+    moment = statistics.key_moment(1).diagonal().unflatten(0, (2, 4))
+    torch.testing.assert_close(moment[:, :2] + moment[:, 2:], sizes[:, :2] + sizes[:, 2:], rtol=1e-4, atol=1e-6)
+    assert torch.equal(statistics.key_moment(1), statistics.get(1, "key.moment"))
+
+
+def test_without_a_norm_keys_are_what_the_projection_puts_out() -> None:
+    statistics = calibrate(tiny(), random_samples())
+    assert torch.equal(statistics.key_moment(0), statistics.get(0, "k.moment"))

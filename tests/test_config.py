@@ -29,7 +29,11 @@ def test_a_rank_that_rounds_to_zero_is_refused_with_the_least_density() -> None:
         ({"window": -1}, "window is -1; expected a whole number of tokens, at least 0"),
         ({"group": 0}, "group is 0; expected a whole number of tokens, at least 1"),
         ({"group": 2.0}, "group is 2.0"),
-        ({"init": "pca2"}, "init is 'pca2'; expected one of svd, asvd"),
+        ({"init": "pca2"}, "init is 'pca2'; expected one of svd, asvd, pca, weighted-pca"),
+        ({"head_groups": 0}, "head_groups is 0; expected a whole number of head groups"),
+        ({"key_factors": "rotated"}, "key_factors is 'rotated'; expected one of joint, commuting"),
+        ({"key_factors": "commuting"}, "init 'asvd' and head_groups 1 do not go"),
+        ({"key_factors": "commuting", "init": "pca", "head_groups": 2}, "head_groups 2 do not go"),
         ({"asvd_alpha": 2}, "asvd_alpha is 2"),
         ({"k_bits": 4}, "k_bits is 4; only 16"),
         ({"v_bits": 2}, "v_bits is 2; only 16"),
@@ -41,6 +45,13 @@ def test_a_value_out_of_range_is_one_clear_line(settings: dict, message: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_with_head_groups_the_rank_is_a_multiple_of_them() -> None:
+    config = CSKVConfig(k_density=0.2, head_groups=4)
+    assert config.k_rank(256) == 52  # 51.2 is nearer to 52 than to 48
+    with pytest.raises(ConfigError, match="one channel per head group"):
+        CSKVConfig(k_density=0.005, head_groups=4).k_rank(256)
+
+
 def test_json_round_trip(tmp_path) -> None:
     config = CSKVConfig(k_density=0.25, v_density=0.75, window=5, group=7, init="svd", asvd_alpha=0.3)
     path = tmp_path / "settings.json"
@@ -49,8 +60,8 @@ def test_json_round_trip(tmp_path) -> None:
 
 
 def test_settings_of_a_newer_version_are_dropped_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match="head_groups"):
-        assert CSKVConfig.from_dict({"k_density": 0.5, "head_groups": 4}) == CSKVConfig(k_density=0.5)
+    with pytest.warns(UserWarning, match="colour"):
+        assert CSKVConfig.from_dict({"k_density": 0.5, "colour": 4}) == CSKVConfig(k_density=0.5)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])

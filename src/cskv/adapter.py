@@ -128,10 +128,11 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         for site in sites:
             factors = self.factors(site.layer_idx)
             for kind, ours in (("k", factors.k), ("v", factors.v)):
-                if (ours.kv_dim, ours.hidden_size) != (site.kv_dim, site.hidden_size):
+                reads = site.kv_dim if kind == "k" and self.config.key_factors == "commuting" else site.hidden_size
+                if (ours.kv_dim, ours.hidden_size) != (site.kv_dim, reads):
                     raise AdapterError(
                         f"layer {site.layer_idx} {kind}: the adapter maps {ours.hidden_size} to {ours.kv_dim} channels,"
-                        f" the model {site.hidden_size} to {site.kv_dim}"
+                        f" the model {reads} to {site.kv_dim}"
                     )
 
     def describe(self) -> dict[str, Any]:
@@ -292,7 +293,8 @@ def _layer_from(tensors: dict[str, Tensor], index: int, folder: Path) -> LayerFa
         except KeyError as error:
             raise AdapterError(f"{folder / WEIGHTS_FILE} lacks {error}; the adapter folder is damaged") from error
         bias = tensors.pop(f"{prefix}.bias", None)
-        fits = down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1]
+        fits = down.ndim == up.ndim == 2 and 0 < up.shape[1] <= down.shape[0] and down.shape[0] % up.shape[1] == 0
+        fits = fits and up.shape[0] % (down.shape[0] // up.shape[1]) == 0
         if not fits or (bias is not None and bias.shape != up.shape[:1]):
             raise AdapterError(
                 f"{folder / WEIGHTS_FILE}: {prefix} has down {tuple(down.shape)} and up {tuple(up.shape)}"

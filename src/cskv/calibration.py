@@ -1,12 +1,14 @@
 """One streaming pass over text that takes statistics of every attention layer.
 
 Sums are kept in fp64, so that bf16 models and millions of tokens lose nothing, and memory depends on the model's shape
-only, never on the number of samples.
+only, never on the number of samples. Second moments are products in fp32, one forward at a time, of values from which
+the first forward's mean is taken off: a large mean would otherwise drown small variances in rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from cskv.adapter import BaseModelInfo
-from cskv.capture import decode, frozen, watching
+from cskv.capture import Watcher, decode, frozen, watching
 from cskv.errors import DataError
-from cskv.models.sites import find_sites
+from cskv.models.probe import SiteRecipe, probe
+from cskv.models.recipe import RopeStyle
+from cskv.models.sites import AttentionSite, find_sites
 from cskv.statistics import Statistics
 
 __all__ = ["Statistics", "calibrate"]
@@ -30,6 +34,7 @@ class _Means:
     def __init__(self) -> None:
         self.sums: dict[int, dict[str, Tensor]] = {}
         self.tokens: dict[int, dict[str, int]] = {}
+        self.shifts: dict[tuple[int, str], Tensor] = {}
 
     def add(self, layer_idx: int, name: str, total: Tensor, tokens: int) -> None:
         sums = self.sums.setdefault(layer_idx, {})
@@ -42,22 +47,39 @@ class _Means:
         self.add(layer_idx, "input.mean_abs", flat.abs().sum(0, dtype=torch.float64), flat.shape[0])
 
     def add_output(self, layer_idx: int, kind: str, y: Tensor) -> None:
-        flat = y.flatten(0, -2).double()
-        self.add(layer_idx, f"{kind}.mean", flat.sum(0), flat.shape[0])
-        self.add(layer_idx, f"{kind}.moment", flat.T @ flat, flat.shape[0])
+        flat = y.flatten(0, -2).float()
+        shift = self.shifts.setdefault((layer_idx, kind), flat.mean(0))
+        flat = flat - shift
+        self.add(layer_idx, f"{kind}.mean", flat.sum(0, dtype=torch.float64), flat.shape[0])
+        self.add(layer_idx, f"{kind}.moment", (flat.T @ flat).double(), flat.shape[0])
+
+    def add_energy(self, layer_idx: int, queries: Tensor, kv_dim: int) -> None:
+        """Sum of q^2 over the query heads of each kv head, from queries of (batch, heads, tokens, head_dim)."""
+        head_dim = queries.shape[-1]
+        energy = queries.float().square().sum((0, 2), dtype=torch.float64)
+        per_kv_head = energy.unflatten(0, (kv_dim // head_dim, -1)).sum(1)
+        self.add(layer_idx, "query.energy", per_kv_head.flatten(), queries.shape[0] * queries.shape[2])
 
     def means(self) -> dict[int, dict[str, Tensor]]:
-        return {
-            layer_idx: {name: (total / self.tokens[layer_idx][name]).cpu() for name, total in sums.items()}
+        means = {
+            layer_idx: {name: total / self.tokens[layer_idx][name] for name, total in sums.items()}
             for layer_idx, sums in sorted(self.sums.items())
         }
+        for (layer_idx, kind), shift in self.shifts.items():
+            layer, shift = means[layer_idx], shift.double()
+            mean = layer[f"{kind}.mean"]
+            layer[f"{kind}.moment"] = (
+                layer[f"{kind}.moment"] + torch.outer(mean, shift) + torch.outer(shift, mean + shift)
+            )
+            layer[f"{kind}.mean"] = mean + shift
+        return {i: {name: tensor.cpu() for name, tensor in layer.items()} for i, layer in means.items()}
 
 
 def calibrate(
     model: nn.Module,
     samples: Iterable[Int[Tensor, "*batch tokens"]],
     *,
-    covariance: bool = False,
+    covariance: bool = True,
     source: str | None = None,
     seed: int | None = None,
     progress: Progress | None = None,
@@ -69,7 +91,8 @@ def calibrate(
     Args:
         model: a transformers decoder model.
         samples: token ids, one sample or a batch of equally long ones at a time; consumed once.
-        covariance: also take first and second moments of keys and values, for `Statistics.singular_values`.
+        covariance: also take the moments of keys and values and the energy of queries, which all but plain SVD and
+            ASVD need.
         source: the text's name, to be noted in the statistics; taken from `TokenSamples` where not given.
         seed: the same for the seed of its order.
         progress: called with (batches done, batches in all or None) after each batch.
@@ -82,8 +105,7 @@ def calibrate(
     means = _Means()
     watchers: dict[str, Any] = {"inputs": means.add_input}
     if covariance:
-        watchers["keys"] = lambda layer_idx, y: means.add_output(layer_idx, "k", y)
-        watchers["values"] = lambda layer_idx, y: means.add_output(layer_idx, "v", y)
+        watchers |= _moment_watchers(means, sites, probe(model, sites))
     total = len(samples) if isinstance(samples, Sized) else None
     tokens = 0
 
@@ -109,3 +131,25 @@ def calibrate(
     if tokens == 0:
         raise DataError("there are no samples to calibrate on; give text")
     return statistics()
+
+
+def _moment_watchers(
+    means: _Means, sites: Sequence[AttentionSite], recipes: Mapping[int, SiteRecipe]
+) -> dict[str, Watcher]:
+    kv_dims = {site.layer_idx: site.kv_dim for site in sites}
+
+    def on_keys(layer_idx: int, y: Tensor) -> None:
+        means.add_output(layer_idx, "k", y)
+        keys = recipes[layer_idx].keys
+        if keys.norm is not None:
+            unrotated = replace(keys, rope_style=RopeStyle.NONE)
+            means.add_output(layer_idx, "key", unrotated.heads(y, None, None).transpose(1, 2).flatten(2))
+
+    def on_queries(layer_idx: int, y: Tensor) -> None:
+        means.add_energy(layer_idx, recipes[layer_idx].queries.heads(y, None, None), kv_dims[layer_idx])
+
+    return {
+        "keys": on_keys,
+        "values": lambda layer_idx, y: means.add_output(layer_idx, "v", y),
+        "queries": on_queries,
+    }

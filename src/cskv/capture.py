@@ -14,21 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cskv.models.frozen import frozen
 from cskv.models.sites import AttentionSite, Projection
 
+__all__ = ["Watcher", "decode", "device_of", "frozen", "watching"]
+
 Watcher = Callable[[int, Tensor], None]
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own mode comes back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
@@ -38,6 +29,7 @@ def watching(
     inputs: Watcher | None = None,
     keys: Watcher | None = None,
     values: Watcher | None = None,
+    queries: Watcher | None = None,
 ) -> Iterator[None]:
     """Call the watchers with (layer index, tensor) during every forward inside the block.
 
@@ -45,14 +37,14 @@ def watching(
         sites: the layers to watch.
         inputs: gets the layer input x, (batch, tokens, hidden).
         keys: gets the key projection's output, bias included, before any norm and RoPE, (batch, tokens, kv_dim).
-        values: the same of the value projection.
+        values, queries: the same of the value and the query projection.
     """
     with ExitStack() as hooks:
         for site in sites:
             if inputs is not None:
                 hook = site.module.register_forward_pre_hook(_input_hook(site.layer_idx, inputs), with_kwargs=True)
                 hooks.callback(hook.remove)
-            for projection, watcher in ((site.k, keys), (site.v, values)):
+            for projection, watcher in ((site.q, queries), (site.k, keys), (site.v, values)):
                 if watcher is not None:
                     hook = projection.linear.register_forward_hook(_output_hook(site.layer_idx, projection, watcher))
                     hooks.callback(hook.remove)

@@ -12,7 +12,8 @@ from typing import Any
 
 from cskv.errors import ConfigError
 
-INITS = ("svd", "asvd")
+INITS = ("svd", "asvd", "pca", "weighted-pca")
+KEY_FACTORS = ("joint", "commuting")
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,13 @@ class CSKVConfig:
         group: tokens, at least 1. Tokens leave the window in groups of this many ("sealing"), so that the window holds
             between `window` and `window + group - 1` tokens when a forward begins. The paper's `--use_window
             --q_window_size g` is `window=0, group=g`; without `--use_window` it is `window=0, group=1`.
-        init: how the factors are initialised: "svd", or "asvd" (activation-aware, needs calibration statistics).
+        init: how the factors are made: "svd"; "asvd" (activation-aware); "pca", the closed form of the training
+            objective; "weighted-pca", with keys weighted by queries and values by the output projection. All but "svd"
+            need calibration statistics.
         asvd_alpha: the exponent of ASVD's channel scale, s = (mean|x| + eps)^alpha (arXiv 2312.05821, equation 5).
+        key_factors: "joint" mixes all key channels before RoPE; "commuting" mixes kv heads within each RoPE frequency,
+            so that latents are kept rotated and nothing is rotated at decode. It is PCA ("pca" or "weighted-pca").
+        head_groups: groups of kv heads with factors of their own, at least 1: cheaper to rebuild, less accurate.
         k_bits, v_bits: bits per latent. 16 stores latents in the model's own dtype.
 
     Raises:
@@ -40,6 +46,8 @@ class CSKVConfig:
     group: int = 32
     init: str = "asvd"
     asvd_alpha: float = 0.5
+    key_factors: str = "joint"
+    head_groups: int = 1
     k_bits: int = 16
     v_bits: int = 16
 
@@ -48,12 +56,22 @@ class CSKVConfig:
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 < value <= 1.0:
                 raise ConfigError(f"{name} is {value!r}; expected a share of kv_dim in (0, 1], for instance 0.2")
-        for name, least in (("window", 0), ("group", 1)):
+        for name, least, unit in (
+            ("window", 0, "tokens"),
+            ("group", 1, "tokens"),
+            ("head_groups", 1, "head groups"),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number of tokens, at least {least}")
-        if self.init not in INITS:
-            raise ConfigError(f"init is {self.init!r}; expected one of {', '.join(INITS)}")
+                raise ConfigError(f"{name} is {value!r}; expected a whole number of {unit}, at least {least}")
+        for name, choices in (("init", INITS), ("key_factors", KEY_FACTORS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        if self.key_factors == "commuting" and ("pca" not in self.init or self.head_groups > 1):
+            raise ConfigError(
+                f"commuting key factors are principal components over all kv heads; init {self.init!r} and head_groups "
+                f"{self.head_groups} do not go with them: expected 'pca' or 'weighted-pca', and 1"
+            )
         if not _is_number(self.asvd_alpha) or not 0.0 <= self.asvd_alpha <= 1.0:
             raise ConfigError(f"asvd_alpha is {self.asvd_alpha!r}; expected a number in [0, 1], the paper's is 0.5")
         for name in ("k_bits", "v_bits"):
@@ -64,11 +82,11 @@ class CSKVConfig:
 
     def k_rank(self, kv_dim: int) -> int:
         """The number of key latents per token for a projection with `kv_dim` output channels."""
-        return density_to_rank(self.k_density, kv_dim, "k_density")
+        return density_to_rank(self.k_density, kv_dim, "k_density", self.head_groups)
 
     def v_rank(self, kv_dim: int) -> int:
         """The number of value latents per token for a projection with `kv_dim` output channels."""
-        return density_to_rank(self.v_density, kv_dim, "v_density")
+        return density_to_rank(self.v_density, kv_dim, "v_density", self.head_groups)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
@@ -103,16 +121,17 @@ class CSKVConfig:
         return cls.from_dict(values)
 
 
-def density_to_rank(density: float, kv_dim: int, name: str = "density") -> int:
-    """`density * kv_dim` rounded to the nearest whole rank (halves up).
+def density_to_rank(density: float, kv_dim: int, name: str = "density", groups: int = 1) -> int:
+    """`density * kv_dim` rounded to the nearest whole rank (halves up), or multiple of the head groups.
 
     Raises:
         ConfigError: the rank rounds to 0.
     """
-    rank = math.floor(density * kv_dim + 0.5)
+    rank = math.floor(density * kv_dim / groups + 0.5) * groups
     if rank < 1:
         raise ConfigError(
-            f"{name} {density} of kv_dim {kv_dim} rounds to rank 0; give at least {1 / kv_dim:.4g} to keep one channel"
+            f"{name} {density} of kv_dim {kv_dim} rounds to rank 0; "
+            f"give at least {groups / kv_dim:.4g} to keep one channel{' per head group' if groups > 1 else ''}"
         )
     return rank
 

@@ -3,8 +3,12 @@
 Names and contents, all fp64, all means over tokens:
 
     input.mean_abs       (hidden,)         mean |x| of the layer input; what ASVD scales by
-    k.mean, v.mean       (kv_dim,)         mean of the projection's output, bias included; with `covariance=True`
-    k.moment, v.moment   (kv_dim, kv_dim)  mean of y y^T of that output; with `covariance=True`
+    k.mean, v.mean       (kv_dim,)         mean of the projection's output, bias included
+    k.moment, v.moment   (kv_dim, kv_dim)  mean of y y^T of that output
+    key.mean, key.moment (kv_dim, ...)     the same of keys after their norm, before RoPE; where the family has a norm
+    query.energy         (kv_dim,)         mean of q^2 after the norm, summed over the query heads of each kv head
+
+All but the first come with `covariance=True`, the default.
 
 A further statistic is one more name here: files and checks do not change.
 """
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT = "cskv-statistics-1"
 HIDDEN_SIZED = ("input.mean_abs",)
-KV_SIZED = ("k.mean", "v.mean", "k.moment", "v.moment")
+KV_SIZED = ("k.mean", "v.mean", "k.moment", "v.moment", "key.mean", "key.moment", "query.energy")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ class Statistics:
         """Singular values, largest first, of the (tokens, kv_dim) matrix of all calibrated keys or values."""
         eigenvalues = torch.linalg.eigvalsh(self.get(layer_idx, f"{kind}.moment"))
         return (self.tokens * eigenvalues.clamp(min=0)).sqrt().flip(0)
+
+    def key_moment(self, layer_idx: int) -> Float[Tensor, "kv_dim kv_dim"]:
+        """Mean of k k^T of keys as RoPE gets them: after the norm, where there is one."""
+        name = "key.moment" if "key.moment" in self.layers[layer_idx] else "k.moment"
+        return self.get(layer_idx, name)
 
     def check_fits(self, base: BaseModelInfo, sites: Sequence[AttentionSite]) -> None:
         """Compare with a base model.

@@ -1,7 +1,12 @@
-"""The low-rank factors of one projection: K ~= up @ (down @ x) + bias."""
+"""The low-rank factors of one projection: K ~= up @ (down @ x) + bias.
+
+With head groups, the kv heads are split into equal groups and each has factors of its own (Palu's G-LRD): `up` is block
+diagonal, and only its blocks are kept. Less is saved per latent, but rebuilding costs `groups` times less.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +19,25 @@ class Factors:
     """A down- and an up-projection that stand for one key or value projection (paper, section 3.1).
 
     Attributes:
-        down: (rank, hidden). Latents are `x @ down.T`; they are what the cache stores.
-        up: (kv_dim, rank). Rebuilt channels, before any norm and RoPE, are `latents @ up.T + bias`.
-        bias: (kv_dim,) or None: the projection's own bias. It costs no cache, so it is kept exactly.
+        down: (rank, hidden). Latents are `x @ down.T`; they are what the cache stores. Commuting key factors read keys
+            in place of x, (rank, kv_dim).
+        up: (kv_dim, rank / groups). Rebuilt channels, before any norm and RoPE, are `latents @ up.T + bias`; with
+            groups, each group's channels come from its own `rank / groups` latents.
+        bias: (kv_dim,) or None: the projection's own bias and offset. It costs no cache, so it is kept exactly.
     """
 
     down: Float[Tensor, "rank hidden"]
-    up: Float[Tensor, "kv_dim rank"]
+    up: Float[Tensor, "kv_dim group_rank"]
     bias: Float[Tensor, " kv_dim"] | None = None
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """Groups of kv heads with factors of their own; 1 where all heads share them."""
+        return self.down.shape[0] // self.up.shape[1]
 
     @property
     def kv_dim(self) -> int:
@@ -41,7 +53,22 @@ class Factors:
 
     def expand(self, latents: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch kv_dim"]:
         """The channels rebuilt from latents."""
-        return torch.nn.functional.linear(latents, self.up, self.bias)
+        if self.groups == 1:
+            return torch.nn.functional.linear(latents, self.up, self.bias)
+        parts = torch.einsum(
+            "...gr,gcr->...gc", latents.unflatten(-1, (self.groups, -1)), self.up.unflatten(0, (self.groups, -1))
+        )
+        return parts.flatten(-2) if self.bias is None else parts.flatten(-2) + self.bias
+
+    @classmethod
+    def grouped(cls, parts: Sequence[Factors]) -> Factors:
+        """The factors of groups of kv heads, in the order of their channels, as one. All have the same rank."""
+        biases = [part.bias for part in parts if part.bias is not None]
+        return cls(
+            down=torch.cat([part.down for part in parts]),
+            up=torch.cat([part.up for part in parts]),
+            bias=torch.cat(biases) if biases else None,
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
         """The same factors on another device or in another dtype."""

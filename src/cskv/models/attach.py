@@ -38,7 +38,8 @@ class Attachment:
         recipes = probe(model, sites)
         self.model = model
         self.adapter = adapter
-        self._owners = _table_owners(sites, recipes)
+        commuting = adapter.config.key_factors == "commuting"
+        self._owners = _table_owners([] if commuting else sites, recipes)
         self._hooks = [_SiteHook(self, site, recipes[site.layer_idx]) for site in sites]
         self._handles = [hook.site.module.register_forward_pre_hook(hook, with_kwargs=True) for hook in self._hooks]
         # cos and sin of the sealed tokens, by table owner: made by the first layer of a forward, dropped by the last.
@@ -54,7 +55,7 @@ class Attachment:
 
     def owner(self, layer_idx: int) -> int | None:
         """The layer that keeps the positions for this one; None where keys are not rotated."""
-        return self._owners[layer_idx]
+        return self._owners.get(layer_idx)
 
     def is_last_user(self, layer_idx: int) -> bool:
         """Whether no later layer of a forward reads the same positions."""
@@ -134,6 +135,7 @@ class _SiteHook:
         self._reader = CallReader(site.module)
         self._factors = attachment.adapter.factors(site.layer_idx)
         self._placed: LayerFactors | None = None
+        self._commuting = attachment.adapter.config.key_factors == "commuting"
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self._reader.read(args, kwargs)
@@ -141,8 +143,7 @@ class _SiteHook:
             _refuse_paged(module)
             return
         layer = self._layer(call.cache)
-        with torch.no_grad():
-            layer.stage(self._stage(layer, call))
+        layer.stage(self._stage(layer, call))
 
     def _stage(self, layer: CSKVLayer, call: AttentionCall) -> Staged:
         x = call.x.detach()
@@ -151,13 +152,21 @@ class _SiteHook:
         if layer.owns_table and self._recipe.rope is not None:
             positions = self._recipe.rope.rows(call.cos, call.sin, call.position_ids)  # type: ignore[arg-type]
 
+        def latents(keys: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                source = keys.detach().transpose(1, 2).flatten(2) if self._commuting else x
+                return factors.k.latents(source), factors.v.latents(x)
+
         def rebuild(k_latents: Tensor, v_latents: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
+                values = self._recipe.values.heads(factors.v.expand(v_latents), None, None)
+                channels = factors.k.expand(k_latents)
+                if self._commuting:  # they were rotated, and normalised, when they were cached
+                    return channels.unflatten(-1, (-1, self.site.head_dim)).transpose(1, 2), values
                 cos, sin = self._sealed_rope(layer, k_latents.shape[1], x)
-                keys = self._recipe.keys.heads(factors.k.expand(k_latents), cos, sin)
-                return keys, self._recipe.values.heads(factors.v.expand(v_latents), None, None)
+                return self._recipe.keys.heads(channels, cos, sin), values
 
-        return Staged(factors.k.latents(x), factors.v.latents(x), positions, rebuild)
+        return Staged(latents, positions, rebuild)
 
     def _sealed_rope(self, layer: CSKVLayer, sealed: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Cos and sin of the sealed tokens, made once per forward and shared by its layers."""

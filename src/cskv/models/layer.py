@@ -24,14 +24,14 @@ class Staged:
     """What the pre-hook hands over for one forward.
 
     Attributes:
-        k_latents, v_latents: (batch, new, rank): latents of the new tokens.
+        latents: from the new tokens' keys, (batch, kv_heads, new, head_dim), to their latents, (batch, new, rank) each.
+            Latents of values, and mostly those of keys, come from the layer input, which is known already.
         positions: what the shared table stores of them, or None if another layer has stored it or keys are not rotated.
         rebuild: from latents of sealed tokens, (batch, sealed, rank) each, to their keys and values,
             (batch, kv_heads, sealed, head_dim).
     """
 
-    k_latents: Tensor
-    v_latents: Tensor
+    latents: Callable[[Tensor], tuple[Tensor, Tensor]]
     positions: tuple[Tensor, ...] | None
     rebuild: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -70,7 +70,7 @@ class CSKVLayer(DynamicLayer):
             CacheError: no latents were staged: the model that runs is not the one that the compressor is attached to.
         """
         staged, self._staged = self._staged, None
-        if staged is None or staged.k_latents.shape[1] != key_states.shape[2]:
+        if staged is None:
             raise CacheError(
                 "this cache holds compressed tokens, and a model without its compressor tried to append to it; "
                 "attach the adapter again, or start a new cache"
@@ -79,7 +79,10 @@ class CSKVLayer(DynamicLayer):
         self.device, self.dtype = key_states.device, key_states.dtype
         if staged.positions is not None and self.table is not None:
             self.table.append(staged.positions)
-        view = self.store.append(staged.k_latents, staged.v_latents, key_states, value_states)
+        k_latents, v_latents = staged.latents(key_states)
+        if v_latents.shape[1] != key_states.shape[2]:
+            raise CacheError(f"{v_latents.shape[1]} tokens were staged, {key_states.shape[2]} came; start a new cache")
+        view = self.store.append(k_latents, v_latents, key_states, value_states)
         if not view.k_latents.shape[1]:
             return view.keys, view.values
         keys, values = staged.rebuild(view.k_latents, view.v_latents)

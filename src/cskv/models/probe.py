@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from cskv.errors import UnsupportedModelError
+from cskv.errors import DataError, UnsupportedModelError
+from cskv.factorization.commuting import RopePairs
 from cskv.models.call import AttentionCall, CallReader
 from cskv.models.compat import cache_kwarg
+from cskv.models.frozen import frozen
+from cskv.models.pairs import find_pairs
 from cskv.models.recipe import NormStyle, Recipe, RopeStyle, rotation_of
-from cskv.models.rope import Rope, StoredRope, find_rope
+from cskv.models.rope import Rope, find_rope
 from cskv.models.sites import AttentionSite
 
 PROBE_TOKENS = 8
-KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
+KEY_NORMS = {"k_norm": "q_norm", "k_layernorm": "q_layernorm", "key_layernorm": "query_layernorm"}  # and the queries'
 VALUE_NORMS = ("v_norm",)
 # The largest error that is still rounding, relative to the largest cached value.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -34,13 +37,17 @@ class SiteRecipe:
     """How one layer's cached keys and values follow from its projections.
 
     Attributes:
-        keys, values: the recipes of either.
+        queries: how queries are made, RoPE aside: with the norm that stands beside the keys' one. Not checked.
+        keys, values: the recipes of either, as found.
         rope: how cos and sin of old tokens are had again; None where the keys are not rotated.
+        pairs: the channels of a head that RoPE turns together; None where the keys are not rotated.
     """
 
+    queries: Recipe
     keys: Recipe
     values: Recipe
     rope: Rope | None
+    pairs: RopePairs | None
 
 
 @dataclass
@@ -55,6 +62,7 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
 
     Raises:
         UnsupportedModelError: a layer's keys or values match no recipe.
+        DataError: the model's keys or values are not finite.
     """
     cache, records = _run(model, sites)
     recipes: dict[int, SiteRecipe] = {}
@@ -65,7 +73,14 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
         layer = cache.layers[site.layer_idx]
         keys = _match(site, "keys", _key_candidates(site, record.call), record.k, record.call, layer.keys)
         values = _match(site, "values", _value_candidates(site), record.v, record.call, layer.values)
-        recipes[site.layer_idx] = SiteRecipe(keys, values, _rope(model, site, keys, record.call))
+        rotated = keys.rope_style is not RopeStyle.NONE and record.call.cos is not None
+        recipes[site.layer_idx] = SiteRecipe(
+            _queries(site, keys),
+            keys,
+            values,
+            rope=_rope(model, site, record.call) if rotated else None,
+            pairs=find_pairs(keys, record.call.cos) if rotated else None,  # type: ignore[arg-type]
+        )
     return recipes
 
 
@@ -75,7 +90,7 @@ def _run(model: nn.Module, sites: list[AttentionSite]) -> tuple[DynamicCache, di
     tokens = (torch.arange(1, PROBE_TOKENS + 1, device=device) % config.vocab_size)[None]
     cache = DynamicCache(config=config)
     decoder = model.base_model
-    with _recording(sites) as records, _evaluating(model), torch.no_grad():
+    with _recording(sites) as records, frozen(model), torch.no_grad():
         decoder(input_ids=tokens, use_cache=True, **{cache_kwarg(decoder): cache})  # type: ignore[operator, arg-type]
     return cache, records
 
@@ -112,20 +127,10 @@ def _record_site(site: AttentionSite, record: _Record) -> list[torch.utils.hooks
     ]
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def _key_candidates(site: AttentionSite, call: AttentionCall) -> Iterator[Recipe]:
     rotate = rotation_of(site.module) if call.cos is not None else None
     rope_styles = [RopeStyle.NONE] if rotate is None else [RopeStyle.FULL, RopeStyle.SLICED, RopeStyle.NONE]
-    for norm, style in _norms(site.module, KEY_NORMS):
+    for norm, style in _norms(site.module, tuple(KEY_NORMS)):
         for rope_style in rope_styles:
             used = rotate if rope_style is not RopeStyle.NONE else None
             yield Recipe(site.head_dim, norm, style, rope_style, used)
@@ -134,6 +139,13 @@ def _key_candidates(site: AttentionSite, call: AttentionCall) -> Iterator[Recipe
 def _value_candidates(site: AttentionSite) -> Iterator[Recipe]:
     for norm, style in _norms(site.module, VALUE_NORMS):
         yield Recipe(site.head_dim, norm, style)
+
+
+def _queries(site: AttentionSite, keys: Recipe) -> Recipe:
+    for key_name, query_name in KEY_NORMS.items():
+        if keys.norm is not None and getattr(site.module, key_name, None) is keys.norm:
+            return Recipe(site.head_dim, getattr(site.module, query_name, None), keys.norm_style)
+    return Recipe(site.head_dim)
 
 
 def _norms(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[nn.Module | None, NormStyle]]:
@@ -149,6 +161,10 @@ def _match(
     site: AttentionSite, kind: str, candidates: Iterator[Recipe], channels: Tensor, call: AttentionCall, cached: Tensor
 ) -> Recipe:
     """The candidate closest to what was cached, if it is close enough."""
+    if not torch.isfinite(cached).all():
+        raise DataError(
+            f"the cached {kind} of {site.name} hold NaN or infinity; check the weights, or load another dtype"
+        )
     best, least = None, float("inf")
     for recipe in candidates:
         try:
@@ -172,12 +188,8 @@ def _match(
     return best
 
 
-def _rope(model: nn.Module, site: AttentionSite, keys: Recipe, call: AttentionCall) -> Rope | None:
-    if keys.rope_style is RopeStyle.NONE or call.cos is None or call.sin is None:
-        return None
-    if call.position_ids is None:
-        return StoredRope()
+def _rope(model: nn.Module, site: AttentionSite, call: AttentionCall) -> Rope:
     layer_types = getattr(getattr(site.module, "config", None), "layer_types", None)
     kind = layer_types[site.layer_idx] if layer_types else None
     with torch.no_grad():
-        return find_rope(model, call.x, call.cos, call.sin, call.position_ids, kind)
+        return find_rope(model, call.x, call.cos, call.sin, call.position_ids, kind)  # type: ignore[arg-type]

@@ -62,12 +62,13 @@ class Recipe:
             heads = self.norm(heads)  # type: ignore[misc]
         heads = heads.transpose(1, 2)
         if self.rope_style is not RopeStyle.NONE:
-            heads = self._rotated(heads, cos, sin)  # type: ignore[arg-type]
+            heads = self.rotated(heads, cos, sin)  # type: ignore[arg-type]
         if self.norm_style is NormStyle.AFTER_ROPE:
             heads = self.norm(heads)  # type: ignore[misc]
         return heads
 
-    def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """RoPE alone, on (batch, kv_heads, tokens, head_dim)."""
         if self.rope_style is RopeStyle.FULL:
             return self.rotate(heads, cos, sin)  # type: ignore[misc]
         rotary = cos.shape[-1]

@@ -1,13 +1,14 @@
 """Where a model's keys and values are made: its attention layers and their projections, found generically.
 
-A site is an attention module that owns a layer index and either separate `k_proj` and `v_proj` or one fused `qkv_proj`
-whose output is [queries, keys, values] (Phi3). Whether a site's keys can really be rebuilt from its projection is not
-assumed from the names: `cskv.models.probe` compares with what the model caches.
+A site is an attention module that owns a layer index and either separate `q_proj`, `k_proj` and `v_proj` or one fused
+`qkv_proj` whose output is [queries, keys, values] (Phi3). Whether a site's keys can really be rebuilt from its
+projection is not assumed from the names: `cskv.models.probe` compares with what the model caches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -15,10 +16,12 @@ from transformers.cache_utils import DynamicLayer
 
 from cskv.errors import UnsupportedModelError
 
+OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj")
+
 
 @dataclass(frozen=True)
 class Projection:
-    """The rows of a linear layer that make keys or values.
+    """The rows of a linear layer that make queries, keys or values.
 
     Attributes:
         linear: the module whose output holds the channels.
@@ -57,13 +60,14 @@ class AttentionSite:
         name: the module's qualified name in the model.
         layer_idx: its index in the cache.
         module: the attention module. Its first argument (`hidden_states`) is the layer input x.
-        k, v: its key and value projections.
+        q, k, v: its query, key and value projections.
         head_dim: channels per head.
     """
 
     name: str
     layer_idx: int
     module: nn.Module
+    q: Projection
     k: Projection
     v: Projection
     head_dim: int
@@ -79,6 +83,15 @@ class AttentionSite:
     @property
     def num_kv_heads(self) -> int:
         return self.kv_dim // self.head_dim
+
+    @property
+    def output_weight(self) -> Tensor | None:
+        """(hidden, query heads * head_dim) of the projection that reads the heads' outputs, or None if not found."""
+        for name in OUTPUT_PROJECTIONS:
+            weight = getattr(getattr(self.module, name, None), "weight", None)
+            if weight is not None and weight.shape[1] == self.q.kv_dim:
+                return weight
+        return None
 
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:
@@ -117,7 +130,7 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
 
 
 def _has_projections(module: nn.Module) -> bool:
-    separate = hasattr(module, "k_proj") and hasattr(module, "v_proj")
+    separate = all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj"))
     return (separate or hasattr(module, "qkv_proj")) and not getattr(module, "is_cross_attention", False)
 
 
@@ -132,18 +145,19 @@ def _site(path: str, module: nn.Module) -> AttentionSite:
     if not isinstance(head_dim, int):
         raise UnsupportedModelError(f"{path} ({type(module).__name__}) does not tell its head_dim")
     if hasattr(module, "qkv_proj"):
-        k, v = _fused(path, module, head_dim)
+        q, k, v = _fused(path, module, head_dim)
     else:
-        k = Projection(module.k_proj, 0, module.k_proj.weight.shape[0])
-        v = Projection(module.v_proj, 0, module.v_proj.weight.shape[0])
+        q, k, v = (
+            Projection(linear, 0, linear.weight.shape[0]) for linear in (module.q_proj, module.k_proj, module.v_proj)
+        )
     if k.kv_dim != v.kv_dim or k.kv_dim % head_dim:
         raise UnsupportedModelError(
             f"{path}: keys have {k.kv_dim} and values {v.kv_dim} channels; expected equal multiples of {head_dim}"
         )
-    return AttentionSite(path, module.layer_idx, module, k, v, head_dim)
+    return AttentionSite(path, module.layer_idx, module, q, k, v, head_dim)
 
 
-def _fused(path: str, module: nn.Module, head_dim: int) -> tuple[Projection, Projection]:
+def _fused(path: str, module: nn.Module, head_dim: int) -> tuple[Projection, Projection, Projection]:
     config = module.config
     queries = config.num_attention_heads * head_dim
     kv_dim = config.num_key_value_heads * head_dim
@@ -153,4 +167,6 @@ def _fused(path: str, module: nn.Module, head_dim: int) -> tuple[Projection, Pro
             f"{path}.qkv_proj has {total} rows; expected {queries} query + 2 x {kv_dim} key and value rows"
         )
     linear = module.qkv_proj
-    return Projection(linear, queries, queries + kv_dim), Projection(linear, queries + kv_dim, total)
+    bounds = (0, queries, queries + kv_dim, total)
+    q, k, v = (Projection(linear, start, stop) for start, stop in pairwise(bounds))
+    return q, k, v

@@ -1,0 +1,68 @@
+"""How much an error in keys and values counts: gains for PCA, in closed form.
+
+What matters is not ||K - K^|| but the error in the attention logits, and not ||V - V^|| but the error in the layer's
+output. RoPE turns query and key pairs by their relative position; averaged over positions, an error in a pair of key
+channels counts by the energy of the queries there, whatever its direction. So for keys one weight per (kv head, pair),
+
+    g^2 = (E q_a^2 + E q_b^2) / 2, summed over the query heads that share the kv head,
+
+and for values, with W_o,i the columns of the output projection that read query head i, the block of a kv head is
+
+    G_h = M_h^(1/2),  M_h = sum over its query heads of W_o,i^T W_o,i.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cskv.factorization.commuting import RopePairs
+
+
+def key_gain(
+    query_energy: Float[Tensor, " kv_dim"], pairs: RopePairs | None, head_dim: int
+) -> Float[Tensor, " kv_dim"]:
+    """How much an error in each channel of a key counts in the attention logits.
+
+    Args:
+        query_energy: E[q^2] by channel, summed over the query heads of each kv head.
+        pairs: the channels that RoPE turns together; None without RoPE.
+        head_dim: channels per head.
+    """
+    energy = query_energy.double().unflatten(0, (-1, head_dim)).clone()
+    if pairs is not None:
+        both = (energy[:, pairs.real] + energy[:, pairs.imaginary]) / 2
+        energy[:, pairs.real], energy[:, pairs.imaginary] = both, both
+    return energy.flatten().sqrt()
+
+
+def value_gain(
+    output_weight: Float[Tensor, "hidden query_dim"], num_kv_heads: int, head_dim: int
+) -> Float[Tensor, "kv_dim kv_dim"]:
+    """How much an error in the values counts in the layer's output: block diagonal, symmetric.
+
+    Args:
+        output_weight: of the output projection; it reads the query heads in order.
+        num_kv_heads, head_dim: of the values.
+    """
+    columns = output_weight.detach().double().unflatten(1, (num_kv_heads, -1, head_dim))
+    blocks = torch.einsum("ohqc,ohqd->hcd", columns, columns)
+    values, vectors = torch.linalg.eigh(blocks)
+    roots = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT
+    return torch.block_diag(*roots)
+
+
+def before_norm(
+    gain: Float[Tensor, " kv_dim"],
+    before: Float[Tensor, "kv_dim kv_dim"],
+    after: Float[Tensor, "kv_dim kv_dim"],
+) -> Float[Tensor, " kv_dim"]:
+    """A gain of normalised keys as one of the projection's output: scaled by what the norm does to each channel's size.
+
+    Args:
+        gain: of keys after the norm.
+        before, after: E[k k^T] on either side of the norm.
+    """
+    sizes = [moment.diagonal().double().clamp(min=0).sqrt() for moment in (before, after)]
+    return gain * torch.where(sizes[0] > 0, sizes[1] / sizes[0].clamp(min=torch.finfo(torch.float64).tiny), 1.0)
