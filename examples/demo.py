@@ -1,0 +1,34 @@
+"""CSKV end to end on the bundled model: `make demo`, or `python examples/demo.py --help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cskv.cli.common import command, console, emit
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@command
+def main(
+    model: Annotated[str, typer.Option(help="Model folder or hub id.")] = str(ROOT / "tinymodel" / "checkpoint"),
+    lines: Annotated[int, typer.Option(help="Lines in a LongEval record.")] = 200,
+    cases: Annotated[int, typer.Option(help="LongEval questions for each row of the table.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the calibration and training text.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for adapters, figures and results.")] = ROOT / "outputs" / "demo",
+) -> None:
+    """Calibrate, factorise, train, save, reload, generate, and print one table. The last line is JSON."""
+    from cskv.cli.loading import load_model, load_tokenizer
+    from cskv.demo.run import run_demo, summary
+    from cskv.demo.settings import DemoSettings
+
+    settings = DemoSettings(num_lines=lines, cases=cases, seed=seed)
+    loaded = load_model(model)
+    emit(summary(run_demo(loaded, load_tokenizer(model), out, settings, console()), out))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,70 @@
+"""The demo's adapters: calibrated, factorised, trained and saved; a finished step is not done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cskv.calibration import calibrate
+from cskv.data.samples import TokenSamples
+from cskv.demo.settings import DemoSettings, Variant
+from cskv.demo.text import mixed_source
+from cskv.demo.workspace import Workspace
+from cskv.initialisation import initialise
+from cskv.statistics import Statistics
+from cskv.training.trainer import train
+
+OnStep = Callable[[int, float | None], None]
+
+
+def calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DemoSettings,
+    workspace: Workspace,
+    on_sample: Callable[[int], None],
+) -> Statistics:
+    """The statistics that ASVD needs, from `settings.calibration_samples` samples; `on_sample` gets those done."""
+    path = workspace.path("statistics.safetensors")
+    if not path.exists():
+        samples = _samples(tokenizer, settings, settings.calibration_samples)
+        calibrate(model, samples, progress=lambda done, _total: on_sample(done)).save(path)
+    return Statistics.load(path)
+
+
+def make_adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    variant: Variant,
+    statistics: Statistics,
+    settings: DemoSettings,
+    workspace: Workspace,
+    on_step: OnStep,
+) -> None:
+    """Factorise, train where the variant says so, and save the adapter folder. `on_step` gets (step, loss)."""
+    folder = workspace.path("adapters", variant.key)
+    if (folder / "config.json").exists():  # written last: the folder is complete
+        return
+    adapter = initialise(model, variant.config, statistics)
+    adapter.metrics["text"] = mixed_source(settings.num_lines).name
+    if variant.trained:
+        result = train(
+            model,
+            adapter,
+            _samples(tokenizer, settings, settings.train_samples),
+            settings.training,
+            output=workspace.path("training", variant.key),
+            on_step=lambda record: on_step(record.step, record.loss),
+        )
+        adapter.metrics |= {
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "k_loss": result.k_loss,
+            "v_loss": result.v_loss,
+        }
+    adapter.save_pretrained(folder)
+
+
+def _samples(tokenizer: PreTrainedTokenizerBase, settings: DemoSettings, count: int) -> TokenSamples:
+    return TokenSamples(mixed_source(settings.num_lines), tokenizer, count, settings.sample_len, settings.seed)

@@ -1,0 +1,123 @@
+"""The figures of one variant, and one example generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cskv.data.lines import LinesCase, make_case
+from cskv.data.sources import open_source
+from cskv.demo.settings import DemoSettings, Variant
+from cskv.evaluation.cache_size import cache_after_prefill
+from cskv.evaluation.longeval import evaluate_lines
+from cskv.evaluation.perplexity import perplexity, token_sequences
+from cskv.evaluation.speed import measure_decode
+
+ANSWER_TOKENS = 16
+GROUP = 32
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every variant is measured on, made once.
+
+    Attributes:
+        cases: LongEval questions.
+        prompt: (1, tokens), the first of them.
+        texts: (texts, tokens), held-out documents.
+    """
+
+    cases: list[LinesCase]
+    prompt: Int[Tensor, "1 tokens"]
+    texts: Int[Tensor, "texts tokens"]
+
+    @property
+    def work(self) -> int:
+        """Units of progress in one variant: cases, and as much again for the rest."""
+        return 2 * len(self.cases)
+
+
+def material(tokenizer: PreTrainedTokenizerBase, settings: DemoSettings) -> Material:
+    """Cases by seeds 0, 1, ..., and held-out offline documents in a fixed order."""
+    cases = [make_case(settings.num_lines, seed) for seed in range(settings.cases)]
+    prompt = torch.tensor([tokenizer(cases[0].prompt, verbose=False)["input_ids"]])
+    texts = open_source("offline", "heldout").read(0)
+    return Material(cases, prompt, token_sequences(tokenizer, texts, settings.text_tokens, settings.texts))
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    variant: Variant,
+    settings: DemoSettings,
+    on: Material,
+    advance: Callable[[float], None],
+) -> dict[str, Any]:
+    """The variant's row of the table, JSON-ready, with the details below `details`.
+
+    Args:
+        model: with the variant's adapter attached, or none for the uncompressed one.
+        advance: called with units of progress, `on.work` in all.
+    """
+    lines = evaluate_lines(
+        model, tokenizer, on.cases, batch_size=settings.batch_size, max_new_tokens=ANSWER_TOKENS, on_case=advance
+    )
+    fed = len(on.cases) / (on.texts.shape[0] * (on.texts.shape[1] - 1))
+    text = perplexity(
+        model, on.texts, chunk=GROUP, batch_size=settings.batch_size, on_tokens=lambda tokens: advance(fed * tokens)
+    )
+    report = cache_after_prefill(model, on.prompt)
+    speed = measure_decode(model, on.prompt, steps=GROUP, repeats=settings.speed_repeats)
+    return {
+        "key": variant.key,
+        "name": variant.name,
+        "density": variant.density,
+        "bytes_per_token": report.bytes_per_token,
+        "ratio": report.ratio,
+        "num_lines": settings.num_lines,
+        "cases": lines.n,
+        "accuracy": lines.accuracy,
+        "low": lines.low,
+        "high": lines.high,
+        "perplexity": text.ppl,
+        "tokens_per_second": speed.tokens_per_second,
+        "details": {
+            "cache": report.to_dict(),
+            "lines": lines.to_dict(),
+            "perplexity": text.to_dict(),
+            "speed": speed.to_dict(),
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Example:
+    """One generation from a cache: the prompt's end, what followed, the right answer and the bytes held."""
+
+    prompt_end: str
+    output: str
+    expected: str
+    cache_bytes: int
+    uncompressed_bytes: int
+    tokens: int
+
+
+def example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on: Material) -> Example:
+    """Answer the first case and tell what the cache holds after its prompt."""
+    result = evaluate_lines(model, tokenizer, on.cases[:1], max_new_tokens=ANSWER_TOKENS)
+    report = cache_after_prefill(model, on.prompt)
+    case = on.cases[0]
+    return Example(
+        prompt_end=case.prompt[case.prompt.rindex("Now the record is over") :],
+        output=result.outputs[0].output,
+        expected=str(case.expected),
+        cache_bytes=report.total_bytes,
+        uncompressed_bytes=report.uncompressed_bytes,
+        tokens=report.tokens,
+    )

@@ -1,0 +1,99 @@
+"""What the demo compares and how much work it puts into it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from cskv.config import CSKVConfig
+from cskv.errors import ConfigError
+from cskv.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        key: its name in files.
+        name: its name in the table.
+        density: share of the key and of the value channels kept; None for the uncompressed model.
+        init: "svd" or "asvd".
+        trained: whether layer-wise reconstruction follows the initialisation.
+    """
+
+    key: str
+    name: str
+    density: float | None = None
+    init: str = "asvd"
+    trained: bool = False
+
+    @property
+    def config(self) -> CSKVConfig:
+        """The paper's cache: groups of 32 tokens are exact until they are full (`q_window_size 32`)."""
+        if self.density is None:
+            raise ConfigError(f"variant {self.name} is not compressed and has no settings")
+        return CSKVConfig(k_density=self.density, v_density=self.density, window=0, group=32, init=self.init)
+
+
+VARIANTS = (
+    Variant("uncompressed", "uncompressed"),
+    Variant("50-trained", "50 % trained", 0.5, "asvd", trained=True),
+    Variant("80-svd", "80 % SVD, untrained", 0.2, "svd"),
+    Variant("80-asvd", "80 % ASVD, untrained", 0.2, "asvd"),
+    Variant("80-trained", "80 % trained", 0.2, "asvd", trained=True),
+)
+EXAMPLE = "80-trained"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How much is calibrated, trained and measured. The defaults take some four minutes on two CPU cores.
+
+    Attributes:
+        num_lines: lines per LongEval record.
+        cases: LongEval questions per variant.
+        batch_size: questions, or texts, in one forward.
+        seed: of the order of the calibration and training text, and of the records in it.
+        sample_len: tokens per calibration and training sample.
+        calibration_samples, train_samples: how many of each; training goes over them once.
+        learning_rate, train_batch_size: of the training, with a cosine schedule.
+        texts, text_tokens: held-out documents for the perplexity, and the tokens taken of each.
+        speed_repeats: stretches of 32 decoded tokens, of which the median is the speed.
+    """
+
+    num_lines: int = 200
+    cases: int = 100
+    batch_size: int = 4
+    seed: int = 0
+    sample_len: int = 1024
+    calibration_samples: int = 64
+    train_samples: int = 800
+    learning_rate: float = 2e-3
+    train_batch_size: int = 2
+    texts: int = 16
+    text_tokens: int = 1024
+    speed_repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("seed", "learning_rate") and value < 1:
+                raise ConfigError(f"{field.name} is {value}; expected at least 1")
+
+    @property
+    def training(self) -> TrainingSettings:
+        """How the factors are trained."""
+        steps = self.train_samples // self.train_batch_size
+        return TrainingSettings(
+            learning_rate=self.learning_rate,
+            warmup_steps=min(20, steps // 10),
+            schedule="cosine",
+            batch_size=self.train_batch_size,
+            checkpoint_every=100,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return dataclasses.asdict(self)

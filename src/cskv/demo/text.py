@@ -1,0 +1,34 @@
+"""The demo's calibration and training text: what the bundled model was trained on, offline text and lines records."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from cskv.data.lines import make_case
+from cskv.data.sources import TextSource, open_source
+
+PIECE_CHARACTERS = 4_000
+RECORD_SEEDS = 1_000_000_000  # far from the seeds of evaluation cases, which count from 0
+
+
+def mixed_source(num_lines: int) -> TextSource:
+    """Pieces of the offline training corpus in turn with LongEval records and their answers.
+
+    A record is about as long as a piece of text, in characters. Its questions are never those of the evaluation.
+
+    Args:
+        num_lines: the longest record.
+    """
+    return TextSource(
+        f"offline text and LongEval records of up to {num_lines} lines", lambda seed: _read(num_lines, seed)
+    )
+
+
+def _read(num_lines: int, seed: int) -> Iterator[str]:
+    rng = random.Random(f"demo-text-{seed}")
+    for text in open_source("offline").read(seed):
+        start = rng.randrange(max(1, len(text) - PIECE_CHARACTERS))
+        yield text[start : start + PIECE_CHARACTERS]
+        case = make_case(rng.randint(max(1, num_lines // 8), num_lines), RECORD_SEEDS + rng.randrange(RECORD_SEEDS))
+        yield f"{case.prompt}<{case.expected}>"
