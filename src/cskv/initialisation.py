@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,23 +12,28 @@ from cskv.adapter import BaseModelInfo, CSKVAdapter
 from cskv.config import CSKVConfig
 from cskv.errors import ConfigError, CSKVError, DataError, UnsupportedModelError
 from cskv.factorization.asvd import asvd_factors
-from cskv.factorization.commuting import commuting_factors
+from cskv.factorization.commuting import RopePairs, commuting_factors, commuting_spectrum
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.factorization.pca import pca_factors
+from cskv.factorization.pca import pca_factors, spectrum
 from cskv.factorization.svd import svd_factors
 from cskv.factorization.weighting import before_norm, key_gain, value_gain
 from cskv.models.probe import SiteRecipe, probe
 from cskv.models.sites import AttentionSite, Projection, find_sites
 from cskv.statistics import Statistics
 
+Ranks = Mapping[int, tuple[int, int]]
 
-def initialise(model: nn.Module, config: CSKVConfig, statistics: Statistics | None = None) -> CSKVAdapter:
+
+def initialise(
+    model: nn.Module, config: CSKVConfig, statistics: Statistics | None = None, ranks: Ranks | None = None
+) -> CSKVAdapter:
     """Factorise every key and value projection of a model at the settings' densities.
 
     Args:
         model: the base model; its weights are only read.
         config: densities, init, key factors, head groups.
         statistics: of this model; needed for all but "svd".
+        ranks: layer index -> (key rank, value rank), in place of the densities; from `cskv.allocation`.
 
     Returns:
         An adapter with fp32 factors on the weights' devices.
@@ -50,10 +56,27 @@ def initialise(model: nn.Module, config: CSKVConfig, statistics: Statistics | No
     layers = {}
     for site in sites:
         try:
-            layers[site.layer_idx] = _Layer(site, config, statistics, recipes.get(site.layer_idx)).factors()
+            layer = _Layer(site, config, statistics, recipes.get(site.layer_idx))
+            pair = layer.uniform_ranks() if ranks is None else ranks[site.layer_idx]
+            layers[site.layer_idx] = layer.factors(*pair)
         except CSKVError as error:
             raise type(error)(f"layer {site.layer_idx} ({site.name}): {error}") from error
     return CSKVAdapter(config, layers, base)
+
+
+def part_spectra(model: nn.Module, config: CSKVConfig, statistics: Statistics) -> dict[tuple[int, str], Tensor]:
+    """What each further latent of a projection saves of its loss, largest first.
+
+    Args:
+        model, config, statistics: as for `initialise`; the init is "pca" or "weighted-pca".
+
+    Returns:
+        (layer index, "k" or "v") -> (kv_dim,), fp64.
+    """
+    sites = find_sites(model)
+    recipes = probe(model, sites)
+    layers = [_Layer(site, config, statistics, recipes[site.layer_idx]) for site in sites]
+    return {(layer.site.layer_idx, kind): layer.spectrum(kind) for layer in layers for kind in ("k", "v")}
 
 
 @dataclass(frozen=True)
@@ -65,11 +88,19 @@ class _Layer:
     statistics: Statistics | None
     recipe: SiteRecipe | None
 
-    def factors(self) -> LayerFactors:
+    def uniform_ranks(self) -> tuple[int, int]:
+        return self.config.k_rank(self.site.kv_dim), self.config.v_rank(self.site.kv_dim)
+
+    def spectrum(self, kind: str) -> Tensor:
+        """What each further latent saves of the loss that PCA minimises, largest first."""
+        if kind == "k" and self.config.key_factors == "commuting":
+            return commuting_spectrum(*self._commuting_problem())
+        return spectrum(self._statistic(f"{kind}.mean"), self._statistic(f"{kind}.moment"), self._gain(kind))
+
+    def factors(self, k_rank: int, v_rank: int) -> LayerFactors:
         site, config = self.site, self.config
         if site.num_kv_heads % config.head_groups:
             raise ConfigError(f"{config.head_groups} head groups do not divide {site.num_kv_heads} kv heads")
-        k_rank, v_rank = config.k_rank(site.kv_dim), config.v_rank(site.kv_dim)
         commuting = config.key_factors == "commuting"
         keys = self._commuting(k_rank) if commuting else self._grouped("k", site.k, k_rank)
         return LayerFactors(k=keys, v=self._grouped("v", site.v, v_rank))
@@ -101,14 +132,17 @@ class _Layer:
         )
 
     def _commuting(self, rank: int) -> Factors:
+        moment, pairs, gain = self._commuting_problem()
+        return commuting_factors(moment, pairs, rank, gain).to(self.site.k.weight.device)
+
+    def _commuting_problem(self) -> tuple[Tensor, RopePairs, Tensor | None]:
         if self.recipe is None or self.recipe.pairs is None:
             raise UnsupportedModelError(
                 "its keys are not rotated: commuting factors are for keys with RoPE; use joint ones"
             )
         gain = self._key_gain() if self.config.init == "weighted-pca" else None
         moment = self.statistics.key_moment(self.site.layer_idx)  # type: ignore[union-attr]
-        factors = commuting_factors(moment, self.recipe.pairs, rank, gain)
-        return factors.to(self.site.k.weight.device)
+        return moment, self.recipe.pairs, gain
 
     def _gain(self, kind: str) -> Tensor | None:
         if self.config.init != "weighted-pca":

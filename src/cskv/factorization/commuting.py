@@ -49,11 +49,10 @@ class RopePairs:
 
 @dataclass(frozen=True)
 class _Component:
-    """A direction that may be kept: `rows`, (1 or 2, kv_dim), make its latents and rebuild from them."""
+    """A direction that may be kept: orthonormal rows, (1 or 2, kv_dim), that make its latents and rebuild from them."""
 
     value: float
     down: Tensor
-    up: Tensor
 
     @property
     def value_per_latent(self) -> float:
@@ -81,24 +80,42 @@ def commuting_factors(
         ConfigError: the rank is out of range or too small for any component, or there is a single kv head.
         DataError: the moment is not finite or of another shape.
     """
-    kv_dim, heads = moment.shape[0], moment.shape[0] // pairs.head_dim
-    if moment.shape != (kv_dim, kv_dim) or kv_dim % pairs.head_dim or not torch.isfinite(moment).all():
-        raise DataError(f"the keys' moment has shape {tuple(moment.shape)} or holds NaN; calibrate this model")
-    if heads == 1:
-        raise ConfigError("commuting key factors mix kv heads, and this model has one: there is nothing to shrink")
+    kv_dim = moment.shape[0]
     if not 1 <= rank <= kv_dim:
         raise ConfigError(f"rank is {rank}; expected 1 to {kv_dim}, the projection's channels")
-    weights = torch.ones(kv_dim, dtype=torch.float64) if gain is None else gain.detach().double().cpu()
-    weights = weights.clamp(min=LEAST_GAIN * float(weights.max()))
-    weighted = moment.detach().double().cpu() * torch.outer(weights, weights)
-    components = _pair_components(weighted, pairs, heads) + _unrotated_components(weighted, pairs, heads)
+    components, weights = _components(moment, pairs, gain)
     kept = _best(components, rank)
     if not kept:
         raise ConfigError(f"rank {rank} keeps no pair of rotated channels; give at least 2")
     return Factors(
         down=(torch.cat([c.down for c in kept]) * weights).float().contiguous(),
-        up=(torch.cat([c.up for c in kept]) / weights).T.float().contiguous(),
+        up=(torch.cat([c.down for c in kept]) / weights).T.float().contiguous(),
     )
+
+
+def commuting_spectrum(
+    moment: Float[Tensor, "kv_dim kv_dim"], pairs: RopePairs, gain: Float[Tensor, " kv_dim"] | None = None
+) -> Float[Tensor, " kv_dim"]:
+    """What each further latent saves, largest first; the two latents of a pair share its eigenvalue evenly.
+
+    Args and errors are those of `commuting_factors`.
+    """
+    components, _ = _components(moment, pairs, gain)
+    shares = [share for c in components for share in [c.value_per_latent] * len(c.down)]
+    return torch.tensor(shares, dtype=torch.float64).sort(descending=True).values
+
+
+def _components(moment: Tensor, pairs: RopePairs, gain: Tensor | None) -> tuple[list[_Component], Tensor]:
+    """All directions that may be kept, of the weighted keys, and the weights."""
+    kv_dim, heads = moment.shape[0], moment.shape[0] // pairs.head_dim
+    if moment.shape != (kv_dim, kv_dim) or kv_dim % pairs.head_dim or not torch.isfinite(moment).all():
+        raise DataError(f"the keys' moment has shape {tuple(moment.shape)} or holds NaN; calibrate this model")
+    if heads == 1:
+        raise ConfigError("commuting key factors mix kv heads, and this model has one: there is nothing to shrink")
+    weights = torch.ones(kv_dim, dtype=torch.float64) if gain is None else gain.detach().double().cpu()
+    weights = weights.clamp(min=LEAST_GAIN * float(weights.max()))
+    weighted = moment.detach().double().cpu() * torch.outer(weights, weights)
+    return _pair_components(weighted, pairs, heads) + _unrotated_components(weighted, pairs, heads), weights
 
 
 def _pair_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Component]:
@@ -113,7 +130,7 @@ def _pair_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Comp
             rows = torch.zeros(2, moment.shape[0], dtype=torch.float64)
             rows[0, real], rows[0, imaginary] = vector.real, vector.imag
             rows[1, real], rows[1, imaginary] = -vector.imag, vector.real
-            components.append(_Component(max(value, 0.0), rows, rows))
+            components.append(_Component(max(value, 0.0), rows))
     return components
 
 
@@ -126,7 +143,7 @@ def _unrotated_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[
     for value, vector in zip(values.tolist(), vectors.T, strict=True):
         row = torch.zeros(1, moment.shape[0], dtype=torch.float64)
         row[0, channels] = vector
-        components.append(_Component(max(value, 0.0), row, row))
+        components.append(_Component(max(value, 0.0), row))
     return components
 
 

@@ -1,0 +1,159 @@
+"""What a compressed cache would be read as, in one parallel and differentiable forward.
+
+Generation reads old tokens from latents and the newest exactly, one step after the other. Given a whole text, the same
+can be had at once: every layer makes both the exact and the rebuilt keys and values of all tokens, and each query reads
+the rebuilt ones of the tokens that would be sealed at its step and the exact ones of the rest,
+
+    query t reads token s rebuilt if s < sealed(t), else exactly;  sealed(t) = ((t - window) // group) * group.
+
+That is token-by-token decoding from the first token on, so it is what end-to-end training and sensitivity measurements
+need. Memory is that of a forward with twice the keys. The model's own attention function does the work, so soft-capping
+and attention sinks keep their meaning.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from cskv.adapter import CSKVAdapter
+from cskv.config import CSKVConfig
+from cskv.errors import CSKVError
+from cskv.factorization.factors import Factors
+from cskv.models.call import AttentionCall, CallReader
+from cskv.models.probe import SiteRecipe, probe
+from cskv.models.sites import AttentionSite, find_sites
+
+NAME = "cskv_reading"
+KWARG = "cskv_reading"
+Part = tuple[int, str]  # layer index, "k" or "v"
+
+
+@contextmanager
+def compressed_reading(
+    model: nn.Module,
+    adapter: CSKVAdapter,
+    *,
+    recipes: dict[int, SiteRecipe] | None = None,
+    only: frozenset[Part] | None = None,
+) -> Iterator[None]:
+    """Let the model's forwards, without a cache and without padding, read old tokens as the adapter would give them.
+
+    Gradients reach the adapter's factors. The model's hooks and settings are as before when the block ends.
+
+    Args:
+        model: a decoder model.
+        adapter: made for it, on its device.
+        recipes: from `probe(model, find_sites(model))`, to save it when this is done often.
+        only: the parts that are compressed, (layer index, "k" or "v"); None compresses all.
+
+    Raises:
+        CSKVError: a forward in the block has a cache.
+    """
+    sites = find_sites(model)
+    recipes = recipes or probe(model, sites)
+    configs = {id(site.module.config): site.module.config for site in sites}.values()
+    implementations = [(config, config._attn_implementation) for config in configs]
+    with ExitStack() as stack:
+        for site in sites:
+            hook = _ReadingHook(site, recipes[site.layer_idx], adapter, only)
+            stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for config, implementation in implementations:
+            _register(implementation)
+            config._attn_implementation = _name(implementation)
+            stack.callback(setattr, config, "_attn_implementation", implementation)
+        yield
+
+
+@dataclass(frozen=True)
+class _Rebuilt:
+    """What a layer's attention gets beside the exact keys and values."""
+
+    config: CSKVConfig
+    keys: Callable[[Tensor], Tensor]
+    values: Callable[[Tensor], Tensor]
+
+
+class _ReadingHook:
+    def __init__(
+        self, site: AttentionSite, recipe: SiteRecipe, adapter: CSKVAdapter, only: frozenset[Part] | None
+    ) -> None:
+        self._site, self._recipe, self._adapter = site, recipe, adapter
+        self._parts = {kind for kind in ("k", "v") if only is None or (site.layer_idx, kind) in only}
+        self._reader = CallReader(site.module)
+
+    def __call__(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        call = self._reader.read(args, kwargs)
+        if call.cache is not None:
+            raise CSKVError("reading a whole text as compressed goes without a cache; pass use_cache=False")
+        if not self._parts:
+            return None
+        factors = self._adapter.factors(self._site.layer_idx)
+        rebuilt = _Rebuilt(
+            self._adapter.config,
+            keys=lambda keys: self._keys(factors.k, call, keys) if "k" in self._parts else keys,
+            values=lambda values: self._values(factors.v, call) if "v" in self._parts else values,
+        )
+        return args, {**kwargs, KWARG: rebuilt}
+
+    def _keys(self, factors: Factors, call: AttentionCall, keys: Tensor) -> Tensor:
+        if self._adapter.config.key_factors == "commuting":
+            channels = keys.transpose(1, 2).flatten(2)
+            return _rebuild(factors, channels).unflatten(-1, (-1, self._site.head_dim)).transpose(1, 2)
+        return self._recipe.keys.heads(_rebuild(factors, call.x), call.cos, call.sin)
+
+    def _values(self, factors: Factors, call: AttentionCall) -> Tensor:
+        return self._recipe.values.heads(_rebuild(factors, call.x), None, None)
+
+
+def _rebuild(factors: Factors, x: Tensor) -> Tensor:
+    """Through the latents and back, in the factors' own dtype (fp32 while they train)."""
+    return factors.expand(factors.latents(x.to(factors.down.dtype))).to(x.dtype)
+
+
+def _name(implementation: str | None) -> str:
+    # No "sdpa" or "flash" in the name: transformers looks for those substrings.
+    return NAME if implementation == "sdpa" else f"{NAME}_{(implementation or 'eager').replace('flash', 'fl')}"
+
+
+def _register(implementation: str | None) -> None:
+    implementation = implementation or "eager"
+    if _name(implementation) in ALL_ATTENTION_FUNCTIONS:
+        return
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        rebuilt: _Rebuilt | None = kwargs.pop(KWARG, None)
+        if rebuilt is not None:
+            mask = _mask(rebuilt.config, query.shape[2], query)
+            key = torch.cat([rebuilt.keys(key), key], dim=2)
+            value = torch.cat([rebuilt.values(value), value], dim=2)
+        return _original(module, implementation)(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register(_name(implementation), attend)
+    AttentionMaskInterface.register(_name(implementation), ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+
+
+def _original(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    if implementation in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _mask(config: CSKVConfig, tokens: int, like: Tensor) -> Tensor:
+    """(1, 1, tokens, 2 tokens), added to the logits: 0 where a query reads a key, the least number elsewhere."""
+    position = torch.arange(tokens, device=like.device)
+    sealed = ((position - config.window).clamp(min=0) // config.group * config.group)[:, None]
+    exact = (position >= sealed) & (position <= position[:, None])
+    reads = torch.cat([position < sealed, exact], dim=1)
+    return torch.zeros_like(reads, dtype=like.dtype).masked_fill_(~reads, torch.finfo(like.dtype).min)[None, None]

@@ -1,0 +1,85 @@
+"""Reading a whole text as compressed, in one forward: the same numbers as decoding it token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import cskv
+from cskv import CSKVConfig
+from cskv.models.compat import cache_kwarg
+from cskv.models.reading import compressed_reading
+from tests.models.families import FAMILIES, tiny_model, truncated_adapter
+from tests.models.test_closed_form import statistics_of
+
+TOKENS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(8))
+
+
+def decoded(model: nn.Module, adapter: cskv.CSKVAdapter) -> Tensor:
+    """Logits of token-by-token decoding from the first token on."""
+    cache = {cache_kwarg(model): DynamicCache(config=model.config)}
+    with cskv.attach(model, adapter), torch.no_grad():
+        return torch.cat([model(TOKENS[:, t : t + 1], **cache).logits for t in range(TOKENS.shape[1])], dim=1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "dynamic" not in name])
+def test_it_reads_what_decoding_reads(family: str, attention: str) -> None:
+    model = tiny_model(family)
+    if family != "gemma2":  # its soft-capping exists in eager attention only
+        model.set_attn_implementation(attention)
+    adapter = truncated_adapter(model, CSKVConfig(0.5, 0.25, window=3, group=4))
+    expected = decoded(model, adapter)
+    before = model.config._attn_implementation
+    with compressed_reading(model, adapter), torch.no_grad():
+        got = model(TOKENS, use_cache=False).logits
+    assert (got - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert model.config._attn_implementation == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_commuting_keys_are_read_likewise() -> None:
+    from cskv.initialisation import initialise
+
+    model = tiny_model("qwen3")
+    config = CSKVConfig(0.5, 0.5, window=0, group=4, init="pca", key_factors="commuting")
+    adapter = initialise(model, config, statistics_of(model))
+    expected = decoded(model, adapter)
+    with compressed_reading(model, adapter), torch.no_grad():
+        got = model(TOKENS, use_cache=False).logits
+    assert (got - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+def test_parts_can_be_compressed_alone() -> None:
+    model = tiny_model("llama")
+    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=1))
+    with torch.no_grad():
+        exact = model(TOKENS, use_cache=False).logits
+        errors = {}
+        for only in (frozenset(), frozenset({(0, "k")}), frozenset({(1, "v")}), None):
+            with compressed_reading(model, adapter, only=only):
+                errors[only] = float((model(TOKENS, use_cache=False).logits - exact).square().mean())
+    assert errors[frozenset()] == 0
+    assert 0 < errors[frozenset({(0, "k")})] < errors[None]
+    assert 0 < errors[frozenset({(1, "v")})] < errors[None]
+
+
+def test_gradients_reach_every_factor() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
+    with compressed_reading(model, adapter):
+        model(TOKENS, use_cache=False).logits.square().mean().backward()
+    for name, parameter in adapter.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_cache_is_refused() -> None:
+    model = tiny_model("llama")
+    adapter = truncated_adapter(model, CSKVConfig())
+    with compressed_reading(model, adapter), pytest.raises(cskv.CSKVError, match="without a cache"):
+        model(TOKENS, use_cache=True)
+    model(TOKENS, use_cache=True)
