@@ -66,6 +66,33 @@ def test_without_use_window_every_token_is_compressed_at_once(run: Run, model_fo
     assert "no exact window" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "suffix"),
+    [
+        (["--init", "pca"], ""),
+        (["--init", "weighted-pca", "--head-groups", 2], "-headgroups2"),
+        (["--init", "pca", "--key_factors", "commuting"], "-commuting"),
+    ],
+)
+def test_closed_form_adapters(run: Run, model_folder: Path, text_file: Path, options: list, suffix: str) -> None:
+    text = ["--dataset", text_file, "--num-samples", 6, "--max-seq-len", 32]
+    last_json(run("calibrate", "-m", model_folder, *text, "--covariance"))
+    compression = [*options, "--k-density", 0.5, "--v-density", 0.5, "--window", 8, "--group", 4]
+    made = last_json(run("train", "-m", model_folder, *compression, "--use-init-params"))
+    name = f"k0.5-v0.5-{options[1]}-window8-group4{suffix}-untrained"
+    assert made["adapter"] == f"outputs/adapters/tiny/{name}"
+    report = last_json(run("generate", "--adapter", made["adapter"], "--prompt", "A cache of old tokens", "-n", 24))
+    assert report["cache"]["latent_bytes"] == report["cache"]["tokens"] * 2 * (8 + 8) * 4
+
+
+def test_pca_needs_second_moments(run: Run, model_folder: Path, text_file: Path) -> None:
+    text = ["--dataset", text_file, "--num-samples", 6, "--max-seq-len", 32]
+    last_json(run("calibrate", "-m", model_folder, *text))
+    line = mistake(run("train", "-m", model_folder, "--use-init-params", "--init", "pca"))
+    assert "calibrate again" in line
+    assert "covariance" in line
+
+
 def test_untrained_adapters_do_not_replace_trained_ones(run: Run, model_folder: Path, text_file: Path) -> None:
     from cskv.adapter import CSKVAdapter
 
@@ -85,6 +112,9 @@ def test_untrained_adapters_do_not_replace_trained_ones(run: Run, model_folder: 
         (["--v_density", "1.5"], "v_density is 1.5"),
         (["--k_density", "0.001", "--use-init-params"], "rounds to rank 0"),
         (["--v_bits", "2"], "v_bits is 2; only 16 is available"),
+        (["--use_asvd", "--init", "pca"], "contradict each other"),
+        (["--init", "magic"], "init is 'magic'"),
+        (["--key-factors", "commuting"], "'pca' or 'weighted-pca'"),
         (["--use_asvd"], "make them with `cskv calibrate`"),
         (["--dataset", "absent.txt"], "absent.txt"),
         (["--num-samples", "0"], "got 0 samples"),

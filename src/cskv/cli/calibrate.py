@@ -27,7 +27,7 @@ Covariance = Annotated[
     bool,
     typer.Option(
         "--covariance",
-        help="Also the second moments of keys and values, for `cskv analyze`: 16 kv_dim² bytes per layer.",
+        help="Also second moments of keys and values, for PCA and `cskv analyze`: 16 kv_dim² bytes per layer.",
         rich_help_panel=opt.RUNNING,
     ),
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cskv.cli.settings import adapter_name, model_name, statistics_path, window_and_group
+from cskv.cli.settings import adapter_name, init_of, model_name, statistics_path, window_and_group
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, CSKVError
 
@@ -18,31 +18,22 @@ if TYPE_CHECKING:
 
 
 def settings_from(
-    k_density: float,
-    v_density: float,
+    *,
+    init: str | None,
     use_asvd: bool,
-    k_bits: int,
-    v_bits: int,
     use_window: bool | None,
     q_window_size: int,
     window: int | None,
     group: int | None,
+    **others: Any,
 ) -> CSKVConfig:
-    """The settings that the options name.
+    """The settings that the options name; `others` are those that options and settings call alike.
 
     Raises:
-        ConfigError: one is out of range, or the window was given in two ways.
+        ConfigError: one is out of range, or something was given in two ways.
     """
     exact, sealed = window_and_group(use_window, q_window_size, window, group)
-    return CSKVConfig(
-        k_density=k_density,
-        v_density=v_density,
-        window=exact,
-        group=sealed,
-        init="asvd" if use_asvd else "svd",
-        k_bits=k_bits,
-        v_bits=v_bits,
-    )
+    return CSKVConfig(window=exact, group=sealed, init=init_of(init, use_asvd), **others)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Untrained factors for the commands that need them: SVD, or ASVD from saved statistics."""
+"""Untrained factors for the commands that need them, from saved statistics where the initialisation takes some."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path
     Args:
         model: the base model.
         config: the settings.
-        statistics: the file that `cskv calibrate` wrote; read for ASVD only.
+        statistics: the file that `cskv calibrate` wrote; not read for SVD.
 
     Raises:
-        DataError: ASVD without usable statistics.
+        DataError: there are no usable statistics, or they lack something (`--covariance`).
         AdapterError: the statistics belong to another model.
     """
     from cskv.initialisation import initialise
     from cskv.statistics import Statistics
 
-    return initialise(model, config, Statistics.load(statistics) if config.init == "asvd" else None)
+    return initialise(model, config, None if config.init == "svd" else Statistics.load(statistics))

@@ -72,6 +72,28 @@ UseAsvd = Annotated[
         rich_help_panel=COMPRESSION,
     ),
 ]  # fmt: skip
+Init = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        help="How factors are made, instead of --use-asvd: svd, asvd, pca or weighted-pca (the PCAs need "
+        "`cskv calibrate --covariance`).",
+        show_default=False,
+        rich_help_panel=COMPRESSION,
+    ),
+]
+KeyFactors = Annotated[
+    str,
+    typer.Option(
+        "--key-factors",
+        help="joint, or commuting: latents that commute with RoPE (PCA only).",
+        rich_help_panel=COMPRESSION,
+    ),
+]
+HeadGroups = Annotated[
+    int,
+    typer.Option("--head-groups", help="Groups of kv heads with factors of their own.", rich_help_panel=COMPRESSION),
+]
 KBits = Annotated[
     int, typer.Option("--k-bits", help="Bits per key latent. Only 16 so far.", rich_help_panel=COMPRESSION)
 ]

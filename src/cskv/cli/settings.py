@@ -39,9 +39,24 @@ def model_name(model_path: str, model_id: str | None) -> str:
     return name
 
 
+def init_of(init: str | None, use_asvd: bool) -> str:
+    """The initialisation that `--init` or the paper's `--use_asvd` names; SVD without either.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    if init is None:
+        return "asvd" if use_asvd else "svd"
+    if use_asvd and init != "asvd":
+        raise ConfigError(f"--use-asvd and --init {init} contradict each other; give one of them")
+    return init
+
+
 def adapter_name(config: CSKVConfig) -> str:
-    """The folder name of an adapter with these settings."""
-    return f"k{config.k_density:g}-v{config.v_density:g}-{config.init}-window{config.window}-group{config.group}"
+    """The folder name of an adapter with these settings; what differs from the paper's form is named at the end."""
+    name = f"k{config.k_density:g}-v{config.v_density:g}-{config.init}-window{config.window}-group{config.group}"
+    name += f"-{config.key_factors}" if config.key_factors != "joint" else ""
+    return name + (f"-headgroups{config.head_groups}" if config.head_groups > 1 else "")
 
 
 def statistics_path(root: Path, name: str) -> Path:

@@ -75,6 +75,9 @@ def train(
     k_density: opt.KDensity = 0.2,
     v_density: opt.VDensity = 0.2,
     use_asvd: opt.UseAsvd = False,
+    init: opt.Init = None,
+    key_factors: opt.KeyFactors = "joint",
+    head_groups: opt.HeadGroups = 1,
     k_bits: opt.KBits = 16,
     v_bits: opt.VBits = 16,
     use_window: opt.UseWindow = None,
@@ -121,7 +124,20 @@ def train(
     from cskv.cli.loading import load_model, load_samples, load_tokenizer
     from cskv.training.settings import TrainingSettings
 
-    settings = settings_from(k_density, v_density, use_asvd, k_bits, v_bits, use_window, q_window_size, window, group)
+    settings = settings_from(
+        k_density=k_density,
+        v_density=v_density,
+        use_asvd=use_asvd,
+        init=init,
+        key_factors=key_factors,
+        head_groups=head_groups,
+        k_bits=k_bits,
+        v_bits=v_bits,
+        use_window=use_window,
+        q_window_size=q_window_size,
+        window=window,
+        group=group,
+    )
     schedule_settings = TrainingSettings(
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,

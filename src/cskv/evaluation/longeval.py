@@ -195,7 +195,7 @@ class AnswerEnd(StoppingCriteria):
         self.done = torch.zeros(0, dtype=torch.bool)
 
     def __call__(
-        self, input_ids: Int[Tensor, "batch tokens"], scores: Float[Tensor, "batch vocabulary"], **kwargs: Any
+        self, input_ids: Int[Tensor, "batch tokens"], scores: Float[Tensor, "batch vocabulary"] | None, **kwargs: Any
     ) -> Bool[Tensor, " batch"]:
         """Called by `generate` after every token."""
         new = input_ids[:, self.prompt_length :].tolist()
