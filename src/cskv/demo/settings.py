@@ -81,6 +81,10 @@ class DemoSettings:
             value = getattr(self, field.name)
             if field.name not in ("seed", "learning_rate") and value < 1:
                 raise ConfigError(f"{field.name} is {value}; expected at least 1")
+        if self.train_samples < self.train_batch_size:
+            raise ConfigError(
+                f"train_samples is {self.train_samples}; expected at least one batch, {self.train_batch_size}"
+            )
 
     @property
     def training(self) -> TrainingSettings:

@@ -59,7 +59,7 @@ class LinesResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
-        return asdict(self)
+        return {**asdict(self), "outputs": [asdict(output) for output in self.outputs]}
 
 
 def evaluate_lines(
@@ -113,7 +113,7 @@ class _Answers:
 def _answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
 ) -> _Answers:
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    encoded = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     input_ids, mask = left_pad(encoded, pad)
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None

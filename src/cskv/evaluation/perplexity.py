@@ -118,8 +118,8 @@ def token_sequences(
     """
     rows: list[list[int]] = []
     for text in texts:
-        # No token is longer than the text it stands for, but one can be shorter: 16 characters a token is ample.
-        ids = tokenizer(text[: 16 * length])["input_ids"]
+        # Tokenising all of a long text for its head is slow; 16 characters a token are ample.
+        ids = tokenizer(text[: 16 * length], verbose=False)["input_ids"]
         if len(ids) >= length:
             rows.append(ids[:length])
         if len(rows) == count:

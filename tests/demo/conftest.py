@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def few_documents(monkeypatch):
+    """Few and small: reading the whole standard library for every stream of samples would take most of the time."""
+    from cskv.data import offline
+
+    documents = [(f"stdlib/{i}", f"def function_{i}():\n    return {i}\n" * 40) for i in range(8)]
+    monkeypatch.setattr(offline, "documents", lambda split: iter(documents))
