@@ -41,12 +41,13 @@ class Progress:
         step: optimiser steps done.
         tokens: tokens seen by all processes.
         seconds: time spent training, over all sessions.
-        k_loss, v_loss: of the last step; None before the first.
+        loss, k_loss, v_loss: of the last step; None before the first, and the latter two in distillation.
     """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    loss: float | None = None
     k_loss: float | None = None
     v_loss: float | None = None
 

@@ -23,8 +23,8 @@ class StepRecord:
 
     Attributes:
         step: counted from 1.
-        loss: k_loss + v_loss.
-        k_loss, v_loss: summed over layers, averaged over the step's tokens, before the step's update.
+        loss: k_loss + v_loss, or the KL divergence in nats per token; before the step's update.
+        k_loss, v_loss: summed over layers, averaged over the step's tokens; None in distillation.
         lr: the learning rate used.
         tokens: seen so far by all processes.
         seconds: spent training so far, over all sessions of the run.
@@ -32,8 +32,8 @@ class StepRecord:
 
     step: int
     loss: float
-    k_loss: float
-    v_loss: float
+    k_loss: float | None
+    v_loss: float | None
     lr: float
     tokens: int
     seconds: float

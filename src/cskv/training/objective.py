@@ -73,6 +73,8 @@ class Reconstruction(nn.Module):
         bf16: compute the products in bf16, the losses in fp32.
     """
 
+    parts = ("k_loss", "v_loss")
+
     def __init__(self, adapter: CSKVAdapter, bf16: bool = False) -> None:
         super().__init__()
         self.adapter = adapter

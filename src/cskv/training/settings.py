@@ -11,13 +11,16 @@ from cskv.errors import ConfigError
 
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("no", "bf16")
+OBJECTIVES = ("reconstruction", "distillation")
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of layer-wise reconstruction training. The defaults are the paper's (section 3.2).
+    """Settings of training a compressor. The defaults are the paper's (section 3.2).
 
     Attributes:
+        objective: "reconstruction" of keys and values, layer by layer (the paper's), or end-to-end "distillation" of
+            the uncompressed model's predictions.
         learning_rate: AdamW's peak rate. 5e-5 suits billion-parameter models over thousands of steps; small models and
             short runs take 1e-3 and more.
         warmup_steps: optimiser steps over which the rate rises linearly from 0.
@@ -35,6 +38,7 @@ class TrainingSettings:
         ConfigError: a value is out of range.
     """
 
+    objective: str = "reconstruction"
     learning_rate: float = 5e-5
     warmup_steps: int = 0
     schedule: str = "constant"
@@ -63,9 +67,12 @@ class TrainingSettings:
             raise ConfigError(f"weight_decay is {self.weight_decay!r}; expected a number, at least 0")
         if self.max_grad_norm is not None and (not _is_number(self.max_grad_norm) or self.max_grad_norm <= 0):
             raise ConfigError(f"max_grad_norm is {self.max_grad_norm!r}; expected a number above 0, or None")
-        for name, choices in (("schedule", SCHEDULES), ("mixed_precision", PRECISIONS)):
+        known = (("objective", OBJECTIVES), ("schedule", SCHEDULES), ("mixed_precision", PRECISIONS))
+        for name, choices in known:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        if self.objective == "distillation" and self.mixed_precision != "no":
+            raise ConfigError("mixed_precision is for reconstruction; distillation computes in the base model's dtype")
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """The rate of optimiser step `step`, counted from 0, of a run of `total_steps`."""

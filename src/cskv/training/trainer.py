@@ -1,10 +1,11 @@
-"""Layer-wise reconstruction training (paper, section 3.2): only down- and up-projections learn, the base is frozen.
+"""Training of a compressor: only down- and up-projections learn, the base is frozen.
 
-Each step runs the base model once without gradients, takes every layer's input and exact keys and values, and does one
-forward and backward of the compressor. AdamW; fp32 master weights. On several processes (torchrun, accelerate launch)
+With the paper's objective (section 3.2), each step runs the base model once without gradients, takes every layer's
+input and exact keys and values, and does one forward and backward of the compressor; with distillation, the gradient
+comes through the model. AdamW; fp32 master weights. On several processes (torchrun, accelerate launch)
 each one has the whole base and its own samples, and gradients are averaged.
 
-Only the minimum of this loss over all factors of a rank has a closed form (PCA of the keys and values); training gets
+The minimum of the paper's loss over all factors of a rank has a closed form (PCA of the keys and values); training gets
 there step by step from SVD or ASVD, and is what the paper does.
 """
 
@@ -26,6 +27,7 @@ from cskv.capture import device_of
 from cskv.errors import CSKVError
 from cskv.models.sites import find_sites
 from cskv.training.checkpoint import Checkpoints, Progress
+from cskv.training.distillation import Distillation, WholeTexts
 from cskv.training.interruption import Interruption
 from cskv.training.log import StepRecord, TrainingLog
 from cskv.training.objective import Reconstruction, Teacher
@@ -42,15 +44,16 @@ class TrainingResult:
 
     Attributes:
         steps, tokens, seconds: in all, over every session of the run.
-        k_loss, v_loss: of the last step.
+        loss, k_loss, v_loss: of the last step; the latter two are None in distillation.
         resumed_from: the step that this session began at.
     """
 
     steps: int
     tokens: int
     seconds: float
-    k_loss: float
-    v_loss: float
+    loss: float
+    k_loss: float | None
+    v_loss: float | None
     resumed_from: int = 0
 
 
@@ -64,7 +67,7 @@ def train(
     show_progress: bool = False,
     on_step: OnStep | None = None,
 ) -> TrainingResult:
-    """Train an adapter's factors in place to rebuild the model's keys and values.
+    """Train an adapter's factors in place, to rebuild the model's keys and values or to keep its predictions.
 
     With an output folder the run keeps checkpoints and a log there. Started again with the same arguments it continues
     from the last checkpoint, and ends with the same factors, bit for bit, as if it had never stopped (same machine and
@@ -104,7 +107,8 @@ class _Run:
             mixed_precision="no",
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        self.teacher = Teacher(model, sites)
+        distilling = settings.objective == "distillation"
+        self.teacher = WholeTexts(model) if distilling else Teacher(model, sites)
         self.stream = SampleStream(samples, settings, self.accelerator.process_index, self.accelerator.num_processes)
         adapter.to(self.accelerator.device, torch.float32)
         for parameter in adapter.parameters():
@@ -112,7 +116,11 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             adapter.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=self._fusable()
         )
-        self.objective = Reconstruction(adapter, bf16=settings.mixed_precision == "bf16")
+        self.objective: Distillation | Reconstruction = (
+            Distillation(model, adapter)
+            if distilling
+            else Reconstruction(adapter, bf16=settings.mixed_precision == "bf16")
+        )
         self.module = self.accelerator.prepare(self.objective)
         self.checkpoints = None if output is None else Checkpoints(output, self._facts())
 
@@ -131,7 +139,9 @@ class _Run:
             began = time.perf_counter() - start.seconds
             for step in range(start.step, total):
                 record = self._step(step, batches, progress.tokens, began)
-                progress = Progress(record.step, record.tokens, record.seconds, record.k_loss, record.v_loss)
+                progress = Progress(
+                    record.step, record.tokens, record.seconds, record.loss, record.k_loss, record.v_loss
+                )
                 for callback in callbacks:
                     callback(record)
                 stopping = self._any_process(interruption.signal is not None)
@@ -152,7 +162,7 @@ class _Run:
         lr = self.settings.learning_rate_at(step, self.stream.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses = torch.zeros(2, device=self.accelerator.device)
+        losses = torch.zeros(len(self.objective.parts), device=self.accelerator.device)
         seen = 0
         for i in range(accumulation):
             batch = next(batches)
@@ -162,15 +172,17 @@ class _Run:
                 self.accelerator.backward(parts.sum() / accumulation)
             losses += parts.detach() / accumulation
             seen += batch.numel()
-        k_loss, v_loss = self._mean_over_processes(losses)
-        if not math.isfinite(k_loss + v_loss):
-            self._refuse_loss(step + 1, k_loss, v_loss)
+        parts_now = dict(zip(self.objective.parts, self._mean_over_processes(losses), strict=True))
+        loss = sum(parts_now.values())
+        if not math.isfinite(loss):
+            self._refuse_loss(step + 1, parts_now)
         if self.settings.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         tokens += seen * self.accelerator.num_processes
-        return StepRecord(step + 1, k_loss + v_loss, k_loss, v_loss, lr, tokens, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return StepRecord(step + 1, loss, parts_now.get("k_loss"), parts_now.get("v_loss"), lr, tokens, seconds)
 
     def _mean_over_processes(self, losses: Tensor) -> list[float]:
         if self.accelerator.num_processes > 1:
@@ -183,11 +195,11 @@ class _Run:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
 
-    def _refuse_loss(self, step: int, k_loss: float, v_loss: float) -> None:
+    def _refuse_loss(self, step: int, parts: dict[str, float]) -> None:
         latest = None if self.checkpoints is None else self.checkpoints.latest()
         kept = "" if latest is None else f"; the last checkpoint, {latest}, is intact"
         raise CSKVError(
-            f"the loss is not finite at step {step} (keys {k_loss}, values {v_loss}): lower the learning rate, now "
+            f"the loss is not finite at step {step} ({parts}): lower the learning rate, now "
             f"{self.settings.learning_rate}, or run the base model in bf16 or fp32{kept}"
         )
 
@@ -216,8 +228,7 @@ class _Run:
 
     def _result(self, progress: Progress, resumed_from: int) -> TrainingResult:
         self.accelerator.wait_for_everyone()
-        if progress.k_loss is None or progress.v_loss is None:
+        if progress.loss is None:
             raise CSKVError("the run has no steps; give at least one")
-        return TrainingResult(
-            progress.step, progress.tokens, progress.seconds, progress.k_loss, progress.v_loss, resumed_from
-        )
+        losses = (progress.loss, progress.k_loss, progress.v_loss)
+        return TrainingResult(progress.step, progress.tokens, progress.seconds, *losses, resumed_from)
