@@ -1,12 +1,14 @@
 """Write the demo's table into README.md from its committed results, so that no figure is typed by hand.
 
-Run `python scripts/readme_table.py` to rewrite the table between the markers; with `--check` it exits with 1 if it
-would change.
+`python scripts/readme_table.py outputs/demo/results.json` takes over a demo: it copies the results and the figure into
+docs/results and rewrites the table. Without an argument it rewrites the table from what is there; with `--check` it
+exits with 1 if the table is another.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,19 @@ def filled(readme: str, results: dict[str, Any]) -> str:
     return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
 
 
+def take_over(path: Path) -> None:
+    """Copy a demo's results and figure, with paths inside the repository made relative to it."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text(encoding="utf-8").replace(f"{ROOT}/", "")
+    RESULTS.write_text(json.dumps(json.loads(text), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.copyfile(path.with_name("demo.png"), RESULTS.with_name("demo.png"))
+
+
 def main() -> None:
-    """Rewrite or check README.md."""
+    """Take over results, and rewrite or check README.md."""
+    for argument in sys.argv[1:]:
+        if argument != "--check":
+            take_over(Path(argument))
     old = README.read_text(encoding="utf-8")
     new = filled(old, json.loads(RESULTS.read_text(encoding="utf-8")))
     if "--check" in sys.argv[1:]:
