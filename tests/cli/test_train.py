@@ -33,6 +33,14 @@ def test_training_lowers_the_loss_and_writes_a_whole_adapter(run: Run, model_fol
     assert inspected["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
 
 
+def test_distillation_reports_one_loss(run: Run, model_folder: Path, text_file: Path) -> None:
+    options = ["-m", model_folder, "--dataset", text_file, *QUICK, "--objective", "distillation", "--epochs", 3]
+    report = last_json(run("train", *options))
+    assert report["loss"] < report["initial_loss"]
+    assert "k_loss" not in report
+    assert report["objective"] == "distillation"
+
+
 def test_the_papers_commands_with_its_flags(run: Run, model_folder: Path, text_file: Path) -> None:
     model = ["--model_path", model_folder, "--model_id", "my-name"]
     data = ["--training_dataset", text_file, "--max_seq_len", 32, "--num_samples", 5]
@@ -123,6 +131,7 @@ def test_untrained_adapters_do_not_replace_trained_ones(run: Run, model_folder: 
         (["--learning-rate", "-1"], "learning_rate is -1.0"),
         (["--epochs", "0"], "epochs is 0"),
         (["--schedule", "zigzag"], "schedule is 'zigzag'"),
+        (["--objective", "glory"], "objective is 'glory'"),
     ],
 )
 def test_mistakes_are_one_line(run: Run, model_folder: Path, text_file: Path, options: list[str], says: str) -> None:

@@ -43,6 +43,14 @@ LearningRate = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+Objective = Annotated[
+    str,
+    typer.Option(
+        "--objective",
+        help="reconstruction of keys and values (the paper's), or end-to-end distillation of the model's predictions.",
+        rich_help_panel=TRAINING,
+    ),
+]
 Schedule = Annotated[
     str, typer.Option("--schedule", help="After the warm-up: constant or cosine.", rich_help_panel=TRAINING)
 ]
@@ -91,6 +99,7 @@ def train(
     epochs: Epochs = 1,
     warmup_steps: WarmupSteps = 0,
     learning_rate: LearningRate = 5e-5,
+    objective: Objective = "reconstruction",
     schedule: Schedule = "constant",
     batch_size: BatchSize = 1,
     gradient_accumulation: Accumulation = 1,
@@ -139,6 +148,7 @@ def train(
         group=group,
     )
     schedule_settings = TrainingSettings(
+        objective=objective,
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
         schedule=schedule,
@@ -180,14 +190,16 @@ def reconstruct(
             f"interrupted: the last checkpoint is kept in {folder}; run the same command again to continue"
         ) from error
     first = read_log(folder / FILE)[0]
+    parts = {name: getattr(first, name) for name in ("k_loss", "v_loss") if getattr(first, name) is not None}
     return {
+        "objective": settings.objective,
         "steps": result.steps,
         "tokens": result.tokens,
         "seconds": round(result.seconds, 3),
-        "initial_k_loss": first.k_loss,
-        "initial_v_loss": first.v_loss,
-        "k_loss": result.k_loss,
-        "v_loss": result.v_loss,
+        "initial_loss": first.loss,
+        "loss": result.loss,
+        **{f"initial_{name}": value for name, value in parts.items()},
+        **{name: getattr(result, name) for name in parts},
         "learning_rate": settings.learning_rate,
         "dataset": samples.source.name,
         "sample_tokens": samples.sample_len,
