@@ -8,7 +8,6 @@ the first forward's mean is taken off: a large mean would otherwise drown small 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from cskv.adapter import BaseModelInfo
 from cskv.capture import Watcher, decode, frozen, watching
 from cskv.errors import DataError
 from cskv.models.probe import SiteRecipe, probe
-from cskv.models.recipe import RopeStyle
 from cskv.models.sites import AttentionSite, find_sites
 from cskv.statistics import Statistics
 
@@ -142,8 +140,7 @@ def _moment_watchers(
         means.add_output(layer_idx, "k", y)
         keys = recipes[layer_idx].keys
         if keys.norm is not None:
-            unrotated = replace(keys, rope_style=RopeStyle.NONE)
-            means.add_output(layer_idx, "key", unrotated.heads(y, None, None).transpose(1, 2).flatten(2))
+            means.add_output(layer_idx, "key", keys.normalised(y))
 
     def on_queries(layer_idx: int, y: Tensor) -> None:
         means.add_energy(layer_idx, recipes[layer_idx].queries.heads(y, None, None), kv_dims[layer_idx])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cskv.models.frozen import frozen
 from cskv.models.sites import AttentionSite, Projection
 
-__all__ = ["Watcher", "decode", "device_of", "frozen", "watching"]
+__all__ = ["Observation", "Teacher", "Watcher", "decode", "device_of", "frozen", "watching"]
 
 Watcher = Callable[[int, Tensor], None]
 
@@ -65,6 +65,49 @@ def device_of(model: nn.Module) -> torch.device:
     if weight is not None and weight.device.type != "meta":
         return weight.device
     return getattr(model, "device", torch.device("cpu"))
+
+
+class Observation(NamedTuple):
+    """What one layer of the base model did in a forward.
+
+    Attributes:
+        x: the layer input, (batch, tokens, hidden).
+        k, v: the projections' outputs, bias included, (batch, tokens, kv_dim).
+    """
+
+    x: Float[Tensor, "batch tokens hidden"]
+    k: Float[Tensor, "batch tokens kv_dim"]
+    v: Float[Tensor, "batch tokens kv_dim"]
+
+
+class Teacher:
+    """The frozen base model. `observe` works inside the `watching` block only.
+
+    Args:
+        model: a transformers decoder model.
+        sites: the layers to observe.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
+        self.model = model
+        self.sites = sites
+        self._seen: tuple[dict[int, Tensor], ...] = ({}, {}, {})
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Put the model into evaluation mode and hook it; undone at the end whatever happens."""
+        inputs, keys, values = (seen.__setitem__ for seen in self._seen)
+        with frozen(self.model), watching(self.sites, inputs=inputs, keys=keys, values=values):
+            yield
+
+    def observe(self, input_ids: Int[Tensor, "batch tokens"]) -> dict[int, Observation]:
+        """Run the model on tokens; nothing is kept for a backward pass."""
+        decode(self.model, input_ids)
+        inputs, keys, values = self._seen
+        return {
+            site.layer_idx: Observation(*(seen.pop(site.layer_idx) for seen in (inputs, keys, values)))
+            for site in self.sites
+        }
 
 
 def _input_hook(layer_idx: int, watcher: Watcher) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

@@ -150,6 +150,74 @@ def plot_demo(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str | 
     return _save(figure, path)
 
 
+@_styled
+def plot_ranks(ranks: Mapping[int, tuple[int, int]], path: str | Path, title: str | None = None) -> Path:
+    """Draw the latents kept of each layer's keys and values as a heat map.
+
+    Args:
+        ranks: layer index -> (key rank, value rank).
+        path: the PNG (or PDF, SVG) to write.
+        title: above the map.
+
+    Raises:
+        DataError: no layers.
+        CSKVError: the file cannot be written.
+    """
+    if not ranks:
+        raise DataError("no ranks to draw; give those of at least one layer")
+    layers = sorted(ranks)
+    table = [[ranks[layer][row] for layer in layers] for row in range(2)]
+    most = max(map(max, table))
+    figure = _figure(max(5.0, 2.2 + 0.55 * len(layers)), 2.6)
+    ax = figure.subplots()
+    ax.grid(False)
+    image = ax.imshow(table, cmap="cividis", aspect="auto", vmin=0, vmax=most)
+    for y, row in enumerate(table):
+        for x, rank in enumerate(row):
+            ax.text(x, y, str(rank), ha="center", va="center", color="white" if rank < 0.55 * most else "black")
+    ax.set(xlabel="layer", xticks=range(len(layers)), xticklabels=layers, yticks=(0, 1), yticklabels=("keys", "values"))
+    ax.set_title(title or "Latents kept per layer")
+    figure.colorbar(image, ax=ax, label="latents")
+    return _save(figure, path)
+
+
+@_styled
+def plot_losses(
+    losses: Mapping[str, Sequence[tuple[int, float, float]]], path: str | Path, title: str | None = None
+) -> Path:
+    """Draw the reconstruction loss of each method over layers, keys beside values.
+
+    Args:
+        losses: method -> (layer index, loss of keys, loss of values) of each layer.
+        path: the PNG (or PDF, SVG) to write.
+        title: above both panels.
+
+    Raises:
+        DataError: no method.
+        CSKVError: the file cannot be written.
+    """
+    if not losses:
+        raise DataError("no losses to draw; give those of at least one method")
+    figure = _figure(10.0, 4.4)
+    axes = figure.subplots(1, 2, sharey=True)
+    for index, (method, rows) in enumerate(losses.items()):
+        style = {"color": COLOURS[(index + 1) % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        for column, ax in enumerate(axes, start=1):
+            ax.plot([row[0] for row in rows], [row[column] for row in rows], label=method, **style)
+    for ax, name in zip(axes, PROJECTIONS.values(), strict=True):
+        ax.set(
+            title=name,
+            xlabel="layer",
+            yscale="log",
+            xticks=sorted({row[0] for rows in losses.values() for row in rows}),
+        )
+    axes[0].set_ylabel("mean squared error per channel")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(losses)), frameon=False)
+    figure.suptitle(title or "Reconstruction loss per layer")
+    return _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     """A figure that belongs to no window: `Figure` with the Agg canvas leaves pyplot and the user's backend alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from cskv.adapter import BaseModelInfo, CSKVAdapter
+from cskv.capture import Observation, Teacher
 from cskv.config import CSKVConfig
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.models.sites import find_sites
-from cskv.training.objective import Observation, Reconstruction, Teacher
+from cskv.training.objective import Reconstruction
 from tests.training.tiny import tiny_model, token_samples, untrained
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from cskv.adapter import CSKVAdapter
 from cskv.calibration import calibrate
+from cskv.capture import Teacher
 from cskv.errors import AdapterError, CSKVError, DataError
 from cskv.models.sites import find_sites
 from cskv.training.log import StepRecord, read_log
-from cskv.training.objective import Reconstruction, Teacher
+from cskv.training.objective import Reconstruction
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
 from tests.training.tiny import factors_of, tiny_model, token_samples, untrained

@@ -10,7 +10,7 @@ import enum
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -66,6 +66,10 @@ class Recipe:
         if self.norm_style is NormStyle.AFTER_ROPE:
             heads = self.norm(heads)  # type: ignore[misc]
         return heads
+
+    def normalised(self, channels: Float[Tensor, "batch tokens kv_dim"]) -> Float[Tensor, "batch tokens kv_dim"]:
+        """The channels after the norm alone, without RoPE."""
+        return replace(self, rope_style=RopeStyle.NONE).heads(channels, None, None).transpose(1, 2).flatten(2)
 
     def rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """RoPE alone, on (batch, kv_heads, tokens, head_dim)."""

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from cskv.adapter import BaseModelInfo, CSKVAdapter
-from cskv.capture import device_of
+from cskv.capture import Teacher, device_of
 from cskv.errors import CSKVError
 from cskv.models.sites import find_sites
 from cskv.training.checkpoint import Checkpoints, Progress
 from cskv.training.distillation import Distillation, WholeTexts
 from cskv.training.interruption import Interruption
 from cskv.training.log import StepRecord, TrainingLog
-from cskv.training.objective import Reconstruction, Teacher
+from cskv.training.objective import Reconstruction
 from cskv.training.progress import progress_bar
 from cskv.training.settings import TrainingSettings
 from cskv.training.stream import Samples, SampleStream

@@ -1,0 +1,81 @@
+"""How well factors rebuild keys and values of given text, layer by layer: the loss that PCA minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from cskv.adapter import CSKVAdapter
+from cskv.capture import Teacher
+from cskv.errors import DataError
+from cskv.factorization.factors import Factors
+from cskv.models.frozen import frozen
+from cskv.models.probe import probe
+from cskv.models.recipe import NormStyle
+from cskv.models.sites import find_sites
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """One layer's mean squared error over tokens and channels.
+
+    Attributes:
+        layer: its index in the cache.
+        k, v: of keys and of values, as their projections make them.
+    """
+
+    layer: int
+    k: float
+    v: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def reconstruction_losses(
+    model: nn.Module, adapter: CSKVAdapter, samples: Iterable[Int[Tensor, " tokens"]]
+) -> list[LayerLoss]:
+    """The loss of every layer, before RoPE, which changes no distance.
+
+    Commuting key factors act on keys after the norm. Where there is one, their error is that of normalised keys, and
+    does not compare with that of other factors.
+
+    Args:
+        model: the base model, nothing attached.
+        adapter: made for it.
+        samples: token ids, equally long.
+
+    Raises:
+        DataError: there are no samples.
+    """
+    sites = find_sites(model)
+    commuting = adapter.config.key_factors == "commuting"
+    recipes = probe(model, sites) if commuting else {}
+    totals = {site.layer_idx: torch.zeros(2, dtype=torch.float64) for site in sites}
+    count = 0
+    teacher = Teacher(model, sites)
+    with frozen(model), teacher.watching():
+        for sample in samples:
+            count += 1
+            for layer, seen in teacher.observe(sample[None]).items():
+                factors, keys = adapter.factors(layer), seen.k
+                if commuting and recipes[layer].keys.norm_style is not NormStyle.NONE:
+                    keys = recipes[layer].keys.normalised(keys)
+                losses = _loss(factors.k, keys if commuting else seen.x, keys), _loss(factors.v, seen.x, seen.v)
+                totals[layer] += torch.tensor(losses, dtype=torch.float64)
+    if count == 0:
+        raise DataError("there are no samples to rebuild keys and values of; give text")
+    return [LayerLoss(layer, *(total / count).tolist()) for layer, total in totals.items()]
+
+
+def _loss(factors: Factors, source: Tensor, exact: Tensor) -> float:
+    factors = factors.to(exact.device, torch.float32)
+    return mse_loss(factors.expand(factors.latents(source.float())), exact.float()).item()
