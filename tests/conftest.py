@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Read when huggingface_hub is imported: no test asks the network for a model, not even for one that does not exist.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("cskv", deadline=None)
+settings.load_profile("cskv")
 
 DEFAULT_REFERENCE_VECTORS = Path(__file__).parents[2] / "shared" / "reference-vectors"
 

@@ -83,7 +83,7 @@ def test_inspect_refuses_what_is_no_adapter(run: Run, model_folder: Path) -> Non
 
 def test_a_real_process_prints_one_line_and_exits_with_2(start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start("inspect", "nowhere")
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 2
     assert stdout == ""
     assert stderr == "error: adapter folder 'nowhere' does not exist; expected one that `cskv train` wrote\n"

@@ -189,15 +189,15 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_continues(
     start: Callable[..., subprocess.Popen[str]], model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options = ["--model-path", model_folder, "--dataset", text_file, "--max-seq-len", 32, "--num-samples", 100]
-    options += ["--epochs", 15, "--output", "adapter", "--checkpoint-every", 100000, "--learning-rate", 1e-3]
+    options += ["--epochs", 8, "--output", "adapter", "--checkpoint-every", 100000, "--learning-rate", 1e-3]
     process = start("train", *options)
     log = tmp_path / "adapter" / "train_log.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 5):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert not stdout
     errors = [line for line in stderr.splitlines() if line.startswith("error:")]
@@ -206,10 +206,10 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_continues(
     ]
     assert "Traceback" not in stderr
     done = log.read_text().count("\n")
-    assert done < 1500
+    assert done < 800
     process = start("train", *options)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
-    assert json.loads(stdout.splitlines()[-1])["steps"] == 1500
+    assert json.loads(stdout.splitlines()[-1])["steps"] == 800
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, 1501))
+    assert steps == list(range(1, 801))
