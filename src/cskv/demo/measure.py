@@ -19,7 +19,7 @@ from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.speed import measure_decode
 
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 24
 GROUP = 32
 
 

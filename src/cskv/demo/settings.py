@@ -64,12 +64,12 @@ class DemoSettings:
     """
 
     num_lines: int = 200
-    cases: int = 100
+    cases: int = 80
     batch_size: int = 4
     seed: int = 0
     sample_len: int = 1024
     calibration_samples: int = 64
-    train_samples: int = 800
+    train_samples: int = 600
     learning_rate: float = 2e-3
     train_batch_size: int = 2
     texts: int = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from cskv.data.lines import make_case
+from cskv.data.lines import line_text, make_case
 from cskv.data.sources import TextSource, open_source
 
 PIECE_CHARACTERS = 4_000
@@ -31,4 +31,4 @@ def _read(num_lines: int, seed: int) -> Iterator[str]:
         start = rng.randrange(max(1, len(text) - PIECE_CHARACTERS))
         yield text[start : start + PIECE_CHARACTERS]
         case = make_case(rng.randint(max(1, num_lines // 8), num_lines), RECORD_SEEDS + rng.randrange(RECORD_SEEDS))
-        yield f"{case.prompt}<{case.expected}>"
+        yield case.prompt + line_text(case.key, case.expected)
