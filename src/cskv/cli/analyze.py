@@ -1,7 +1,8 @@
-"""`cskv analyze`: how redundant a model's keys and values are, layer by layer."""
+"""`cskv analyze`: how redundant a model's keys and values are, layer by layer, and what an adapter makes of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +16,20 @@ from cskv.cli.settings import model_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cskv.data.samples import TokenSamples
     from cskv.statistics import Statistics
 
 Output = Annotated[
     Path | None,
     typer.Option(
         "--output", "-o", help="Folder to write to. [default: outputs/analysis/MODEL_ID]", show_default=False,
+        rich_help_panel=opt.FILES,
+    ),
+]  # fmt: skip
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter", "-a", help="Also draw this adapter's ranks and losses.", show_default=False,
         rich_help_panel=opt.FILES,
     ),
 ]  # fmt: skip
@@ -40,6 +49,7 @@ def analyze(
     num_samples: NumSamples = 16,
     max_seq_len: MaxSeqLen = 1024,
     weights_only: WeightsOnly = False,
+    adapter: Adapter = None,
     output: Output = None,
     attn_impl: opt.AttnImpl = None,
     dtype: opt.Dtype = "auto",
@@ -50,17 +60,21 @@ def analyze(
 ) -> None:
     """Singular value spectra of the K and V weights and of the calibrated K and V, as spectra.csv and spectra.png.
 
-    The calibrated ones come from `--statistics` (made with `cskv calibrate --covariance`), or from a short calibration
+    With `--adapter`: its ranks per layer as ranks.png, and its reconstruction loss per layer beside that of SVD, ASVD
+    and PCA at the same ranks as losses.png and losses.csv.
+
+    The calibrated ones come from `--statistics` (made with `cskv calibrate`), or from a short calibration
     here.
 
     Examples:
 
     * `cskv analyze --model-path my-model`
     * `cskv analyze --model-path my-model --weights-only --output spectra`
+    * `cskv analyze --model-path my-model --adapter outputs/adapters/my-model/k0.2-v0.2-pca-window0-group32`
     * `cskv analyze --model-path my-model --statistics outputs/calibration/my-model/statistics.safetensors`
     """
     set_logging(logging_level)
-    from cskv.cli.loading import load_model
+    from cskv.cli.loading import load_model, load_samples, load_tokenizer
     from cskv.evaluation.spectra import calibrated_spectra, summary_rows, weight_spectra, write_csv
 
     name = model_name(model_path, model_id)
@@ -72,13 +86,51 @@ def analyze(
     if not weights_only:
         known = _statistics(model, model_path, statistics, training_dataset, num_samples, max_seq_len, seed)
         spectra += calibrated_spectra(model, known)
+    drawn = []
+    if adapter is not None:
+        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
+        drawn = compare(model, adapter, samples, folder)
+        say(", ".join(drawn))
     table = write_csv(spectra, folder / "spectra.csv")
     figure = plot(spectra, folder / "spectra.png", title=name)
     rows = summary_rows(spectra)
     for line in describe(rows):
         typer.echo(line)
     say(f"{table} and {figure}")
-    emit({"command": "analyze", "model": model_path, "csv": str(table), "png": str(figure), "spectra": rows})
+    files = {"csv": str(table), "png": str(figure), "adapter_files": drawn}
+    emit({"command": "analyze", "model": model_path, **files, "spectra": rows})
+
+
+def compare(model: PreTrainedModel, adapter: str, samples: TokenSamples, folder: Path) -> list[str]:
+    """Draw an adapter's ranks, and its losses beside those of the closed forms; the files written.
+
+    Raises:
+        AdapterError: the adapter is damaged, or belongs to another model.
+    """
+    from cskv.adapter import BaseModelInfo, CSKVAdapter
+    from cskv.atomic import write_text
+    from cskv.evaluation.reconstruction import reconstruction_losses
+    from cskv.initialisation import initialise
+    from cskv.models.sites import find_sites
+    from cskv.plots import plot_losses, plot_ranks
+
+    loaded = CSKVAdapter.from_pretrained(adapter)
+    loaded.check_fits(BaseModelInfo.from_model(model), find_sites(model))
+    ranks = {i: (loaded.factors(i).k.rank, loaded.factors(i).v.rank) for i in loaded.layer_indices}
+    statistics = take_statistics(model, samples, covariance=True)
+    methods = {"this adapter": loaded}
+    for init in ("svd", "asvd", "pca"):
+        config = dataclasses.replace(loaded.config, init=init, key_factors="joint", head_groups=1)
+        methods[init.upper()] = initialise(model, config, statistics, ranks)
+    losses = {
+        name: [(loss.layer, loss.k, loss.v) for loss in reconstruction_losses(model, method, samples)]
+        for name, method in methods.items()
+    }
+    lines = [f"{name},{layer},{k!r},{v!r}" for name, rows in losses.items() for layer, k, v in rows]
+    write_text(folder / "losses.csv", "\n".join(["method,layer,k_loss,v_loss", *lines]) + "\n")
+    plot_ranks(ranks, folder / "ranks.png")
+    plot_losses(losses, folder / "losses.png")
+    return [str(folder / name) for name in ("ranks.png", "losses.png", "losses.csv")]
 
 
 def _plotter() -> Any:

@@ -1,4 +1,4 @@
-"""`cskv calibrate`: one streaming pass over text that takes the statistics which ASVD needs."""
+"""`cskv calibrate`: one streaming pass over text that takes the statistics which ASVD and PCA need."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens per sample
 Covariance = Annotated[
     bool,
     typer.Option(
-        "--covariance",
+        "--covariance/--no-covariance",
         help="Also second moments of keys and values, for PCA and `cskv analyze`: 16 kv_dim² bytes per layer.",
         rich_help_panel=opt.RUNNING,
     ),
@@ -40,7 +40,7 @@ def calibrate(
     training_dataset: opt.TrainingDataset = "offline",
     num_samples: NumSamples = 256,
     max_seq_len: MaxSeqLen = 4096,
-    covariance: Covariance = False,
+    covariance: Covariance = True,
     output: Output = None,
     asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT,
     attn_impl: opt.AttnImpl = None,
@@ -50,7 +50,7 @@ def calibrate(
     seed: opt.Seed = 0,
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
-    """Take statistics of a model's layers over text, for ASVD initialisation.
+    """Take statistics of a model's layers over text, for ASVD and PCA.
 
     Writes one safetensors file. Memory does not grow with the number of samples.
 

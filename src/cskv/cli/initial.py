@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cskv.cli.common import progress, say
 from cskv.config import CSKVConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cskv.adapter import CSKVAdapter
+    from cskv.data.samples import TokenSamples
+
+ALLOCATION_SAMPLES = 8
 
 
 def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path) -> CSKVAdapter:
@@ -22,10 +27,48 @@ def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path
         statistics: the file that `cskv calibrate` wrote; not read for SVD.
 
     Raises:
-        DataError: there are no usable statistics, or they lack something (`--covariance`).
+        DataError: there are no usable statistics, or they lack something (made with `--no-covariance`).
         AdapterError: the statistics belong to another model.
     """
     from cskv.initialisation import initialise
     from cskv.statistics import Statistics
 
     return initialise(model, config, None if config.init == "svd" else Statistics.load(statistics))
+
+
+def allocated_adapter(
+    model: PreTrainedModel, config: CSKVConfig, statistics: Path, samples: TokenSamples, target_ratio: float
+) -> CSKVAdapter:
+    """Factorise a model with ranks from one budget, dealt out by measured sensitivity.
+
+    Args:
+        model: the base model.
+        config: the settings; a PCA init.
+        statistics: the file that `cskv calibrate` wrote.
+        samples: text to measure on; a few samples of it are used.
+        target_ratio: share of all key and value channels kept.
+
+    Raises:
+        ConfigError: the init is not PCA, or the ratio too small.
+        DataError: there are no usable statistics, or too little text.
+    """
+    from cskv.allocation import allocate_ranks
+    from cskv.statistics import Statistics
+
+    taken = list(islice(samples, ALLOCATION_SAMPLES))
+    with progress() as bar:
+        task = bar.add_task("measuring sensitivity", total=None)
+        found = allocate_ranks(
+            model,
+            config,
+            Statistics.load(statistics),
+            taken,
+            target_ratio,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    say(
+        f"KL to the uncompressed model on text kept aside: {found.uniform_kl:.4g} nats per token with uniform ranks, "
+        f"{found.allocated_kl:.4g} with allocated ones; {'uniform' if found.is_uniform else 'allocated'} ranks are kept"
+    )
+    found.adapter.metrics |= {"uniform_kl": found.uniform_kl, "allocated_kl": found.allocated_kl}
+    return found.adapter

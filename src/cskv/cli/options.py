@@ -77,7 +77,7 @@ Init = Annotated[
     typer.Option(
         "--init",
         help="How factors are made, instead of --use-asvd: svd, asvd, pca or weighted-pca (the PCAs need "
-        "`cskv calibrate --covariance`).",
+        "`cskv calibrate`).",
         show_default=False,
         rich_help_panel=COMPRESSION,
     ),
@@ -93,6 +93,16 @@ KeyFactors = Annotated[
 HeadGroups = Annotated[
     int,
     typer.Option("--head-groups", help="Groups of kv heads with factors of their own.", rich_help_panel=COMPRESSION),
+]
+TargetRatio = Annotated[
+    float | None,
+    typer.Option(
+        "--target-ratio",
+        help="Share of all key and value channels kept; ranks are dealt out over layers by measured sensitivity, "
+        "instead of densities. Needs a PCA init.",
+        show_default=False,
+        rich_help_panel=COMPRESSION,
+    ),
 ]
 KBits = Annotated[
     int, typer.Option("--k-bits", help="Bits per key latent. Only 16 so far.", rich_help_panel=COMPRESSION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,6 +87,7 @@ def train(
     init: opt.Init = None,
     key_factors: opt.KeyFactors = "joint",
     head_groups: opt.HeadGroups = 1,
+    target_ratio: opt.TargetRatio = None,
     k_bits: opt.KBits = 16,
     v_bits: opt.VBits = 16,
     use_window: opt.UseWindow = None,
@@ -126,10 +128,11 @@ def train(
     * `cskv train --model_path my-model --k_density 0.5 --v_density 0.5 --use_asvd --use_window --k_bits 16 --v_bits 16`
     * `cskv train --model-path small-model --window 32 --group 32 --learning-rate 1e-3 --training-dataset notes.txt`
     * `cskv train --model-path my-model --use-init-params`
+    * `cskv train --model-path my-model --init pca --target-ratio 0.2 --use-window --use-init-params`
     * `torchrun --nproc-per-node 4 -m cskv.cli train --model-path my-model --use-asvd --use-window`
     """
     set_logging(logging_level)
-    from cskv.cli.initial import initial_adapter
+    from cskv.cli.initial import allocated_adapter, initial_adapter
     from cskv.cli.loading import load_model, load_samples, load_tokenizer
     from cskv.training.settings import TrainingSettings
 
@@ -159,21 +162,36 @@ def train(
         checkpoint_every=checkpoint_every,
     )
     name = model_name(model_path, model_id)
-    folder = output or ckpt_save_path / name / (adapter_name(settings) + ("-untrained" if use_init_params else ""))
+    if target_ratio is not None:
+        settings = dataclasses.replace(settings, k_density=target_ratio, v_density=target_ratio)
+    suffix = ("-allocated" if target_ratio is not None else "") + ("-untrained" if use_init_params else "")
+    folder = output or ckpt_save_path / name / (adapter_name(settings) + suffix)
     samples = None
-    if not use_init_params:
+    if not use_init_params or target_ratio is not None:
         samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
     check_writable(folder / "config.json")
     if settings.window + settings.group == 1:
         say("note: no exact window, every token is compressed at once; --use-window keeps the newest exact")
     model = load_model(model_path, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
-    adapter = initial_adapter(model, settings, statistics or statistics_path(asvd_calib_root, name))
-    metrics = {} if samples is None else reconstruct(model, adapter, samples, schedule_settings, folder)
-    adapter.metrics |= metrics
+    known = statistics or statistics_path(asvd_calib_root, name)
+    if target_ratio is not None and samples is not None:
+        adapter = allocated_adapter(model, settings, known, samples, target_ratio)
+    else:
+        adapter = initial_adapter(model, settings, known)
+    if samples is not None and not use_init_params:
+        adapter.metrics |= reconstruct(model, adapter, samples, schedule_settings, folder)
     if is_main_process():
         adapter.save_pretrained(folder)
         say(f"adapter: {folder}")
-    emit({"command": "train", "model": model_path, "adapter": str(folder), "settings": settings.to_dict(), **metrics})
+    emit(
+        {
+            "command": "train",
+            "model": model_path,
+            "adapter": str(folder),
+            "settings": settings.to_dict(),
+            **adapter.metrics,
+        }
+    )
 
 
 def reconstruct(
