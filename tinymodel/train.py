@@ -165,6 +165,13 @@ class Trainer:
         )
         model.to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every release of transformers knows
+        kept = {
+            name: value for name, value in config.items() if name not in ("backend", "is_local", "local_files_only")
+        }
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
     def train(self) -> None:
         while self.stage < len(STAGES) and not self.stopping:
