@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
+
+# OpenMP threads that spin while they wait make everything ten times slower as soon as another program takes a core.
+# The variable is read when torch is loaded, hence before the imports below.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 

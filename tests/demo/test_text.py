@@ -42,8 +42,8 @@ def test_variants_keep_what_their_names_say():
         "80 % ASVD, untrained",
         "80 % trained",
     ]
-    assert VARIANTS[2].config == CSKVConfig(k_density=0.2, v_density=0.2, window=0, group=32, init="svd")
-    assert VARIANTS[1].config == CSKVConfig(k_density=0.5, v_density=0.5, window=0, group=32, init="asvd")
+    assert VARIANTS[2].config == CSKVConfig(k_density=0.2, v_density=0.2, window=32, group=32, init="svd")
+    assert VARIANTS[1].config == CSKVConfig(k_density=0.5, v_density=0.5, window=32, group=32, init="asvd")
     with pytest.raises(ConfigError, match="not compressed"):
         _ = VARIANTS[0].config
 

@@ -13,14 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cskv.data.lines import LinesCase, make_case
 from cskv.data.sources import open_source
-from cskv.demo.settings import DemoSettings, Variant
+from cskv.demo.settings import CACHE, DemoSettings, Variant
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.speed import measure_decode
 
 ANSWER_TOKENS = 24
-GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,15 @@ def measure(
     )
     fed = len(on.cases) / (on.texts.shape[0] * (on.texts.shape[1] - 1))
     text = perplexity(
-        model, on.texts, chunk=GROUP, batch_size=settings.batch_size, on_tokens=lambda tokens: advance(fed * tokens)
+        model,
+        on.texts,
+        chunk=CACHE["group"],
+        first_chunk=CACHE["window"] + CACHE["group"],
+        batch_size=settings.batch_size,
+        on_tokens=lambda tokens: advance(fed * tokens),
     )
     report = cache_after_prefill(model, on.prompt)
-    speed = measure_decode(model, on.prompt, steps=GROUP, repeats=settings.speed_repeats)
+    speed = measure_decode(model, on.prompt, steps=CACHE["group"], repeats=settings.speed_repeats)
     return {
         "key": variant.key,
         "name": variant.name,

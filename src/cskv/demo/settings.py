@@ -10,6 +10,8 @@ from cskv.config import CSKVConfig
 from cskv.errors import ConfigError
 from cskv.training.settings import TrainingSettings
 
+CACHE: dict[str, Any] = {"window": 32, "group": 32}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -31,10 +33,10 @@ class Variant:
 
     @property
     def config(self) -> CSKVConfig:
-        """The paper's cache: groups of 32 tokens are exact until they are full (`q_window_size 32`)."""
+        """The newest 32 tokens are exact at any time, so that a question is; older ones are sealed 32 at a time."""
         if self.density is None:
             raise ConfigError(f"variant {self.name} is not compressed and has no settings")
-        return CSKVConfig(k_density=self.density, v_density=self.density, window=0, group=32, init=self.init)
+        return CSKVConfig(k_density=self.density, v_density=self.density, init=self.init, **CACHE)
 
 
 VARIANTS = (
