@@ -1,0 +1,198 @@
+"""Closed-form factors against trained ones on the bundled model, at 50 to 90 % of the channels removed, two seeds.
+
+    python benchmarks/closed_form.py            # measures what is missing in results/closed_form.json, then reports
+    python benchmarks/closed_form.py --report   # only writes the tables and figures again
+
+The seed picks the calibration and training text and the questions. Every row is one adapter: its reconstruction loss on
+held-out text layer by layer, the divergence and perplexity of held-out text as the compressed cache reads it, and
+LongEval-lines accuracy through `generate`. Rows that are there already are not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cskv.adapter import CSKVAdapter
+from cskv.allocation import allocate_ranks
+from cskv.atomic import write_text
+from cskv.calibration import calibrate
+from cskv.config import CSKVConfig
+from cskv.data.lines import make_case
+from cskv.data.samples import TokenSamples
+from cskv.data.sources import open_source
+from cskv.demo.text import mixed_source
+from cskv.divergence import Divergence
+from cskv.evaluation.environment import environment
+from cskv.evaluation.longeval import evaluate_lines
+from cskv.evaluation.perplexity import perplexity, token_sequences
+from cskv.evaluation.reconstruction import reconstruction_losses
+from cskv.initialisation import initialise
+from cskv.models.attach import attach
+from cskv.statistics import Statistics
+from cskv.training.settings import TrainingSettings
+from cskv.training.trainer import train
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent / "tinymodel" / "checkpoint"
+RESULTS = HERE / "results" / "closed_form.json"
+DENSITIES = (0.5, 0.4, 0.3, 0.2, 0.1)
+SEEDS = (0, 1)
+NUM_LINES, CASES, BATCH = 200, 50, 5
+SAMPLE_LEN, CALIBRATION_SAMPLES = 1024, 32
+TEXTS, TEXT_TOKENS = 12, 1024
+PAPER = TrainingSettings()  # AdamW at 5e-5, batch 1, one epoch
+PAPER_SAMPLES = 2048
+TUNED = TrainingSettings(learning_rate=2e-3, warmup_steps=20, schedule="cosine", batch_size=2)
+DISTILLED = TrainingSettings(objective="distillation", learning_rate=1e-3, warmup_steps=10, schedule="cosine")
+DISTILLATION_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to get factors.
+
+    Attributes:
+        settings: of `CSKVConfig`, besides densities and window.
+        training, samples: gradient training that follows, and on how many samples.
+        allocated: whether ranks are dealt out by sensitivity.
+        densities: where it is measured.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    training: TrainingSettings | None = None
+    samples: int = 0
+    allocated: bool = False
+    densities: tuple[float, ...] = DENSITIES
+
+
+METHODS = (
+    Method("SVD", {"init": "svd"}),
+    Method("ASVD", {"init": "asvd"}),
+    Method("trained, paper's recipe", {"init": "asvd"}, PAPER, PAPER_SAMPLES, densities=(0.5, 0.2)),
+    Method("trained, lr 2e-3", {"init": "asvd"}, TUNED, 800, densities=(0.5, 0.2, 0.1)),
+    Method("PCA", {"init": "pca"}),
+    Method("weighted PCA", {"init": "weighted-pca"}),
+    Method("PCA, allocated ranks", {"init": "pca"}, allocated=True),
+    Method("weighted PCA, allocated ranks", {"init": "weighted-pca"}, allocated=True),
+    Method("PCA, 2 head groups", {"init": "pca", "head_groups": 2}),
+    Method("commuting keys", {"init": "pca", "key_factors": "commuting"}),
+    Method("weighted commuting keys", {"init": "weighted-pca", "key_factors": "commuting"}),
+    Method("PCA, distilled", {"init": "pca"}, DISTILLED, DISTILLATION_SAMPLES, densities=(0.2, 0.1)),
+)
+
+
+class Bench:
+    """The model and the material of one seed.
+
+    Args:
+        seed: of calibration text and questions.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, seed: int) -> None:
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.divergence = Divergence(model)
+        self.held_out = token_sequences(tokenizer, open_source("offline", "heldout").read(seed), TEXT_TOKENS, TEXTS)
+        self.cases = [make_case(NUM_LINES, 1000 * seed + i) for i in range(CASES)]
+        began = time.perf_counter()
+        self.statistics: Statistics = calibrate(model, self.samples(CALIBRATION_SAMPLES))
+        self.calibration_seconds = time.perf_counter() - began
+
+    def samples(self, number: int) -> TokenSamples:
+        """Mixed text of the seed."""
+        return TokenSamples(mixed_source(NUM_LINES), self.tokenizer, number, SAMPLE_LEN, self.seed)
+
+    def make(self, method: Method, density: float) -> tuple[CSKVAdapter, float]:
+        """The adapter, and the seconds that it took beyond calibration."""
+        config = CSKVConfig(density, density, window=32, group=32, **method.settings)
+        began = time.perf_counter()
+        if method.allocated:
+            samples = list(self.samples(8))
+            adapter = allocate_ranks(self.model, config, self.statistics, samples, density).adapter
+        else:
+            adapter = initialise(self.model, config, self.statistics)
+        if method.training is not None:
+            train(self.model, adapter, self.samples(method.samples), method.training)
+        return adapter, time.perf_counter() - began
+
+    def measure(self, adapter: CSKVAdapter | None) -> dict[str, Any]:
+        """The figures of one adapter; None is the uncompressed model."""
+        figures: dict[str, Any] = {}
+        if adapter is not None:
+            figures["divergence"] = self.divergence.mean(adapter, self.held_out)
+            losses = reconstruction_losses(self.model, adapter, self.held_out)
+            figures["losses"] = {"k": [loss.k for loss in losses], "v": [loss.v for loss in losses]}
+        scope = attach(self.model, adapter) if adapter is not None else None
+        try:
+            text = perplexity(self.model, self.held_out, chunk=32, first_chunk=64, batch_size=4)
+            lines = evaluate_lines(self.model, self.tokenizer, self.cases, batch_size=BATCH, max_new_tokens=16)
+        finally:
+            if scope is not None:
+                scope.detach()
+        return figures | {
+            "perplexity": text.ppl,
+            "accuracy": lines.accuracy,
+            "low": lines.low,
+            "high": lines.high,
+            "cases": lines.n,
+        }
+
+
+def measure_missing(results: dict[str, Any], console: Console) -> None:
+    """Measure every row that `results` lacks, and write after each."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    jobs = [(seed, m, d) for seed in SEEDS for m in METHODS for d in m.densities]
+    todo = [job for job in jobs if _key(*job) not in results["rows"]]
+    if not todo:
+        return
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL).eval(), AutoTokenizer.from_pretrained(MODEL)
+    results["environment"] = environment().to_dict()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(todo))
+        for seed in sorted({job[0] for job in todo}):
+            bench = Bench(model, tokenizer, seed)
+            if f"{seed}" not in results["uncompressed"]:
+                results["uncompressed"][f"{seed}"] = bench.measure(None)
+            for _, method, density in [job for job in todo if job[0] == seed]:
+                progress.update(task, description=f"seed {seed}: {method.name}, {density:g}")
+                adapter, seconds = bench.make(method, density)
+                row = {"seconds": seconds, "calibration_seconds": bench.calibration_seconds}
+                results["rows"][_key(seed, method, density)] = row | bench.measure(adapter) | {
+                    "seed": seed, "method": method.name, "density": density,
+                    "ranks": [[adapter.factors(i).k.rank, adapter.factors(i).v.rank] for i in adapter.layer_indices],
+                }  # fmt: skip
+                write_text(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
+                progress.advance(task)
+
+
+def _key(seed: int, method: Method, density: float) -> str:
+    return f"{seed}/{method.name}/{density:g}"
+
+
+def main(report: Annotated[bool, typer.Option("--report", help="Only write the report again.")] = False) -> None:
+    """Measure what is missing, then write the tables and figures of docs/closed-form.md."""
+    from closed_form_report import write_report
+
+    console = Console(stderr=True)
+    torch.set_num_threads(2)
+    results: dict[str, Any] = {"rows": {}, "uncompressed": {}}
+    if RESULTS.exists():
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if not report:
+        measure_missing(results, console)
+    write_report(results, [method.name for method in METHODS], list(DENSITIES))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,178 @@
+"""Tables and figures of `closed_form.py`'s results, into docs/closed-form.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+from cskv.atomic import write_atomically, write_text
+from cskv.evaluation.wilson import wilson_interval
+from cskv.plots import COLOURS, MARKERS, STYLE, plot_losses, plot_ranks
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "closed-form.md"
+BEGIN, END = "<!-- measured: benchmarks/closed_form.py -->", "<!-- end of measured -->"
+Row = dict[str, Any]
+
+
+def write_report(results: dict[str, Any], methods: Sequence[str], densities: Sequence[float]) -> None:
+    """Put the tables between the page's markers, and draw its figures."""
+    rows = list(results["rows"].values())
+    methods = [method for method in methods if any(row["method"] == method for row in rows)]
+    text = "\n\n".join(
+        [
+            _intro(results, rows),
+            _table(
+                rows,
+                methods,
+                densities,
+                "LongEval lines, % right (95 % interval)",
+                _accuracy,
+                _full(results, _accuracy),
+            ),
+            _table(rows, methods, densities, "Perplexity of held-out text", _perplexity, _full(results, _perplexity)),
+            _table(rows, methods, densities, "KL from the uncompressed model, nats per token", _divergence, "0"),
+            _losses_table(rows, methods),
+            _verdicts(rows),
+        ]
+    )
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    write_text(PAGE, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    with matplotlib.rc_context(STYLE):
+        _draw_curves(rows, methods, DOCS / "figures" / "closed-form-curves.png")
+    _draw_ranks(rows, DOCS / "figures" / "closed-form-ranks.png")
+    _draw_losses(rows, methods, DOCS / "figures" / "closed-form-losses.png")
+
+
+def _intro(results: dict[str, Any], rows: list[Row]) -> str:
+    where = results["environment"]
+    seeds = sorted({row["seed"] for row in rows})
+    return (
+        f"Measured on {where['accelerator'] or where['cpu']}, {where['threads']} threads, torch {where['torch']}, "
+        f"transformers {where['transformers']}, {where['date']}; seeds {', '.join(map(str, seeds))}; "
+        f"{rows[0]['cases']} questions of 200 lines per seed; means over seeds. Reproduce with "
+        "`python benchmarks/closed_form.py`."
+    )
+
+
+def _pick(rows: list[Row], method: str, density: float) -> list[Row]:
+    return [row for row in rows if row["method"] == method and row["density"] == density]
+
+
+def _accuracy(rows: Sequence[Row]) -> str:
+    right, cases = sum(row["accuracy"] * row["cases"] for row in rows), sum(row["cases"] for row in rows)
+    low, high = wilson_interval(round(right), cases)
+    return f"{100 * right / cases:.0f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _perplexity(rows: Sequence[Row]) -> str:
+    return f"{mean(row['perplexity'] for row in rows):.2f}"
+
+
+def _divergence(rows: Sequence[Row]) -> str:
+    return f"{mean(row['divergence'] for row in rows):.4f}"
+
+
+def _full(results: dict[str, Any], show: Callable[[Sequence[Row]], str]) -> str:
+    return show(list(results["uncompressed"].values()))
+
+
+def _table(
+    rows: list[Row],
+    methods: Sequence[str],
+    densities: Sequence[float],
+    title: str,
+    show: Callable[[Sequence[Row]], str],
+    full: str,
+) -> str:
+    lines = [f"### {title}", "", f"Uncompressed: {full}", ""]
+    lines.append("| channels removed | " + " | ".join(f"{100 * (1 - d):.0f} %" for d in densities) + " |")
+    lines.append("|---|" + "---|" * len(densities))
+    for method in methods:
+        cells = [show(found) if (found := _pick(rows, method, d)) else "" for d in densities]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _losses_table(rows: list[Row], methods: Sequence[str], density: float = 0.2) -> str:
+    layers = len(rows[0]["ranks"])
+    head = [f"{kind.upper()}{i}" for kind in ("k", "v") for i in range(layers)]
+    lines = [
+        "### Reconstruction loss on held-out text at 80 %, by layer",
+        "",
+        "Mean squared error per channel, in thousandths; seconds are beyond calibration.",
+        "",
+        "| method | " + " | ".join(head) + " | seconds |",
+        "|---|" + "---|" * (len(head) + 1),
+    ]
+    for method in methods:
+        found = _pick(rows, method, density)
+        if found:
+            cells = [f"{1000 * mean(r['losses'][k][i] for r in found):.3g}" for k in ("k", "v") for i in range(layers)]
+            lines.append(f"| {method} | " + " | ".join(cells) + f" | {mean(r['seconds'] for r in found):.2f} |")
+    return "\n".join(lines)
+
+
+def _verdicts(rows: list[Row]) -> str:
+    """What the figures say on the claims, computed from them."""
+    lines = ["### Checked", ""]
+    rivals = [m for m in ("SVD", "ASVD", "trained, paper's recipe", "trained, lr 2e-3") if _pick(rows, m, 0.2)]
+    for rival in rivals:
+        wins, total = 0, 0
+        for theirs in (row for row in rows if row["method"] == rival):
+            ours = next(r for r in _pick(rows, "PCA", theirs["density"]) if r["seed"] == theirs["seed"])
+            pairs = [(a, b) for k in ("k", "v") for a, b in zip(ours["losses"][k], theirs["losses"][k], strict=True)]
+            wins, total = wins + sum(a < b for a, b in pairs), total + len(pairs)
+        lines.append(f'* PCA\'s held-out loss is below that of "{rival}" in {wins} of {total} projections.')
+    trained = _pick(rows, "trained, paper's recipe", 0.2)
+    if trained:
+        pca = mean(row["seconds"] + row["calibration_seconds"] for row in _pick(rows, "PCA", 0.2))
+        factor = mean(row["seconds"] for row in trained) / pca
+        lines.append(
+            f"* PCA, its calibration included, takes {pca:.1f} s; the paper's recipe takes {factor:.0f} times as long."
+        )
+    return "\n".join(lines)
+
+
+def _draw_curves(rows: list[Row], methods: Sequence[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, method in enumerate(m for m in methods if len({r["density"] for r in rows if r["method"] == m}) > 2):
+        densities = sorted({row["density"] for row in rows if row["method"] == method})
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 6}
+        style["linestyle"] = "-" if index < len(COLOURS) else "--"
+        removed = [100 * (1 - density) for density in densities]
+        found = [_pick(rows, method, density) for density in densities]
+        left.plot(removed, [100 * mean(r["accuracy"] for r in f) for f in found], label=method, **style)
+        right.plot(removed, [mean(r["divergence"] for r in f) for f in found], label=method, **style)
+    left.set(xlabel="channels removed, %", ylabel="LongEval lines, % right", ylim=(-3, 103))
+    right.set(xlabel="channels removed, %", ylabel="KL from uncompressed, nats per token", yscale="log")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
+
+
+def _draw_ranks(rows: list[Row], path: Path, method: str = "PCA, allocated ranks", density: float = 0.2) -> None:
+    found = _pick(rows, method, density)
+    if found:
+        ranks = dict(enumerate(map(tuple, found[0]["ranks"])))
+        plot_ranks(ranks, path, f"Latents per layer, {100 * density:.0f} % in all, by measured sensitivity")
+
+
+def _draw_losses(rows: list[Row], methods: Sequence[str], path: Path, density: float = 0.2) -> None:
+    losses = {}
+    for method in methods:
+        found = _pick(rows, method, density)
+        if found and "allocated" not in method and "distilled" not in method:
+            k, v = ([mean(values) for values in zip(*(row["losses"][kind] for row in found))] for kind in ("k", "v"))
+            losses[method] = list(zip(range(len(k)), k, v, strict=True))
+    plot_losses(
+        losses, path, f"Reconstruction loss on held-out text, {100 * (1 - density):.0f} % of the channels removed"
+    )
