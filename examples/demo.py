@@ -27,11 +27,12 @@ def main(
 ) -> None:
     """Calibrate, factorise, train, save, reload, generate, and print one table. The last line is JSON."""
     from cskv.cli.loading import load_model, load_tokenizer
+    from cskv.demo.precision import fast_dtype
     from cskv.demo.run import run_demo, summary
     from cskv.demo.settings import DemoSettings
 
     settings = DemoSettings(num_lines=lines, cases=cases, seed=seed)
-    loaded = load_model(model)
+    loaded = load_model(model, dtype=fast_dtype())
     emit(summary(run_demo(loaded, load_tokenizer(model), out, settings, console()), out))
 
 

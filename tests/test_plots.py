@@ -82,9 +82,11 @@ def test_an_unknown_image_format_is_refused_and_leaves_no_file(tmp_path):
 
 
 def test_points_at_one_place_are_set_side_by_side_around_it():
-    assert _dodged([100.0, 20.0, 20.0, 20.0]) == pytest.approx([100.0, 18.6, 20.0, 21.4])
+    assert _dodged([100.0, 20.0, 20.0, 20.0]) == pytest.approx([100.0, 18.0, 20.0, 22.0])
 
 
-def test_the_moving_mean_trails():
-    assert _smoothed([float(i) for i in range(40)])[-1] == 38.5  # width 2: the mean of 38 and 39
+def test_the_moving_mean_is_centred():
+    smoothed = _smoothed([0.0, 3.0, 0.0] + [6.0] * 37)  # half a width of 1
+    assert smoothed[:4] == [1.5, 1.0, 3.0, 4.0]
+    assert smoothed[-1] == 6.0
     assert _smoothed([3.0, 5.0]) == [3.0, 5.0]

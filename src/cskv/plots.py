@@ -137,7 +137,8 @@ def plot_demo(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str | 
         accuracy.errorbar(x, share, yerr=spread, capsize=4, linestyle="none", label=row["name"], **style)
         perplexity.plot(x, row["perplexity"], linestyle="none", **style)
     accuracy.set(title=f"LongEval lines, {rows[0]['num_lines']} lines", ylabel="accuracy, % (95 % interval)")
-    accuracy.set_ylim(-5, 105)
+    lowest = 100 * min(row["low"] for row in rows)
+    accuracy.set_ylim(max(-5.0, 10 * (lowest // 10) - 5), 101)
     perplexity.set(title="Held-out text, through the cache", ylabel="perplexity (lower is better)")
     perplexities = [row["perplexity"] for row in rows]
     _readable_scale(perplexity, min(perplexities), max(perplexities))
@@ -257,7 +258,7 @@ def _layer_colours(figure: Figure, axes: Any, layers: Sequence[int]) -> dict[int
 
 def _dodged(xs: Sequence[float]) -> list[float]:
     """The same positions, with those that coincide set side by side, so that no point hides another."""
-    step = 0.014 * max(xs)
+    step = 0.02 * max(xs)
     result = []
     for index, x in enumerate(xs):
         alike = [i for i, other in enumerate(xs) if abs(other - x) < step]
@@ -292,6 +293,7 @@ def _read_losses(path: Path) -> tuple[list[int], list[float]]:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """The trailing mean over a twentieth of the values."""
-    width = max(1, len(values) // 20)
-    return [sum(values[max(0, i - width + 1) : i + 1]) / (i - max(0, i - width + 1) + 1) for i in range(len(values))]
+    """The mean over a twentieth of the values around each; fewer at both ends."""
+    half = len(values) // 40
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]

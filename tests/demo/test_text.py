@@ -4,9 +4,11 @@ import itertools
 import re
 
 import pytest
+import torch
 
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
+from cskv.demo.precision import fast_dtype
 from cskv.demo.settings import VARIANTS, DemoSettings
 from cskv.demo.text import PIECE_CHARACTERS, mixed_source
 from cskv.errors import ConfigError
@@ -53,3 +55,12 @@ def test_work_that_is_no_work_is_refused():
         DemoSettings(cases=0)
     with pytest.raises(ConfigError, match="train_samples is 1"):
         DemoSettings(train_samples=1, train_batch_size=2)
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "auto"), (False, "float32")])
+def test_a_processor_without_bf16_computes_in_fp32(monkeypatch, supported, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: supported)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert fast_dtype() == expected

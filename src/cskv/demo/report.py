@@ -20,7 +20,8 @@ def results_table(rows: Sequence[dict[str, Any]], environment: dict[str, Any], s
         title=f"KV cache of {prompt_tokens} tokens, compressed along its channels",
         caption=(
             f"{first['cases']} LongEval questions on {first['num_lines']} lines; perplexity of held-out text read "
-            f"through the cache\n{environment['accelerator'] or environment['cpu']}, {environment['threads']} threads; "
+            f"through the cache; bytes include the exact window\n"
+            f"{environment['accelerator'] or environment['cpu']}, {environment['threads']} threads; "
             f"torch {environment['torch']}, transformers {environment['transformers']}, cskv {environment['cskv']}; "
             f"{environment['date']}; {seconds:.0f} s in all"
         ),
