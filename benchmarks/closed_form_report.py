@@ -142,9 +142,12 @@ def _verdicts(rows: list[Row]) -> str:
 def _draw_curves(rows: list[Row], methods: Sequence[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
+    shown = [m for m in methods if len({row["density"] for row in rows if row["method"] == m}) > 2]
+    if not shown:  # nothing to connect yet
+        return
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for index, method in enumerate(m for m in methods if len({r["density"] for r in rows if r["method"] == m}) > 2):
+    for index, method in enumerate(shown):
         densities = sorted({row["density"] for row in rows if row["method"] == method})
         style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 6}
         style["linestyle"] = "-" if index < len(COLOURS) else "--"
