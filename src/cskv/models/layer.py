@@ -105,8 +105,9 @@ class CSKVLayer(DynamicLayer):
         """-1: the same under its name in older releases."""
         return -1
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int | Tensor) -> None:
         """Forget the last `-tokens` tokens, or, for a positive number, all but the first `tokens` (older releases)."""
+        tokens = int(tokens)  # some releases pass a tensor
         length = self.store.length + tokens if tokens < 0 else tokens
         if tokens == 0 or length >= self.store.length:
             return
