@@ -40,6 +40,7 @@ class Attachment:
         self.adapter = adapter
         commuting = adapter.config.key_factors == "commuting"
         self._owners = _table_owners([] if commuting else sites, recipes)
+        self._last_users = frozenset({owner: index for index, owner in self._owners.items()}.values())
         self._hooks = [_SiteHook(self, site, recipes[site.layer_idx]) for site in sites]
         self._handles = [hook.site.module.register_forward_pre_hook(hook, with_kwargs=True) for hook in self._hooks]
         # cos and sin of the sealed tokens, by table owner: made by the first layer of a forward, dropped by the last.
@@ -59,8 +60,7 @@ class Attachment:
 
     def is_last_user(self, layer_idx: int) -> bool:
         """Whether no later layer of a forward reads the same positions."""
-        owner = self._owners[layer_idx]
-        return layer_idx == max(index for index, other in self._owners.items() if other == owner)
+        return layer_idx in self._last_users
 
     def __enter__(self) -> Attachment:
         return self
