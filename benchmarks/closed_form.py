@@ -20,7 +20,6 @@ from typing import Annotated, Any
 # Threads that spin while they wait halve the speed of whatever else runs on the machine; set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -191,7 +190,6 @@ def main(report: Annotated[bool, typer.Option("--report", help="Only write the r
     from closed_form_report import write_report
 
     console = Console(stderr=True)
-    torch.set_num_threads(2)
     results: dict[str, Any] = {"rows": {}, "uncompressed": {}}
     if RESULTS.exists():
         results = json.loads(RESULTS.read_text(encoding="utf-8"))

@@ -42,6 +42,7 @@ class Divergence:
         *,
         exact: Float[Tensor, "batch tokens hidden"] | None = None,
         only: frozenset[Part] | None = None,
+        checkpointed: bool = False,
     ) -> Float[Tensor, ""]:
         """The mean over tokens, in nats; gradients reach the adapter's factors.
 
@@ -50,9 +51,11 @@ class Divergence:
             input_ids: whole texts without padding.
             exact: from `exact_hidden`, to save a forward.
             only: the parts that are compressed; None compresses all.
+            checkpointed: run every layer a second time in the backward pass, rather than keep its activations.
         """
         exact = self.exact_hidden(input_ids) if exact is None else exact
-        with frozen(self.model), compressed_reading(self.model, adapter, recipes=self.recipes, only=only):
+        reading = compressed_reading(self.model, adapter, recipes=self.recipes, only=only, checkpointed=checkpointed)
+        with frozen(self.model), reading:
             hidden = self.model.base_model(input_ids=input_ids, use_cache=False)[0]  # type: ignore[operator]
         total = torch.zeros((), device=hidden.device)
         for ours, theirs in zip(hidden.split(CHUNK, dim=1), exact.split(CHUNK, dim=1), strict=True):

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import cskv
 from cskv import CSKVConfig
+from cskv.divergence import Divergence
 from cskv.models.compat import cache_kwarg
 from cskv.models.reading import compressed_reading
 from tests.models.families import FAMILIES, tiny_model, truncated_adapter
@@ -75,6 +76,36 @@ def test_gradients_reach_every_factor() -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+def test_checkpointed_layers_give_the_same_gradients(family: str) -> None:
+    model = tiny_model(family).requires_grad_(False).train()  # dropout must not come in with the second forward either
+    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
+    divergence = Divergence(model)
+    gradients = []
+    for checkpointed in (False, True):
+        adapter.zero_grad()
+        divergence.of(adapter, TOKENS, checkpointed=checkpointed).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in adapter.named_parameters()})
+    assert all(gradients[0][name].abs().max() > 0 for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+    assert model.training
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in model.modules())
+
+
+def test_checkpointing_keeps_only_the_layers_inputs() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
+    divergence = Divergence(model)
+    held = []
+    for checkpointed in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t):
+            divergence.of(adapter, TOKENS, checkpointed=checkpointed)
+        held.append(sum(sizes))
+    assert held[1] < 0.4 * held[0]
 
 
 def test_a_cache_is_refused() -> None:

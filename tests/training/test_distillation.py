@@ -42,6 +42,15 @@ def test_it_lowers_the_divergence_below_pcas(family: str) -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_gradient_checkpointing_changes_memory_only() -> None:
+    model = tiny_model("llama")
+    adapters = [initialise(model, CONFIG, statistics_of(model)) for _ in range(2)]
+    for adapter, checkpointing in zip(adapters, (False, True), strict=True):
+        train(model, adapter, samples(6, seed=1), dataclasses.replace(SETTINGS, gradient_checkpointing=checkpointing))
+    for plain, checkpointed in zip(*(adapter.parameters() for adapter in adapters), strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-3, atol=1e-4)
+
+
 def test_a_resumed_run_ends_bit_identically(tmp_path: Path) -> None:
     model = tiny_model("llama")
     whole, resumed = (initialise(model, CONFIG, statistics_of(model)) for _ in range(2))
@@ -77,5 +86,7 @@ def test_a_run_with_another_objective_is_not_continued(tmp_path: Path) -> None:
 def test_mixed_precision_is_for_reconstruction() -> None:
     with pytest.raises(ConfigError, match="mixed_precision is for reconstruction"):
         TrainingSettings(objective="distillation", mixed_precision="bf16")
+    with pytest.raises(ConfigError, match="gradient_checkpointing is for distillation"):
+        TrainingSettings(gradient_checkpointing=True)
     with pytest.raises(ConfigError, match="objective is 'rl'; expected one of reconstruction, distillation"):
         TrainingSettings(objective="rl")

@@ -64,6 +64,14 @@ Accumulation = Annotated[
 MixedPrecision = Annotated[
     str, typer.Option("--mixed-precision", help="no or bf16, for the factors' products.", rich_help_panel=TRAINING)
 ]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Distillation holds the activations of one layer at a time, for a third more computation.",
+        rich_help_panel=TRAINING,
+    ),
+]
 CheckpointEvery = Annotated[
     int, typer.Option("--checkpoint-every", help="Steps between checkpoints.", rich_help_panel=TRAINING)
 ]
@@ -106,6 +114,7 @@ def train(
     batch_size: BatchSize = 1,
     gradient_accumulation: Accumulation = 1,
     mixed_precision: MixedPrecision = "no",
+    gradient_checkpointing: GradientCheckpointing = False,
     checkpoint_every: CheckpointEvery = 200,
     output: Output = None,
     ckpt_save_path: opt.AdapterRoot = opt.DEFAULT_ADAPTER_ROOT,
@@ -159,6 +168,7 @@ def train(
         batch_size=batch_size,
         accumulation=gradient_accumulation,
         mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing,
         checkpoint_every=checkpoint_every,
     )
     name = model_name(model_path, model_id)

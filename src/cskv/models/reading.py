@@ -7,8 +7,8 @@ the rebuilt ones of the tokens that would be sealed at its step and the exact on
     query t reads token s rebuilt if s < sealed(t), else exactly;  sealed(t) = ((t - window) // group) * group.
 
 That is token-by-token decoding from the first token on, so it is what end-to-end training and sensitivity measurements
-need. Memory is that of a forward with twice the keys. The model's own attention function does the work, so soft-capping
-and attention sinks keep their meaning.
+need. Memory is that of a forward with twice the keys; with `checkpointed` the backward pass holds that of one layer.
+The model's own attention function does the work, so soft-capping and attention sinks keep their meaning.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from cskv.config import CSKVConfig
 from cskv.errors import CSKVError
 from cskv.factorization.factors import Factors
 from cskv.models.call import AttentionCall, CallReader
+from cskv.models.checkpointing import checkpointed_layers
+from cskv.models.frozen import frozen
 from cskv.models.probe import SiteRecipe, probe
 from cskv.models.sites import AttentionSite, find_sites
 
@@ -45,6 +48,7 @@ def compressed_reading(
     *,
     recipes: dict[int, SiteRecipe] | None = None,
     only: frozenset[Part] | None = None,
+    checkpointed: bool = False,
 ) -> Iterator[None]:
     """Let the model's forwards, without a cache and without padding, read old tokens as the adapter would give them.
 
@@ -55,6 +59,7 @@ def compressed_reading(
         adapter: made for it, on its device.
         recipes: from `probe(model, find_sites(model))`, to save it when this is done often.
         only: the parts that are compressed, (layer index, "k" or "v"); None compresses all.
+        checkpointed: keep only the layers' inputs for the backward pass, and run every layer again in it.
 
     Raises:
         CSKVError: a forward in the block has a cache.
@@ -63,14 +68,27 @@ def compressed_reading(
     recipes = recipes or probe(model, sites)
     configs = {id(site.module.config): site.module.config for site in sites}.values()
     implementations = [(config, config._attn_implementation) for config in configs]
+    mask = lru_cache(maxsize=1)(partial(_mask, adapter.config))  # one for all layers: the backward pass keeps it
     with ExitStack() as stack:
         for site in sites:
-            hook = _ReadingHook(site, recipes[site.layer_idx], adapter, only)
+            hook = _ReadingHook(site, recipes[site.layer_idx], adapter, only, mask)
             stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for config, implementation in implementations:
             _register(implementation)
             config._attn_implementation = _name(implementation)
             stack.callback(setattr, config, "_attn_implementation", implementation)
+        if checkpointed:
+            again = partial(_again, model, adapter, recipes, only)
+            stack.enter_context(checkpointed_layers(model, sites, again))
+        yield
+
+
+@contextmanager
+def _again(
+    model: nn.Module, adapter: CSKVAdapter, recipes: dict[int, SiteRecipe], only: frozenset[Part] | None
+) -> Iterator[None]:
+    """What a layer's second forward runs in."""
+    with frozen(model), compressed_reading(model, adapter, recipes=recipes, only=only):
         yield
 
 
@@ -78,16 +96,21 @@ def compressed_reading(
 class _Rebuilt:
     """What a layer's attention gets beside the exact keys and values."""
 
-    config: CSKVConfig
+    mask: Callable[[int, torch.device, torch.dtype], Tensor]
     keys: Callable[[Tensor], Tensor]
     values: Callable[[Tensor], Tensor]
 
 
 class _ReadingHook:
     def __init__(
-        self, site: AttentionSite, recipe: SiteRecipe, adapter: CSKVAdapter, only: frozenset[Part] | None
+        self,
+        site: AttentionSite,
+        recipe: SiteRecipe,
+        adapter: CSKVAdapter,
+        only: frozenset[Part] | None,
+        mask: Callable[[int, torch.device, torch.dtype], Tensor],
     ) -> None:
-        self._site, self._recipe, self._adapter = site, recipe, adapter
+        self._site, self._recipe, self._adapter, self._mask = site, recipe, adapter, mask
         self._parts = {kind for kind in ("k", "v") if only is None or (site.layer_idx, kind) in only}
         self._reader = CallReader(site.module)
 
@@ -101,7 +124,7 @@ class _ReadingHook:
             return None
         factors = self._adapter.factors(self._site.layer_idx)
         rebuilt = _Rebuilt(
-            self._adapter.config,
+            self._mask,
             keys=lambda keys: self._keys(factors.k, call, keys) if "k" in self._parts else keys,
             values=lambda values: self._values(factors.v, call) if "v" in self._parts else values,
         )
@@ -135,7 +158,7 @@ def _register(implementation: str | None) -> None:
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         rebuilt: _Rebuilt | None = kwargs.pop(KWARG, None)
         if rebuilt is not None:
-            mask = _mask(rebuilt.config, query.shape[2], query)
+            mask = rebuilt.mask(query.shape[2], query.device, query.dtype)
             key = torch.cat([rebuilt.keys(key), key], dim=2)
             value = torch.cat([rebuilt.values(value), value], dim=2)
         return _original(module, implementation)(module, query, key, value, mask, **kwargs)
@@ -150,10 +173,10 @@ def _original(module: nn.Module, implementation: str) -> Callable[..., Any]:
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def _mask(config: CSKVConfig, tokens: int, like: Tensor) -> Tensor:
+def _mask(config: CSKVConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(1, 1, tokens, 2 tokens), added to the logits: 0 where a query reads a key, the least number elsewhere."""
-    position = torch.arange(tokens, device=like.device)
+    position = torch.arange(tokens, device=device)
     sealed = ((position - config.window).clamp(min=0) // config.group * config.group)[:, None]
     exact = (position >= sealed) & (position <= position[:, None])
     reads = torch.cat([position < sealed, exact], dim=1)
-    return torch.zeros_like(reads, dtype=like.dtype).masked_fill_(~reads, torch.finfo(like.dtype).min)[None, None]
+    return torch.zeros(reads.shape, dtype=dtype, device=device).masked_fill_(~reads, torch.finfo(dtype).min)[None, None]

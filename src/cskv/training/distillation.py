@@ -3,8 +3,8 @@
 Reconstruction counts every channel alike, and its minimum has a closed form. What is wanted is the model's output.
 Here the loss is the KL divergence of the next-token distributions over whole texts, old tokens read compressed and the
 window exactly, in one differentiable forward (`cskv.models.reading`). Start it from PCA factors. It keeps the
-activations of the whole model for the backward pass, so it needs the memory of fine-tuning with a frozen base; logits
-are made a few positions at a time.
+activations of the whole model for the backward pass, so it needs the memory of fine-tuning with a frozen base, or with
+gradient checkpointing those of one layer; logits are made a few positions at a time.
 """
 
 from __future__ import annotations
@@ -53,15 +53,17 @@ class Distillation(nn.Module):
     Args:
         model: the base model; no submodule of this one, so that its weights are not trained.
         adapter: its factors are the parameters; fp32.
+        checkpointed: whether the backward pass runs every layer again instead of keeping its activations.
     """
 
     parts = ("loss",)
 
-    def __init__(self, model: nn.Module, adapter: CSKVAdapter) -> None:
+    def __init__(self, model: nn.Module, adapter: CSKVAdapter, *, checkpointed: bool = False) -> None:
         super().__init__()
+        self._checkpointed = checkpointed
         self.adapter = adapter
         self._divergence = Divergence(model)
 
     def forward(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, " 1"]:
         """KL(uncompressed || compressed), in nats per token."""
-        return self._divergence.of(self.adapter, input_ids)[None]
+        return self._divergence.of(self.adapter, input_ids, checkpointed=self._checkpointed)[None]

@@ -32,6 +32,8 @@ class TrainingSettings:
         weight_decay: AdamW's decoupled decay. The paper names none.
         max_grad_norm: clip the gradient of all factors to this norm; None does not clip.
         mixed_precision: "no" computes in fp32, "bf16" the factors' products in bf16. Master weights are always fp32.
+        gradient_checkpointing: distillation runs every decoder layer a second time in the backward pass instead of
+            keeping its activations: one layer's at a time, for a third more computation.
         checkpoint_every: optimiser steps between checkpoints; the last step has one in any case.
 
     Raises:
@@ -49,6 +51,7 @@ class TrainingSettings:
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
@@ -73,6 +76,8 @@ class TrainingSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
         if self.objective == "distillation" and self.mixed_precision != "no":
             raise ConfigError("mixed_precision is for reconstruction; distillation computes in the base model's dtype")
+        if self.gradient_checkpointing and self.objective != "distillation":
+            raise ConfigError("gradient_checkpointing is for distillation; reconstruction keeps no activations anyway")
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """The rate of optimiser step `step`, counted from 0, of a run of `total_steps`."""

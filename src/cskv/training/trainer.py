@@ -117,7 +117,7 @@ class _Run:
             adapter.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=self._fusable()
         )
         self.objective: Distillation | Reconstruction = (
-            Distillation(model, adapter)
+            Distillation(model, adapter, checkpointed=settings.gradient_checkpointing)
             if distilling
             else Reconstruction(adapter, bf16=settings.mixed_precision == "bf16")
         )
