@@ -35,8 +35,12 @@ def test_a_rank_that_rounds_to_zero_is_refused_with_the_least_density() -> None:
         ({"key_factors": "commuting"}, "init 'asvd' and head_groups 1 do not go"),
         ({"key_factors": "commuting", "init": "pca", "head_groups": 2}, "head_groups 2 do not go"),
         ({"asvd_alpha": 2}, "asvd_alpha is 2"),
-        ({"k_bits": 4}, "k_bits is 4; only 16"),
-        ({"v_bits": 2}, "v_bits is 2; only 16"),
+        ({"k_bits": 1}, "k_bits is 1; expected 2 to 8, or 16"),
+        ({"v_bits": 12}, "v_bits is 12; expected 2 to 8, or 16"),
+        ({"k_bits": True}, "k_bits is True"),
+        ({"k_block": (0, 1)}, r"k_block is \(0, 1\); expected two whole numbers"),
+        ({"v_block": 32}, "v_block is 32; expected two whole numbers"),
+        ({"k_block": (12, 1)}, "k_block has 12 tokens, which do not divide the group of 32"),
     ],
 )
 def test_a_value_out_of_range_is_one_clear_line(settings: dict, message: str) -> None:

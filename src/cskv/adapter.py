@@ -29,6 +29,7 @@ from cskv.card import model_card
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.quantization.grid import Grid
 
 if TYPE_CHECKING:
     from cskv.models.sites import AttentionSite
@@ -38,6 +39,7 @@ WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 FORMAT_VERSION = 1
 MODEL_TYPE = "cskv"
+Widths = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         layers: layer index in the cache -> factors. Tensors are taken over, not copied.
         base: the model it belongs to.
         metrics: JSON-ready figures (losses, accuracies, ...) for `config.json` and the model card.
+        widths: (layer index, "k" or "v") -> runs of (bits, channels) that sum to the rank, for `config.mixed_widths`.
     """
 
     def __init__(
@@ -89,10 +92,13 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         layers: Mapping[int, LayerFactors],
         base: BaseModelInfo,
         metrics: Mapping[str, Any] | None = None,
+        widths: Mapping[tuple[int, str], Widths] | None = None,
     ) -> None:
         super().__init__()
         if not layers:
             raise AdapterError("an adapter needs the factors of at least one layer, got none")
+        self.widths = dict(widths or {})
+        _check_widths(config, layers, self.widths)
         self.config = config
         self.base = base
         self.metrics: dict[str, Any] = dict(metrics or {})
@@ -108,6 +114,18 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         if str(layer_idx) not in self.layers:
             raise AdapterError(f"the adapter has no layer {layer_idx}; it has {self.layer_indices}")
         return self.layers[str(layer_idx)].factors()  # type: ignore[operator]
+
+    def grid(self, layer_idx: int, kind: str) -> Grid | None:
+        """How latents of one layer's keys ("k") or values ("v") are stored; None leaves them in the model's dtype."""
+        block = self.config.block(kind)
+        if self.config.mixed_widths:
+            return Grid(self.widths[layer_idx, kind], *block)
+        bits = self.config.bits(kind)
+        return None if bits == 16 else Grid.uniform(getattr(self.factors(layer_idx), kind).rank, bits, block)
+
+    def grids(self, layer_idx: int) -> tuple[Grid | None, Grid | None]:
+        """The grids of a layer's key and value latents."""
+        return self.grid(layer_idx, "k"), self.grid(layer_idx, "v")
 
     def check_fits(self, base: BaseModelInfo, sites: list[AttentionSite]) -> None:
         """Compare with a base model.
@@ -137,7 +155,7 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
 
     def describe(self) -> dict[str, Any]:
         """Everything that `config.json` holds."""
-        return {
+        description = {
             "model_type": MODEL_TYPE,
             "format_version": FORMAT_VERSION,
             "base_model": dataclasses.asdict(self.base),
@@ -148,6 +166,12 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
             },
             "metrics": self.metrics,
         }
+        if self.widths:
+            description["widths"] = {
+                str(i): {kind: [list(run) for run in self.widths[i, kind]] for kind in ("k", "v")}
+                for i in self.layer_indices
+            }
+        return description
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the folder, for `save_pretrained` and `push_to_hub`. The config is last: with it, all is there."""
@@ -186,15 +210,31 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         return _read_folder(folder if folder.is_dir() else _download(str(pretrained_model_name_or_path), **hub))
 
 
+def _check_widths(
+    config: CSKVConfig, layers: Mapping[int, LayerFactors], widths: Mapping[tuple[int, str], Widths]
+) -> None:
+    expected = {(index, kind): getattr(layers[index], kind).rank for index in layers for kind in ("k", "v")}
+    if set(widths) != (set(expected) if config.mixed_widths else set()):
+        raise AdapterError(
+            f"widths are given for {len(widths)} projections; expected "
+            + (f"all {len(expected)}" if config.mixed_widths else "none without mixed_widths")
+        )
+    for part, runs in widths.items():
+        total = Grid(runs, *config.block(part[1])).rank
+        if total != expected[part]:
+            raise AdapterError(f"layer {part[0]} {part[1]} has {expected[part]} latents, and widths for {total}")
+
+
 class _FactorModule(nn.Module):
     def __init__(self, factors: Factors) -> None:
         super().__init__()
         self.down = nn.Parameter(factors.down)
         self.up = nn.Parameter(factors.up)
         self.register_buffer("bias", factors.bias)
+        self.register_buffer("down_bias", factors.down_bias)
 
     def factors(self) -> Factors:
-        return Factors(self.down, self.up, self.bias)  # type: ignore[arg-type]
+        return Factors(self.down, self.up, self.bias, self.down_bias)  # type: ignore[arg-type]
 
 
 class _LayerModule(nn.Module):
@@ -244,7 +284,12 @@ def _read_folder(folder: Path) -> CSKVAdapter:
         base = _base_from_dict(description["base_model"])
         ranks = {int(index): values for index, values in description["ranks"].items()}
         metrics = description.get("metrics", {})
-    except (KeyError, TypeError, AttributeError) as error:
+        widths = {
+            (int(index), kind): tuple((int(bits), int(channels)) for bits, channels in runs)
+            for index, kinds in description.get("widths", {}).items()
+            for kind, runs in kinds.items()
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE} lacks or garbles {error}; the folder is damaged") from error
     except ConfigError as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
@@ -260,7 +305,7 @@ def _read_folder(folder: Path) -> CSKVAdapter:
             raise AdapterError(
                 f"{folder}: layer {index} has ranks {got} in {WEIGHTS_FILE}, {ranks[index]} in {CONFIG_FILE}"
             )
-    return CSKVAdapter(config, layers, base, metrics)
+    return CSKVAdapter(config, layers, base, metrics, widths)
 
 
 def _base_from_dict(values: dict[str, Any]) -> BaseModelInfo:
@@ -292,12 +337,14 @@ def _layer_from(tensors: dict[str, Tensor], index: int, folder: Path) -> LayerFa
             down, up = tensors.pop(f"{prefix}.down"), tensors.pop(f"{prefix}.up")
         except KeyError as error:
             raise AdapterError(f"{folder / WEIGHTS_FILE} lacks {error}; the adapter folder is damaged") from error
-        bias = tensors.pop(f"{prefix}.bias", None)
+        bias, down_bias = tensors.pop(f"{prefix}.bias", None), tensors.pop(f"{prefix}.down_bias", None)
         fits = down.ndim == up.ndim == 2 and 0 < up.shape[1] <= down.shape[0] and down.shape[0] % up.shape[1] == 0
         fits = fits and up.shape[0] % (down.shape[0] // up.shape[1]) == 0
-        if not fits or (bias is not None and bias.shape != up.shape[:1]):
+        for side, of in ((bias, up), (down_bias, down)):
+            fits = fits and (side is None or side.shape == of.shape[:1])
+        if not fits:
             raise AdapterError(
                 f"{folder / WEIGHTS_FILE}: {prefix} has down {tuple(down.shape)} and up {tuple(up.shape)}"
             )
-        pair[kind] = Factors(down, up, bias)
+        pair[kind] = Factors(down, up, bias, down_bias)
     return LayerFactors(pair["k"], pair["v"])

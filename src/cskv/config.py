@@ -14,6 +14,8 @@ from cskv.errors import ConfigError
 
 INITS = ("svd", "asvd", "pca", "weighted-pca")
 KEY_FACTORS = ("joint", "commuting")
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+BLOCK_CHANNELS = 32  # of a block within one token, as in KIVI
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,12 @@ class CSKVConfig:
         key_factors: "joint" mixes all key channels before RoPE; "commuting" mixes kv heads within each RoPE frequency,
             so that latents are kept rotated and nothing is rotated at decode. It is PCA ("pca" or "weighted-pca").
         head_groups: groups of kv heads with factors of their own, at least 1: cheaper to rebuild, less accurate.
-        k_bits, v_bits: bits per latent. 16 stores latents in the model's own dtype.
+        k_bits, v_bits: bits per latent, 2 to 8, or 16: latents stay in the model's own dtype.
+        mixed_widths: every latent channel has a width of its own, chosen under a budget of bytes (`cskv.widths`); the
+            adapter holds them, and `k_bits` and `v_bits` are not read.
+        k_block, v_block: (tokens, channels) of the blocks that share a minimum and a scale (`cskv.quantization.grid`).
+            The tokens divide `group`. None is KIVI's layout: keys (group, 1), values (1, 32); with groups of one token
+            (1, 32) for both.
 
     Raises:
         ConfigError: a value is out of range.
@@ -50,6 +57,9 @@ class CSKVConfig:
     head_groups: int = 1
     k_bits: int = 16
     v_bits: int = 16
+    mixed_widths: bool = False
+    k_block: tuple[int, int] | None = None
+    v_block: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("k_density", "v_density"):
@@ -75,10 +85,37 @@ class CSKVConfig:
         if not _is_number(self.asvd_alpha) or not 0.0 <= self.asvd_alpha <= 1.0:
             raise ConfigError(f"asvd_alpha is {self.asvd_alpha!r}; expected a number in [0, 1], the paper's is 0.5")
         for name in ("k_bits", "v_bits"):
-            if getattr(self, name) != 16:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}; only 16 is available: latents are not quantised yet"
-                )
+            value = getattr(self, name)
+            if isinstance(value, bool) or value not in BITS:
+                raise ConfigError(f"{name} is {value!r}; expected 2 to 8, or 16 for latents that are not quantised")
+        for name in ("k_block", "v_block"):
+            self._check_block(name, getattr(self, name))
+
+    def _check_block(self, name: str, value: object) -> None:
+        if value is None:
+            return
+        sizes = tuple(value) if isinstance(value, (list, tuple)) else ()
+        if len(sizes) != 2 or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+            raise ConfigError(f"{name} is {value!r}; expected two whole numbers (tokens, channels), at least 1")
+        if self.group % sizes[0]:
+            raise ConfigError(f"{name} has {sizes[0]} tokens, which do not divide the group of {self.group}")
+        object.__setattr__(self, name, sizes)  # JSON gives lists
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any latents are stored in less than 16 bits."""
+        return self.mixed_widths or min(self.k_bits, self.v_bits) < 16
+
+    def block(self, kind: str) -> tuple[int, int]:
+        """(tokens, channels) of the blocks of key ("k") or value ("v") latents."""
+        chosen = self.k_block if kind == "k" else self.v_block
+        if chosen is not None:
+            return chosen
+        return (self.group, 1) if kind == "k" and self.group > 1 else (1, BLOCK_CHANNELS)
+
+    def bits(self, kind: str) -> int:
+        """Bits per latent of keys ("k") or values ("v"); 16 is not quantised."""
+        return self.k_bits if kind == "k" else self.v_bits
 
     def k_rank(self, kv_dim: int) -> int:
         """The number of key latents per token for a projection with `kv_dim` output channels."""

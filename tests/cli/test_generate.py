@@ -50,7 +50,7 @@ def test_bytes_are_those_of_the_tensors(run: Run, model_folder: Path) -> None:
     cache = report["cache"]
     assert report["new_tokens"] == 20
     assert cache["tokens"] == 219  # the last token that was generated has not been fed back
-    assert cache["latent_bytes"] == 219 * 2 * (4 + 4) * 4  # layers x ranks x bytes of fp32
+    assert cache["payload_bytes"] == 219 * 2 * (4 + 4) * 4  # layers x ranks x bytes of fp32
     assert cache["uncompressed_bytes"] == 219 * 2 * (16 + 16) * 4
     assert cache["position_bytes"] >= 219 * 4
     assert cache["total_bytes"] == sum(
@@ -111,7 +111,7 @@ def test_a_prompt_file(run: Run, model_folder: Path, tmp_path: Path) -> None:
         (["--prompt", "a", "--k_density", "0"], "k_density is 0.0"),
         (["--prompt", "a", "--v-density", "1.5"], "v_density is 1.5"),
         (["--prompt", "a", "--k-density", "0.01", "--use-init-params"], "rounds to rank 0"),
-        (["--prompt", "a", "--k_bits", "4"], "k_bits is 4; only 16 is available"),
+        (["--prompt", "a", "--k_bits", "1"], "k_bits is 1; expected 2 to 8, or 16"),
         (["--prompt", "a", "--use-window", "--window", "3"], "not both"),
         (["--prompt", "a", "--use-init-params", "--use-asvd"], "there are no calibration statistics"),
         (["--prompt", "a", "--use-init-params", "--cache-implementation", "static"], "cannot hold compressed tokens"),

@@ -58,7 +58,7 @@ def test_cache_bytes_after_a_prefill():
         small = cache_after_prefill(model, prompt)
     assert (small.tokens, small.batch) == (64, 2)
     assert small.uncompressed_bytes == exact.total_bytes
-    assert small.latent_bytes == exact.total_bytes // 4
+    assert small.payload_bytes == exact.total_bytes // 4
     assert exact.total_bytes // 4 <= small.total_bytes < exact.total_bytes
 
 

@@ -171,4 +171,4 @@ def test_bf16_models_attach_and_generate() -> None:
             return_dict_in_generate=True,
         )
     layer = output_cache(outputs).layers[0]
-    assert layer.store._k_latents.tokens.dtype == torch.bfloat16
+    assert layer.store._k.read(0, 4).dtype == torch.bfloat16

@@ -62,7 +62,7 @@ def test_commuting_keys_store_no_positions() -> None:
     with cskv.attach(model, initialise(model, config, statistics_of(model))), torch.no_grad():
         report = cskv.cache_report(output_cache(model(torch.arange(3, 43)[None], use_cache=True)), model)
     assert report.position_bytes == 0
-    assert report.latent_bytes == 40 * (32 + 32) * 2 * 4
+    assert report.payload_bytes == 40 * (32 + 32) * 2 * 4
 
 
 @pytest.mark.parametrize("family", ["llama-mha", "qwen2", "qwen3"])

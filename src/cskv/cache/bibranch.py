@@ -1,6 +1,7 @@
 """The bi-branch store of one layer: old tokens as latents, the newest exactly (paper, section 3.2).
 
-Tokens are counted from 0. The store holds latents of every token, and exact keys and values of the newest ones:
+Tokens are counted from 0. Sealed tokens are held as latents only, packed where there is a grid; the newest ones
+exactly, with the latents that they will be sealed as:
 
     0 ............... sealed ............... length
     read from latents | read from the window
@@ -17,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.cache.buffer import TokenBuffer
+from cskv.cache.latents import LatentBytes, LatentStore, latent_store
+from cskv.quantization.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -30,49 +33,81 @@ class View:
     """What a forward reads, the tokens that it appends included. It is valid until the next append or crop.
 
     Attributes:
-        k_latents, v_latents: (batch, sealed, rank): the compressed branch, before norm and RoPE.
+        sealed: tokens of the compressed branch. With none, there are no latents to be read.
         keys, values: (batch, kv_heads, length - sealed, head_dim): the exact branch, after norm and RoPE.
+        k, v: the stores of the compressed branch; they may hold more than `sealed` tokens by now.
     """
 
-    k_latents: Float[Tensor, "batch sealed k_rank"]
-    v_latents: Float[Tensor, "batch sealed v_rank"]
+    sealed: int
     keys: Float[Tensor, "batch kv_heads recent head_dim"]
     values: Float[Tensor, "batch kv_heads recent head_dim"]
+    k: LatentStore
+    v: LatentStore
+
+    def k_latents(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "batch tokens k_rank"]:
+        """Latents of sealed tokens' keys, before norm and RoPE (commuting ones: after both)."""
+        return self.k.read(start, self.sealed if stop is None else stop)
+
+    def v_latents(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "batch tokens v_rank"]:
+        """Latents of sealed tokens' values."""
+        return self.v.read(start, self.sealed if stop is None else stop)
+
+
+class _Recent(NamedTuple):
+    """Of the tokens that are not sealed yet: exact keys and values, and the latents to come."""
+
+    keys: Float[Tensor, "batch kv_heads recent head_dim"]
+    values: Float[Tensor, "batch kv_heads recent head_dim"]
+    k_latents: Float[Tensor, "batch recent k_rank"]
+    v_latents: Float[Tensor, "batch recent v_rank"]
+
+    def followed_by(self, new: _Recent) -> _Recent:
+        return _Recent(*(torch.cat(pair, dim=dim) for pair, dim in zip(zip(self, new, strict=True), DIMS, strict=True)))
+
+    def tokens(self, start: int, stop: int) -> _Recent:
+        """Views of a range of tokens."""
+        return _Recent(*(part.narrow(dim, start, stop - start) for part, dim in zip(self, DIMS, strict=True)))
+
+    def owned(self) -> _Recent:
+        """The same in storage of its own: a view keeps all the others alive."""
+        return _Recent(*(part.clone() for part in self))
+
+
+DIMS = (2, 2, 1, 1)  # where the tokens are in keys, values and latents
 
 
 class BiBranchStore:
-    """Latents of all tokens and the exact window of the newest.
+    """Latents of sealed tokens and the exact window of the newest.
 
     Args:
         window: the newest tokens that are always read exactly.
         group: tokens are sealed in groups of this many.
+        k_grid, v_grid: on which latents are packed when they are sealed; None keeps them as they come. The tokens of a
+            block divide `group`.
     """
 
-    def __init__(self, window: int, group: int) -> None:
+    def __init__(self, window: int, group: int, k_grid: Grid | None = None, v_grid: Grid | None = None) -> None:
         self.window = window
         self.group = group
-        self.sealed = 0
-        self._k_latents = TokenBuffer()
-        self._v_latents = TokenBuffer()
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self.grids = (k_grid, v_grid)
+        self.ranks: tuple[int, int] | None = None
+        self._k, self._v = latent_store(k_grid), latent_store(v_grid)
+        self._recent: _Recent | None = None
+
+    @property
+    def sealed(self) -> int:
+        """Tokens of the compressed branch."""
+        return self._k.length
 
     @property
     def length(self) -> int:
         """Tokens held, compressed or not."""
-        return self._k_latents.length
+        return self.sealed + (0 if self._recent is None else self._recent.keys.shape[2])
 
     @property
     def batch(self) -> int:
         """Sequences held; 0 when empty."""
-        return self._k_latents.tokens.shape[0] if self.length else 0
-
-    @property
-    def ranks(self) -> tuple[int, int] | None:
-        """The ranks of the key and value latents held, or None when empty."""
-        if not self.length:
-            return None
-        return self._k_latents.tokens.shape[2], self._v_latents.tokens.shape[2]
+        return self._recent.keys.shape[0] if self._recent is not None else self._k.batch
 
     def append(
         self,
@@ -83,58 +118,48 @@ class BiBranchStore:
     ) -> View:
         """Seal what is due, append new tokens, and return what their queries read."""
         before = self.length
+        self.ranks = k_latents.shape[2], v_latents.shape[2]
         self._seal(self._due(before))
-        self._k_latents.append(k_latents)
-        self._v_latents.append(v_latents)
-        if self._keys is not None and self._values is not None:
-            keys = torch.cat([self._keys, keys], dim=2)
-            values = torch.cat([self._values, values], dim=2)
-        view = View(self._k_latents.tokens[:, : self.sealed], self._v_latents.tokens[:, : self.sealed], keys, values)
-        self._keep_recent(keys, values, self._rollback_point(before))
+        new, held = _Recent(keys, values, k_latents, v_latents), self._recent
+        self._recent = new if held is None else held.followed_by(new)
+        view = View(self.sealed, self._recent.keys, self._recent.values, self._k, self._v)
+        if not self._seal(self._rollback_point(before)) and held is None:
+            self._recent = self._recent.owned()  # the caller's tensors may be views of larger ones
         return view
 
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on. What was sealed stays sealed: its exact keys and values are gone."""
         if length >= self.length:
             return
-        self._k_latents.crop(length)
-        self._v_latents.crop(length)
-        if self._keys is not None and self._values is not None:
-            recent = max(0, length - self.sealed)
-            self._keys, self._values = self._keys[:, :, :recent].clone(), self._values[:, :, :recent].clone()
-        self.sealed = min(self.sealed, length)
+        if self._recent is not None:
+            self._recent = self._recent.tokens(0, max(0, length - self.sealed)).owned()
+        self._k.crop(length)
+        self._v.crop(length)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._k_latents.clear()
-        self._v_latents.clear()
-        self._keys = self._values = None
-        self.sealed = 0
+        self._k.clear()
+        self._v.clear()
+        self._recent = self.ranks = None
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` (reorder, repeat, select along dimension 0, or move) to every tensor held."""
-        self._k_latents.map_batch(change)
-        self._v_latents.map_batch(change)
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = change(self._keys), change(self._values)
+        self._k.map_batch(change)
+        self._v.map_batch(change)
+        if self._recent is not None:
+            self._recent = _Recent(*map(change, self._recent))
 
-    def latent_nbytes(self) -> int:
-        """Bytes of latents, slack not included."""
-        return self._k_latents.nbytes() + self._v_latents.nbytes() - self.slack_nbytes()
-
-    def slack_nbytes(self) -> int:
-        """Bytes allocated for latents of tokens yet to come."""
-        return self._k_latents.slack_nbytes() + self._v_latents.slack_nbytes()
+    def latent_nbytes(self) -> LatentBytes:
+        """Bytes of sealed latents: payload, scales, minima and slack."""
+        return self._k.nbytes() + self._v.nbytes()
 
     def window_nbytes(self) -> int:
-        """Bytes of exact keys and values."""
-        if self._keys is None or self._values is None:
-            return 0
-        return self._keys.untyped_storage().nbytes() + self._values.untyped_storage().nbytes()
+        """Bytes of exact keys and values, and of the latents that they will be sealed as."""
+        return 0 if self._recent is None else sum(part.untyped_storage().nbytes() for part in self._recent)
 
     def nbytes(self) -> int:
         """Bytes really allocated."""
-        return self.latent_nbytes() + self.slack_nbytes() + self.window_nbytes()
+        return self.latent_nbytes().total + self.window_nbytes()
 
     def _due(self, length: int) -> int:
         """The tokens that are sealed when `length` are held."""
@@ -146,12 +171,12 @@ class BiBranchStore:
         undoable = before > 0 and appended <= self.group
         return self._due(before + 1 if undoable else self.length)
 
-    def _seal(self, count: int) -> None:
-        if count > self.sealed and self._keys is not None and self._values is not None:
-            self._keep_recent(self._keys, self._values, count)
-
-    def _keep_recent(self, keys: Tensor, values: Tensor, sealed: int) -> None:
-        """Keep the exact tokens from `sealed` on, in storage of their own: a view would keep all the others alive."""
-        drop = max(0, sealed - self.sealed)
-        self.sealed = max(self.sealed, sealed)
-        self._keys, self._values = keys[:, :, drop:].clone(), values[:, :, drop:].clone()
+    def _seal(self, until: int) -> bool:
+        """Seal the tokens before `until`; whether there were any."""
+        count, recent = until - self.sealed, self._recent
+        if count <= 0 or recent is None:
+            return False
+        self._recent = recent.tokens(count, recent.keys.shape[2]).owned()
+        self._k.append(recent.k_latents[:, :count])
+        self._v.append(recent.v_latents[:, :count])
+        return True

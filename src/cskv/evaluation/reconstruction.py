@@ -19,6 +19,8 @@ from cskv.models.frozen import frozen
 from cskv.models.probe import probe
 from cskv.models.recipe import NormStyle
 from cskv.models.sites import find_sites
+from cskv.quantization.fake import read_back
+from cskv.quantization.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,17 @@ def reconstruction_losses(
                 factors, keys = adapter.factors(layer), seen.k
                 if commuting and recipes[layer].keys.norm_style is not NormStyle.NONE:
                     keys = recipes[layer].keys.normalised(keys)
-                losses = _loss(factors.k, keys if commuting else seen.x, keys), _loss(factors.v, seen.x, seen.v)
+                k_grid, v_grid = adapter.grids(layer)
+                losses = (
+                    _loss(factors.k, k_grid, keys if commuting else seen.x, keys),
+                    _loss(factors.v, v_grid, seen.x, seen.v),
+                )
                 totals[layer] += torch.tensor(losses, dtype=torch.float64)
     if count == 0:
         raise DataError("there are no samples to rebuild keys and values of; give text")
     return [LayerLoss(layer, *(total / count).tolist()) for layer, total in totals.items()]
 
 
-def _loss(factors: Factors, source: Tensor, exact: Tensor) -> float:
+def _loss(factors: Factors, grid: Grid | None, source: Tensor, exact: Tensor) -> float:
     factors = factors.to(exact.device, torch.float32)
-    return mse_loss(factors.expand(factors.latents(source.float())), exact.float()).item()
+    return mse_loss(factors.expand(read_back(factors.latents(source.float()), grid)), exact.float()).item()

@@ -1,4 +1,4 @@
-"""The low-rank factors of one projection: K ~= up @ (down @ x) + bias.
+"""The low-rank factors of one projection: K ~= up @ (down @ x + down_bias) + bias.
 
 With head groups, the kv heads are split into equal groups and each has factors of its own (Palu's G-LRD): `up` is block
 diagonal, and only its blocks are kept. Less is saved per latent, but rebuilding costs `groups` times less.
@@ -24,11 +24,13 @@ class Factors:
         up: (kv_dim, rank / groups). Rebuilt channels, before any norm and RoPE, are `latents @ up.T + bias`; with
             groups, each group's channels come from its own `rank / groups` latents.
         bias: (kv_dim,) or None: the projection's own bias and offset. It costs no cache, so it is kept exactly.
+        down_bias: (rank,) or None: minus the latents' mean, so that latents are centred, which few bits suit.
     """
 
     down: Float[Tensor, "rank hidden"]
     up: Float[Tensor, "kv_dim group_rank"]
     bias: Float[Tensor, " kv_dim"] | None = None
+    down_bias: Float[Tensor, " rank"] | None = None
 
     @property
     def rank(self) -> int:
@@ -49,7 +51,7 @@ class Factors:
 
     def latents(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch rank"]:
         """The latents of a layer's input."""
-        return torch.nn.functional.linear(x, self.down)
+        return torch.nn.functional.linear(x, self.down, self.down_bias)
 
     def expand(self, latents: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch kv_dim"]:
         """The channels rebuilt from latents."""
@@ -64,16 +66,21 @@ class Factors:
     def grouped(cls, parts: Sequence[Factors]) -> Factors:
         """The factors of groups of kv heads, in the order of their channels, as one. All have the same rank."""
         biases = [part.bias for part in parts if part.bias is not None]
+        down_biases = [part.down_bias for part in parts if part.down_bias is not None]
         return cls(
             down=torch.cat([part.down for part in parts]),
             up=torch.cat([part.up for part in parts]),
             bias=torch.cat(biases) if biases else None,
+            down_bias=torch.cat(down_biases) if down_biases else None,
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
         """The same factors on another device or in another dtype."""
-        bias = None if self.bias is None else self.bias.to(device=device, dtype=dtype)
-        return Factors(self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype), bias)
+        bias, down_bias = (
+            None if part is None else part.to(device=device, dtype=dtype) for part in (self.bias, self.down_bias)
+        )
+        down, up = self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype)
+        return Factors(down, up, bias, down_bias)
 
 
 @dataclass(frozen=True)

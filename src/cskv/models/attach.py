@@ -134,6 +134,7 @@ class _SiteHook:
         self._recipe = recipe
         self._reader = CallReader(site.module)
         self._factors = attachment.adapter.factors(site.layer_idx)
+        self._grids = attachment.adapter.grids(site.layer_idx)
         self._placed: LayerFactors | None = None
         self._commuting = attachment.adapter.config.key_factors == "commuting"
 
@@ -219,21 +220,19 @@ class _SiteHook:
                 f"the cache holds {replaced.get_seq_length()} tokens that were written without the compressor; "
                 "start a new cache after attaching"
             )
-        config = self._attachment.adapter.config
-        owner = self._attachment.owner(self.site.layer_idx)
-        if owner is None:
-            return CSKVLayer(config.window, config.group, None, owns_table=False)
-        if owner == self.site.layer_idx:
-            return CSKVLayer(config.window, config.group, PositionTable(), owns_table=True)
-        return CSKVLayer(config.window, config.group, cache.layers[owner].table, owns_table=False)
+        config, owner = self._attachment.adapter.config, self._attachment.owner(self.site.layer_idx)
+        owns = owner == self.site.layer_idx
+        table = None if owner is None else PositionTable() if owns else cache.layers[owner].table
+        return CSKVLayer(config.window, config.group, self._grids, table, owns_table=owns)
 
     def _check_same_compressor(self, layer: CSKVLayer) -> None:
         config, store = self._attachment.adapter.config, layer.store
         held, ours = store.ranks, (self._factors.k.rank, self._factors.v.rank)
-        if (store.window, store.group) != (config.window, config.group) or held not in (None, ours):
+        same = (store.window, store.group, store.grids) == (config.window, config.group, self._grids)
+        if not same or held not in (None, ours):
             raise CacheError(
-                f"the cache is of another compressor (ranks {held}, window {store.window}, group {store.group})"
-                "; start a new cache"
+                f"the cache is of another compressor (ranks {held}, window {store.window}, group {store.group}, "
+                "or other widths); start a new cache"
             )
 
 

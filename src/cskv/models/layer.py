@@ -17,6 +17,9 @@ from transformers.cache_utils import DynamicLayer
 from cskv.cache.bibranch import BiBranchStore
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
+from cskv.quantization.grid import Grid
+
+Grids = tuple[Grid | None, Grid | None]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class CSKVLayer(DynamicLayer):
 
     Args:
         window, group: see `CSKVConfig`.
+        grids: on which key and value latents are packed, or None each.
         table: the positions shared by the layers of one cache, or None where keys are not rotated.
         owns_table: whether this layer is the one that appends to the table and reorders or crops it.
     """
@@ -49,9 +53,9 @@ class CSKVLayer(DynamicLayer):
     is_croppable = True
     supports_early_init = False  # nothing can be allocated before the ranks are seen
 
-    def __init__(self, window: int, group: int, table: PositionTable | None, owns_table: bool) -> None:
+    def __init__(self, window: int, group: int, grids: Grids, table: PositionTable | None, owns_table: bool) -> None:
         super().__init__()
-        self.store = BiBranchStore(window, group)
+        self.store = BiBranchStore(window, group, *grids)
         self.table = table
         self.owns_table = owns_table
         self._staged: Staged | None = None
@@ -83,9 +87,9 @@ class CSKVLayer(DynamicLayer):
         if v_latents.shape[1] != key_states.shape[2]:
             raise CacheError(f"{v_latents.shape[1]} tokens were staged, {key_states.shape[2]} came; start a new cache")
         view = self.store.append(k_latents, v_latents, key_states, value_states)
-        if not view.k_latents.shape[1]:
+        if not view.sealed:
             return view.keys, view.values
-        keys, values = staged.rebuild(view.k_latents, view.v_latents)
+        keys, values = staged.rebuild(view.k_latents(), view.v_latents())
         return torch.cat([keys, view.keys], dim=2), torch.cat([values, view.values], dim=2)
 
     def get_seq_length(self, *_args: Any) -> int:

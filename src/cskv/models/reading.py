@@ -35,6 +35,7 @@ from cskv.models.checkpointing import checkpointed_layers
 from cskv.models.frozen import frozen
 from cskv.models.probe import SiteRecipe, probe
 from cskv.models.sites import AttentionSite, find_sites
+from cskv.quantization.fake import read_back
 
 NAME = "cskv_reading"
 KWARG = "cskv_reading"
@@ -122,27 +123,27 @@ class _ReadingHook:
             raise CSKVError("reading a whole text as compressed goes without a cache; pass use_cache=False")
         if not self._parts:
             return None
-        factors = self._adapter.factors(self._site.layer_idx)
         rebuilt = _Rebuilt(
             self._mask,
-            keys=lambda keys: self._keys(factors.k, call, keys) if "k" in self._parts else keys,
-            values=lambda values: self._values(factors.v, call) if "v" in self._parts else values,
+            keys=lambda keys: self._keys(call, keys) if "k" in self._parts else keys,
+            values=lambda values: self._values(call) if "v" in self._parts else values,
         )
         return args, {**kwargs, KWARG: rebuilt}
 
-    def _keys(self, factors: Factors, call: AttentionCall, keys: Tensor) -> Tensor:
+    def _keys(self, call: AttentionCall, keys: Tensor) -> Tensor:
         if self._adapter.config.key_factors == "commuting":
             channels = keys.transpose(1, 2).flatten(2)
-            return _rebuild(factors, channels).unflatten(-1, (-1, self._site.head_dim)).transpose(1, 2)
-        return self._recipe.keys.heads(_rebuild(factors, call.x), call.cos, call.sin)
+            return self._rebuild("k", channels).unflatten(-1, (-1, self._site.head_dim)).transpose(1, 2)
+        return self._recipe.keys.heads(self._rebuild("k", call.x), call.cos, call.sin)
 
-    def _values(self, factors: Factors, call: AttentionCall) -> Tensor:
-        return self._recipe.values.heads(_rebuild(factors, call.x), None, None)
+    def _values(self, call: AttentionCall) -> Tensor:
+        return self._recipe.values.heads(self._rebuild("v", call.x), None, None)
 
-
-def _rebuild(factors: Factors, x: Tensor) -> Tensor:
-    """Through the latents and back, in the factors' own dtype (fp32 while they train)."""
-    return factors.expand(factors.latents(x.to(factors.down.dtype))).to(x.dtype)
+    def _rebuild(self, kind: str, x: Tensor) -> Tensor:
+        """Through the stored latents and back, in the factors' own dtype (fp32 while they train)."""
+        factors: Factors = getattr(self._adapter.factors(self._site.layer_idx), kind)
+        latents = factors.latents(x.to(factors.down.dtype))
+        return factors.expand(read_back(latents, self._adapter.grid(self._site.layer_idx, kind))).to(x.dtype)
 
 
 def _name(implementation: str | None) -> str:

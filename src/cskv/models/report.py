@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from cskv.cache.latents import LatentBytes
 from cskv.models.layer import CSKVLayer
 from cskv.models.sites import find_sites
+
+HELD = ("payload_bytes", "scale_bytes", "minimum_bytes", "window_bytes", "position_bytes", "slack_bytes", "other_bytes")
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,9 @@ class CacheReport:
     Attributes:
         tokens: tokens cached per sequence.
         batch: sequences.
-        latent_bytes: latents of all tokens.
-        window_bytes: exact keys and values of the newest tokens, in compressed layers.
+        payload_bytes: latents of sealed tokens, or their packed codes.
+        scale_bytes, minimum_bytes: of the blocks of packed latents.
+        window_bytes: exact keys and values of the newest tokens, in compressed layers, and their latents to come.
         position_bytes: what RoPE needs to rotate rebuilt keys.
         slack_bytes: room for latents of tokens yet to come.
         other_bytes: layers that are not compressed (sliding windows, or all layers of an ordinary cache).
@@ -31,7 +35,9 @@ class CacheReport:
 
     tokens: int
     batch: int
-    latent_bytes: int
+    payload_bytes: int
+    scale_bytes: int
+    minimum_bytes: int
     window_bytes: int
     position_bytes: int
     slack_bytes: int
@@ -41,7 +47,7 @@ class CacheReport:
     @property
     def total_bytes(self) -> int:
         """Everything that the cache holds."""
-        return self.latent_bytes + self.window_bytes + self.position_bytes + self.slack_bytes + self.other_bytes
+        return sum(getattr(self, name) for name in HELD)
 
     @property
     def ratio(self) -> float:
@@ -75,13 +81,16 @@ def cache_report(cache: Cache, model: nn.Module) -> CacheReport:
         if isinstance(layer, CSKVLayer) and layer.store.length:
             elements = layer.store.batch * layer.store.length * 2 * channels[index]
             uncompressed += elements * layer.dtype.itemsize
+    latents = sum((layer.store.latent_nbytes() for layer in ours), LatentBytes())
     return CacheReport(
         tokens=cache.get_seq_length(),
         batch=_batch(ours, others),
-        latent_bytes=sum(layer.store.latent_nbytes() for layer in ours),
+        payload_bytes=latents.payload,
+        scale_bytes=latents.scales,
+        minimum_bytes=latents.minima,
         window_bytes=sum(layer.store.window_nbytes() for layer in ours),
         position_bytes=sum(layer.table.nbytes() for layer in ours if layer.owns_table and layer.table is not None),
-        slack_bytes=sum(layer.store.slack_nbytes() for layer in ours),
+        slack_bytes=latents.slack,
         other_bytes=other_bytes,
         uncompressed_bytes=uncompressed,
     )

@@ -1,0 +1,179 @@
+"""The latents of sealed tokens: as they are, or packed on a grid. Both are appended to, read and cropped by token.
+
+Packed blocks are written once and never touched again. A crop may cut the last block short: its codes, minimum and
+scale stay, and the tokens that follow begin a block of their own, which ends where the cut one would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cskv.cache.buffer import TokenBuffer
+from cskv.quantization.grid import Grid, dequantise, quantise
+
+
+@dataclass(frozen=True)
+class LatentBytes:
+    """Allocated bytes.
+
+    Attributes:
+        payload: latents, or their codes.
+        scales, minima: of the blocks of packed latents.
+        slack: room for what is yet to come.
+    """
+
+    payload: int = 0
+    scales: int = 0
+    minima: int = 0
+    slack: int = 0
+
+    def __add__(self, other: LatentBytes) -> LatentBytes:
+        return LatentBytes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+@runtime_checkable
+class LatentStore(Protocol):
+    """Latents of the tokens from the first on."""
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+
+    @property
+    def batch(self) -> int:
+        """Sequences held; 0 when empty."""
+
+    def append(self, latents: Float[Tensor, "batch new rank"]) -> None:
+        """Append tokens."""
+
+    def read(self, start: int, stop: int) -> Float[Tensor, "batch tokens rank"]:
+        """The latents of a range of tokens, in the dtype in which they were appended."""
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+
+    def clear(self) -> None:
+        """Forget everything, storage included."""
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` (reorder, repeat, select along dimension 0, or move) to every tensor held."""
+
+    def nbytes(self) -> LatentBytes:
+        """Bytes really allocated."""
+
+
+class PlainLatents:
+    """Latents in the dtype in which they come."""
+
+    def __init__(self) -> None:
+        self._tokens = TokenBuffer()
+
+    @property
+    def length(self) -> int:
+        return self._tokens.length
+
+    @property
+    def batch(self) -> int:
+        return self._tokens.tokens.shape[0] if self.length else 0
+
+    def append(self, latents: Float[Tensor, "batch new rank"]) -> None:
+        self._tokens.append(latents)
+
+    def read(self, start: int, stop: int) -> Float[Tensor, "batch tokens rank"]:
+        return self._tokens.tokens[:, start:stop]
+
+    def crop(self, length: int) -> None:
+        self._tokens.crop(length)
+
+    def clear(self) -> None:
+        self._tokens.clear()
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._tokens.map_batch(change)
+
+    def nbytes(self) -> LatentBytes:
+        slack = self._tokens.slack_nbytes()
+        return LatentBytes(payload=self._tokens.nbytes() - slack, slack=slack)
+
+
+class PackedLatents:
+    """Latents as codes of a few bits, with a minimum and a scale per block.
+
+    Args:
+        grid: widths and blocks.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self._payload, self._scales, self._minima = TokenBuffer(), TokenBuffer(), TokenBuffer()
+        self._starts: list[int] = []  # the first token of every row of blocks
+        self._dtype = torch.float32
+
+    @property
+    def length(self) -> int:
+        return self._payload.length
+
+    @property
+    def batch(self) -> int:
+        return self._payload.tokens.shape[0] if self.length else 0
+
+    def append(self, latents: Float[Tensor, "batch new rank"]) -> None:
+        self._dtype = latents.dtype
+        to_boundary = -self.length % self.grid.block_tokens  # not 0 only after a crop
+        for part in (latents[:, :to_boundary], latents[:, to_boundary:]):
+            if part.shape[1]:
+                first = self.length
+                quantised = quantise(part, self.grid)
+                self._payload.append(quantised.payload)
+                self._scales.append(quantised.scales)
+                self._minima.append(quantised.minima)
+                self._starts += range(first, self.length, self.grid.block_tokens)
+
+    def read(self, start: int, stop: int) -> Float[Tensor, "batch tokens rank"]:
+        payload = self._payload.tokens[:, start:stop]
+        rows = self._rows(start, min(stop, self.length), payload.device)
+        return dequantise(payload, self._scales.tokens, self._minima.tokens, self.grid, rows).to(self._dtype)
+
+    def crop(self, length: int) -> None:
+        self._payload.crop(length)
+        while self._starts and self._starts[-1] >= length:
+            self._starts.pop()
+        self._scales.crop(len(self._starts))
+        self._minima.crop(len(self._starts))
+
+    def clear(self) -> None:
+        for buffer in (self._payload, self._scales, self._minima):
+            buffer.clear()
+        self._starts = []
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        for buffer in (self._payload, self._scales, self._minima):
+            buffer.map_batch(change)
+
+    def nbytes(self) -> LatentBytes:
+        slacks = [buffer.slack_nbytes() for buffer in (self._payload, self._scales, self._minima)]
+        sizes = [buffer.nbytes() for buffer in (self._payload, self._scales, self._minima)]
+        payload, scales, minima = (size - slack for size, slack in zip(sizes, slacks, strict=True))
+        return LatentBytes(payload, scales, minima, sum(slacks))
+
+    def _rows(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """The row of blocks that every token of a range lies in."""
+        tokens = torch.arange(start, stop, device=device)
+        if len(self._starts) == -(-self.length // self.grid.block_tokens):  # no block was cut short
+            return tokens // self.grid.block_tokens
+        return torch.bucketize(tokens, torch.tensor(self._starts, device=device), right=True) - 1
+
+
+def latent_store(grid: Grid | None) -> LatentStore:
+    """An empty store: packed on the grid, or plain without one."""
+    return PlainLatents() if grid is None else PackedLatents(grid)

@@ -1,0 +1,203 @@
+"""The grid on which latents are stored: blocks of tokens by channels, each with a minimum and a step of its own.
+
+A block's values x become codes q = round((x - minimum) / scale), 0 to 2**bits - 1, and are read as minimum + scale * q.
+The minimum is that of the block and not clamped, so that values that share a sign keep all levels. Both are stored in
+bfloat16, which has the range of fp32: the minimum is rounded down and the scale up, so that no value lies outside.
+
+KIVI's layout (arXiv 2402.02750) is keys in blocks of (group, 1), "per channel", and values in blocks of (1, 32), "per
+token". A block of (1, rank) is one grid for a whole token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import BFloat16, Float, UInt8
+from torch import Tensor
+
+from cskv.errors import ConfigError
+from cskv.quantization.packing import WIDTHS, pack, row_bytes, unpack
+
+PARAMETER_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the latents of one projection are stored.
+
+    Attributes:
+        widths: runs of (bits, channels), in the order of the latents; they sum to the rank. No block crosses a run.
+        block_tokens, block_channels: the size of a block. The last of a run, and of the tokens, may be smaller.
+
+    Raises:
+        ConfigError: a width or a size is out of range.
+    """
+
+    widths: tuple[tuple[int, int], ...]
+    block_tokens: int
+    block_channels: int
+
+    def __post_init__(self) -> None:
+        if not self.widths or any(bits not in WIDTHS or channels < 1 for bits, channels in self.widths):
+            raise ConfigError(f"widths are {self.widths!r}; expected runs of (1 to 8 bits, at least 1 channel)")
+        if self.block_tokens < 1 or self.block_channels < 1:
+            raise ConfigError(f"a block is {self.block_tokens} x {self.block_channels}; expected at least 1 x 1")
+
+    @classmethod
+    def uniform(cls, rank: int, bits: int, block: tuple[int, int]) -> Grid:
+        """One width for all latents, in blocks of (tokens, channels)."""
+        return cls(((bits, rank),), *block)
+
+    @property
+    def rank(self) -> int:
+        return sum(channels for _, channels in self.widths)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's codes."""
+        return sum(row_bytes(channels, bits) for bits, channels in self.widths)
+
+    @property
+    def channel_blocks(self) -> int:
+        """Blocks side by side along the channels."""
+        return sum(-(-channels // self.block_channels) for _, channels in self.widths)
+
+    @property
+    def bits_per_latent(self) -> float:
+        """Codes, minima and scales, per latent of full blocks."""
+        parameters = 2 * 8 * PARAMETER_DTYPE.itemsize * self.channel_blocks / self.block_tokens
+        return (8 * self.row_bytes + parameters) / self.rank
+
+    @cached_property
+    def block_of(self) -> tuple[int, ...]:
+        """The channel block of every channel."""
+        blocks: list[int] = []
+        for _, channels in self.widths:
+            first = blocks[-1] + 1 if blocks else 0
+            blocks += [first + channel // self.block_channels for channel in range(channels)]
+        return tuple(blocks)
+
+    def runs(self) -> Iterator[tuple[int, slice, slice, slice]]:
+        """Of every run: bits, and which channels, payload bytes and channel blocks are its."""
+        channel = byte = block = 0
+        for bits, channels in self.widths:
+            size, blocks = row_bytes(channels, bits), -(-channels // self.block_channels)
+            yield (
+                bits,
+                slice(channel, channel + channels),
+                slice(byte, byte + size),
+                slice(block, block + blocks),
+            )
+            channel, byte, block = channel + channels, byte + size, block + blocks
+
+
+class Quantised(NamedTuple):
+    """Latents on their grid.
+
+    Attributes:
+        payload: packed codes, (batch, tokens, row_bytes).
+        scales, minima: of every block, (batch, token blocks, channel blocks).
+    """
+
+    payload: UInt8[Tensor, "batch tokens bytes"]
+    scales: BFloat16[Tensor, "batch token_blocks channel_blocks"]
+    minima: BFloat16[Tensor, "batch token_blocks channel_blocks"]
+
+
+def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantised:
+    """Put latents on the grid. The first token begins a block; the last block may be short.
+
+    Args:
+        latents: any floating dtype; computed in fp32.
+        grid: of the same rank.
+    """
+    payload, scales, minima = [], [], []
+    for bits, channels, _, _ in grid.runs():
+        blocks = to_blocks(latents[..., channels].float(), grid)
+        scale, minimum = block_parameters(blocks, 2**bits - 1)
+        codes = from_blocks(block_codes(blocks, scale, minimum, 2**bits - 1), grid, latents[..., channels].shape)
+        payload.append(pack(codes.to(torch.uint8), bits))
+        scales.append(scale)
+        minima.append(minimum)
+    return Quantised(torch.cat(payload, dim=-1), torch.cat(scales, dim=-1), torch.cat(minima, dim=-1))
+
+
+def dequantise(
+    payload: UInt8[Tensor, "batch tokens bytes"],
+    scales: BFloat16[Tensor, "batch token_blocks channel_blocks"],
+    minima: BFloat16[Tensor, "batch token_blocks channel_blocks"],
+    grid: Grid,
+    token_block: Tensor | None = None,
+) -> Float[Tensor, "batch tokens rank"]:
+    """Read latents from the grid, in fp32.
+
+    Args:
+        payload, scales, minima: as `quantise` gave them, or rows of them.
+        grid: the same.
+        token_block: (tokens,) the row of `scales` and `minima` that holds for each token; None counts blocks of
+            `grid.block_tokens` from the first token on.
+    """
+    if token_block is None:
+        token_block = torch.arange(payload.shape[1], device=payload.device) // grid.block_tokens
+    channel_block = torch.tensor(grid.block_of, device=payload.device)
+    scale, minimum = (part.float()[:, token_block][..., channel_block] for part in (scales, minima))
+    codes = torch.cat(
+        [unpack(payload[..., own], bits, channels.stop - channels.start) for bits, channels, own, _ in grid.runs()], -1
+    )
+    return minimum + scale * codes
+
+
+def to_blocks(values: Float[Tensor, "batch tokens channels"], grid: Grid) -> Float[Tensor, "batch rows columns block"]:
+    """The values of every block side by side. Short blocks are filled with their last token and channel again."""
+    rows, columns = (-(-values.shape[i] // size) for i, size in ((1, grid.block_tokens), (2, grid.block_channels)))
+    values = _repeat_last(values, 1, rows * grid.block_tokens)
+    values = _repeat_last(values, 2, columns * grid.block_channels)
+    blocks = values.unflatten(2, (columns, grid.block_channels)).unflatten(1, (rows, grid.block_tokens))
+    return blocks.transpose(2, 3).flatten(3)
+
+
+def from_blocks(blocks: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
+    """The inverse of `to_blocks`, for values of this shape."""
+    values = blocks.unflatten(3, (grid.block_tokens, grid.block_channels)).transpose(2, 3).flatten(3).flatten(1, 2)
+    return values[:, : shape[1], : shape[2]]
+
+
+def block_parameters(
+    blocks: Float[Tensor, "batch rows columns block"], levels: int
+) -> tuple[BFloat16[Tensor, "batch rows columns"], BFloat16[Tensor, "batch rows columns"]]:
+    """The scale and the minimum of every block, as they are stored: no value lies outside their range."""
+    minimum = _rounded(blocks.amin(-1), up=False)
+    scale = _rounded((blocks.amax(-1) - minimum.float()) / levels, up=True)
+    return scale, minimum
+
+
+def block_codes(
+    blocks: Float[Tensor, "batch rows columns block"],
+    scale: BFloat16[Tensor, "batch rows columns"],
+    minimum: BFloat16[Tensor, "batch rows columns"],
+    levels: int,
+) -> Float[Tensor, "batch rows columns block"]:
+    """The code of every value, a whole number. A block without spread has codes 0."""
+    step = scale.float()[..., None]
+    codes = ((blocks - minimum.float()[..., None]) / torch.where(step > 0, step, torch.ones_like(step))).round()
+    return codes.clamp(0, levels)
+
+
+def _rounded(values: Tensor, *, up: bool) -> Tensor:
+    """To the parameters' dtype, in one direction."""
+    rounded = values.to(PARAMETER_DTYPE)
+    limit = torch.full_like(rounded, float("inf") if up else -float("inf"))
+    missed = rounded.float() < values if up else rounded.float() > values
+    return torch.where(missed, torch.nextafter(rounded, limit), rounded)
+
+
+def _repeat_last(values: Tensor, dim: int, size: int) -> Tensor:
+    missing = size - values.shape[dim]
+    if not missing:
+        return values
+    last = values.narrow(dim, values.shape[dim] - 1, 1)
+    return torch.cat([values, last.expand(*(missing if i == dim else -1 for i in range(values.ndim)))], dim)

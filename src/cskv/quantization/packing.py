@@ -1,0 +1,75 @@
+"""Codes of 1 to 8 bits, packed into whole bytes along the channels of a token.
+
+A width is a sum of powers of two (3 = 2 + 1), and each summand is a plane of its own: the low bits of every code first.
+In a plane of width w, `n = 8 / w` codes share a byte. Byte j of its B bytes holds the channels j, j + B, j + 2B, ...,
+from the low bits up, so that unpacking is a shift and a mask of contiguous bytes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+WIDTHS = range(1, 9)
+
+
+@cache
+def planes(bits: int) -> tuple[int, ...]:
+    """The powers of two that sum to a width, largest first."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def row_bytes(channels: int, bits: int) -> int:
+    """Bytes of one token's codes: every plane is padded to a whole byte."""
+    return sum(-(-channels * width // 8) for width in planes(bits))
+
+
+def pack(codes: UInt8[Tensor, "*rows channels"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
+    """Pack codes below `2**bits`.
+
+    Args:
+        codes: one code per element.
+        bits: 1 to 8.
+
+    Returns:
+        `row_bytes(channels, bits)` bytes per row.
+    """
+    parts, shift = [], 0
+    for width in planes(bits):
+        plane = (codes >> shift) & ((1 << width) - 1)
+        parts.append(_pack_plane(plane, width))
+        shift += width
+    return torch.cat(parts, dim=-1)
+
+
+def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int, channels: int) -> UInt8[Tensor, "*rows channels"]:
+    """The inverse of `pack`, for as many channels as were packed."""
+    sizes = [-(-channels * width // 8) for width in planes(bits)]
+    codes, shift = None, 0
+    for width, plane in zip(planes(bits), packed.split(sizes, dim=-1), strict=True):
+        part = _unpack_plane(plane, width, channels)
+        codes = part if codes is None else codes | (part << shift)
+        shift += width
+    if codes is None:
+        raise ValueError(f"bits is {bits}; expected 1 to 8")
+    return codes
+
+
+def _pack_plane(codes: Tensor, width: int) -> Tensor:
+    per_byte = 8 // width
+    size = -(-codes.shape[-1] // per_byte)
+    codes = torch.nn.functional.pad(codes, (0, size * per_byte - codes.shape[-1])).unflatten(-1, (per_byte, size))
+    packed = codes[..., 0, :].clone()
+    for index in range(1, per_byte):
+        packed |= codes[..., index, :] << (index * width)
+    return packed
+
+
+def _unpack_plane(packed: Tensor, width: int, channels: int) -> Tensor:
+    if width == 8:
+        return packed
+    mask = (1 << width) - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, width)], dim=-1)[..., :channels]
