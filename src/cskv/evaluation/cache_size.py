@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from cskv.capture import frozen
 from cskv.evaluation.forward import forward
+from cskv.evaluation.peers import allocated_bytes
 from cskv.models.report import CacheReport, cache_report
 
 
-def cache_after_prefill(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) -> CacheReport:
+def cache_after_prefill(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    *,
+    new_cache: Callable[[], Cache] | None = None,
+) -> CacheReport:
     """The report of the cache that a prompt leaves behind: allocated bytes, slack included.
 
     Args:
         model: attached or not.
         input_ids: the prompt; fed in one forward.
+        new_cache: makes the empty cache that is filled; the model's own when None. All bytes of one that is not ours
+            are `other_bytes`, and `uncompressed_bytes` are measured with a second forward, through the model's own.
     """
     with frozen(model):
-        _, cache = forward(model, input_ids, last_only=True)
-    return cache_report(cache, model)
+        own = cache_report(forward(model, input_ids, last_only=True)[1], model)
+        if new_cache is None:
+            return own
+        _, cache = forward(model, input_ids, new_cache(), last_only=True)
+    report = cache_report(cache, model)
+    compressed = report.total_bytes - report.other_bytes
+    return replace(
+        report,
+        batch=input_ids.shape[0],
+        other_bytes=allocated_bytes(cache) - compressed,
+        uncompressed_bytes=own.uncompressed_bytes,
+    )

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from cskv.capture import frozen
 from cskv.data.lines import LinesCase, score
 from cskv.errors import DataError
 from cskv.evaluation.forward import clock
 from cskv.evaluation.wilson import wilson_interval
+from cskv.models.compat import cache_kwarg
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def evaluate_lines(
     batch_size: int = 1,
     max_new_tokens: int = 64,
     on_case: Callable[[int], None] | None = None,
+    new_cache: Callable[[], Cache] | None = None,
 ) -> LinesResult:
     """Answer every case greedily and score the answers.
 
@@ -80,6 +82,7 @@ def evaluate_lines(
         batch_size: cases generated together, left-padded.
         max_new_tokens: the longest answer. A row stops at end-of-sequence, or at a newline after a digit.
         on_case: called with the number of cases just finished, for a progress bar.
+        new_cache: makes the empty cache of each batch; the model's own when None.
 
     Raises:
         DataError: no cases, or a batch size or answer length below 1.
@@ -93,7 +96,7 @@ def evaluate_lines(
     with frozen(model):
         for start in range(0, len(cases), batch_size):
             batch = cases[start : start + batch_size]
-            batches.append(_answer(model, tokenizer, [case.prompt for case in batch], max_new_tokens))
+            batches.append(_answer(model, tokenizer, [case.prompt for case in batch], max_new_tokens, new_cache))
             if on_case is not None:
                 on_case(len(batch))
     return _summarise(cases, batches)
@@ -111,7 +114,11 @@ class _Answers:
 
 
 def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int,
+    new_cache: Callable[[], Cache] | None,
 ) -> _Answers:
     encoded = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -125,6 +132,7 @@ def _answer(
         attention_mask=mask.to(model.device),
         generation_config=settings,
         stopping_criteria=[ends],
+        **({} if new_cache is None else {cache_kwarg(model): new_cache()}),
     )
     ended = clock(model.device)
     texts = [

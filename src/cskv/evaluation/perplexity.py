@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cskv.capture import frozen
 from cskv.errors import DataError
@@ -49,6 +49,7 @@ def perplexity(
     first_chunk: int | None = None,
     batch_size: int = 1,
     on_tokens: Callable[[int], None] | None = None,
+    new_cache: Callable[[], Cache] | None = None,
 ) -> Perplexity:
     """Teacher-forced perplexity through the model's own cache, compressed when the model is attached.
 
@@ -62,6 +63,7 @@ def perplexity(
             `config.window + config.group` for the equality above.
         batch_size: rows fed together.
         on_tokens: called with the number of tokens just fed (rows times tokens), for a progress bar.
+        new_cache: makes the empty cache of each batch of rows; the model's own when None.
 
     Raises:
         DataError: fewer than two tokens per sequence, no sequence, a chunk or batch size below 1, or logits that are
@@ -76,7 +78,7 @@ def perplexity(
     total = 0.0
     with frozen(model):
         for rows in sequences.split(batch_size):
-            total += _negative_log_likelihood(model, rows, chunk, first, on_tokens)
+            total += _negative_log_likelihood(model, rows, chunk, first, on_tokens, new_cache)
     tokens = sequences.shape[0] * (sequences.shape[1] - 1)
     if not math.isfinite(total):
         raise DataError(f"the model's log-likelihood of the text is {total}: its logits are not finite")
@@ -89,9 +91,10 @@ def _negative_log_likelihood(
     chunk: int,
     first_chunk: int,
     on_tokens: Callable[[int], None] | None,
+    new_cache: Callable[[], Cache] | None,
 ) -> float:
     """The summed negative log-likelihood of all tokens but the first of each row, in nats."""
-    total, cache = 0.0, None
+    total, cache = 0.0, None if new_cache is None else new_cache()
     for start, stop in _chunks(rows.shape[1], chunk, first_chunk):
         logits, cache = forward(model, rows[:, start:stop], cache)
         targets = rows[:, start + 1 : stop + 1].to(logits.device)
