@@ -67,6 +67,7 @@ class Method:
         settings: of `CSKVConfig`, besides densities and window.
         training, samples: gradient training that follows, and on how many samples.
         allocated: whether ranks are dealt out by sensitivity.
+        calibration: samples of calibration text.
         densities: where it is measured.
     """
 
@@ -75,6 +76,7 @@ class Method:
     training: TrainingSettings | None = None
     samples: int = 0
     allocated: bool = False
+    calibration: int = CALIBRATION_SAMPLES
     densities: tuple[float, ...] = DENSITIES
 
 
@@ -84,6 +86,8 @@ METHODS = (
     Method("trained, paper's recipe", {"init": "asvd"}, PAPER, PAPER_SAMPLES, densities=(0.5, 0.2)),
     Method("trained, lr 2e-3", {"init": "asvd"}, TUNED, 800, densities=(0.5, 0.2, 0.1)),
     Method("PCA", {"init": "pca"}),
+    Method("PCA, 16 samples", {"init": "pca"}, calibration=16, densities=(0.5, 0.2)),
+    Method("PCA, 800 samples", {"init": "pca"}, calibration=800, densities=(0.5, 0.2, 0.1)),
     Method("weighted PCA", {"init": "weighted-pca"}),
     Method("PCA, allocated ranks", {"init": "pca"}, allocated=True),
     Method("weighted PCA, allocated ranks", {"init": "weighted-pca"}, allocated=True),
@@ -106,9 +110,15 @@ class Bench:
         self.divergence = Divergence(model)
         self.held_out = token_sequences(tokenizer, open_source("offline", "heldout").read(seed), TEXT_TOKENS, TEXTS)
         self.cases = [make_case(NUM_LINES, 1000 * seed + i) for i in range(CASES)]
-        began = time.perf_counter()
-        self.statistics: Statistics = calibrate(model, self.samples(CALIBRATION_SAMPLES))
-        self.calibration_seconds = time.perf_counter() - began
+        self._statistics: dict[int, tuple[Statistics, float]] = {}
+
+    def statistics(self, samples: int) -> tuple[Statistics, float]:
+        """Calibration on so many samples, and the seconds that it took."""
+        if samples not in self._statistics:
+            began = time.perf_counter()
+            statistics = calibrate(self.model, self.samples(samples))
+            self._statistics[samples] = statistics, time.perf_counter() - began
+        return self._statistics[samples]
 
     def samples(self, number: int) -> TokenSamples:
         """Mixed text of the seed."""
@@ -117,12 +127,13 @@ class Bench:
     def make(self, method: Method, density: float) -> tuple[CSKVAdapter, float]:
         """The adapter, and the seconds that it took beyond calibration."""
         config = CSKVConfig(density, density, window=32, group=32, **method.settings)
+        statistics, _ = self.statistics(method.calibration)
         began = time.perf_counter()
         if method.allocated:
             samples = list(self.samples(8))
-            adapter = allocate_ranks(self.model, config, self.statistics, samples, density).adapter
+            adapter = allocate_ranks(self.model, config, statistics, samples, density).adapter
         else:
-            adapter = initialise(self.model, config, self.statistics)
+            adapter = initialise(self.model, config, statistics)
         if method.training is not None:
             train(self.model, adapter, self.samples(method.samples), method.training)
         return adapter, time.perf_counter() - began
@@ -172,7 +183,7 @@ def measure_missing(results: dict[str, Any], console: Console) -> None:
             for _, method, density in [job for job in todo if job[0] == seed]:
                 progress.update(task, description=f"seed {seed}: {method.name}, {density:g}")
                 adapter, seconds = bench.make(method, density)
-                row = {"seconds": seconds, "calibration_seconds": bench.calibration_seconds}
+                row = {"seconds": seconds, "calibration_seconds": bench.statistics(method.calibration)[1]}
                 results["rows"][_key(seed, method, density)] = row | bench.measure(adapter) | {
                     "seed": seed, "method": method.name, "density": density,
                     "ranks": [[adapter.factors(i).k.rank, adapter.factors(i).v.rank] for i in adapter.layer_indices],

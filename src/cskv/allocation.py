@@ -9,7 +9,7 @@ that were not used, and the better one is kept: the first order can fail, as los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxtyping import Int
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from cskv.adapter import CSKVAdapter
 from cskv.config import CSKVConfig
 from cskv.divergence import Divergence
-from cskv.errors import ConfigError, DataError
+from cskv.errors import ConfigError
 from cskv.factorization.allocation import allocate
 from cskv.initialisation import Ranks, initialise, part_spectra
 from cskv.models.sites import find_sites
+from cskv.sensitivity import Progress, halves, sensitivities, tempered
 from cskv.statistics import Statistics
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,9 @@ def allocate_ranks(
         model: the base model, with its language-model head.
         config: a PCA init; its densities are replaced.
         statistics: of the model, with covariances.
-        samples: token samples without padding, at least two; every second one is kept aside for the comparison.
+        samples: token samples without padding, at least two; the second half is kept aside for the comparison.
         target_ratio: latents kept as a share of all key and value channels, in (0, 1].
-        progress: called with (forwards done, forwards in all).
+        progress: called with (projections measured, projections in all).
 
     Raises:
         ConfigError: the init is not PCA, or the ratio is out of range.
@@ -76,27 +75,26 @@ def allocate_ranks(
         raise ConfigError(
             f"ranks are allocated by eigenvalues, init is {config.init!r}; expected 'pca' or 'weighted-pca'"
         )
-    if len(samples) < 2:
-        raise DataError(f"rank allocation needs at least 2 samples, got {len(samples)}; give more text")
+    seen, aside = halves(samples)
     config = replace(config, k_density=target_ratio, v_density=target_ratio)
     uniform = initialise(model, config, statistics)
     spectra = part_spectra(model, config, statistics)
-    seen, aside = samples[::2], samples[1::2]
     divergence = Divergence(model)
-    sensitivity = {}
-    for done, (part, spectrum) in enumerate(spectra.items()):
-        rank = getattr(uniform.factors(part[0]), part[1]).rank
-        loss = float(spectrum[rank:].sum())
-        kl = divergence.mean(uniform, seen, only=frozenset({part}))
-        sensitivity[part] = max(kl, 0.0) / loss if loss > 0 else 0.0
-        if progress is not None:
-            progress(done + 1, len(spectra) + 2)
-    ranks = _allocated(model, config, spectra, sensitivity, target_ratio)
-    allocated = initialise(model, config, statistics, ranks)
-    kls = [divergence.mean(adapter, aside) for adapter in (uniform, allocated)]
-    best = uniform if kls[0] <= kls[1] else allocated
+    losses = {
+        (index, kind): float(spectrum[getattr(uniform.factors(index), kind).rank :].sum())
+        for (index, kind), spectrum in spectra.items()
+    }
+    sensitivity = sensitivities(divergence, uniform, losses, seen, progress)
+    exact = divergence.exact(aside)
+    uniform_kl = divergence.mean(uniform, aside, exact=exact)
+    allocated, allocated_kl = uniform, float("inf")
+    for weights in tempered(sensitivity):
+        tried = initialise(model, config, statistics, _allocated(model, config, spectra, weights, target_ratio))
+        kl = divergence.mean(tried, aside, exact=exact)
+        allocated, allocated_kl = (tried, kl) if kl < allocated_kl else (allocated, allocated_kl)
+    best = uniform if uniform_kl <= allocated_kl else allocated
     chosen = {i: (best.factors(i).k.rank, best.factors(i).v.rank) for i in best.layer_indices}
-    return Allocation(best, chosen, sensitivity, *kls)
+    return Allocation(best, chosen, sensitivity, uniform_kl, allocated_kl)
 
 
 def _allocated(

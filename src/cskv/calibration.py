@@ -43,6 +43,7 @@ class _Means:
     def add_input(self, layer_idx: int, x: Tensor) -> None:
         flat = x.flatten(0, -2)
         self.add(layer_idx, "input.mean_abs", flat.abs().sum(0, dtype=torch.float64), flat.shape[0])
+        self.add(layer_idx, "input.mean", flat.sum(0, dtype=torch.float64), flat.shape[0])
 
     def add_output(self, layer_idx: int, kind: str, y: Tensor) -> None:
         flat = y.flatten(0, -2).float()

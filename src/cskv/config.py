@@ -16,6 +16,7 @@ INITS = ("svd", "asvd", "pca", "weighted-pca")
 KEY_FACTORS = ("joint", "commuting")
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 BLOCK_CHANNELS = 32  # of a block within one token, as in KIVI
+MIXED_CHANNELS = 4  # of a block over a group of tokens, where neighbours vary alike: docs/quantisation.md
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class CSKVConfig:
         mixed_widths: every latent channel has a width of its own, chosen under a budget of bytes (`cskv.widths`); the
             adapter holds them, and `k_bits` and `v_bits` are not read.
         k_block, v_block: (tokens, channels) of the blocks that share a minimum and a scale (`cskv.quantization.grid`).
-            The tokens divide `group`. None is KIVI's layout: keys (group, 1), values (1, 32); with groups of one token
-            (1, 32) for both.
+            The tokens divide `group`. None is KIVI's layout: keys (group, 1), values (1, 32). Where widths
+            are mixed it is (group, 4) for both, and with groups of one token (1, 32) for both.
 
     Raises:
         ConfigError: a value is out of range.
@@ -111,7 +112,11 @@ class CSKVConfig:
         chosen = self.k_block if kind == "k" else self.v_block
         if chosen is not None:
             return chosen
-        return (self.group, 1) if kind == "k" and self.group > 1 else (1, BLOCK_CHANNELS)
+        if self.group == 1:
+            return 1, BLOCK_CHANNELS
+        if self.mixed_widths:
+            return self.group, MIXED_CHANNELS
+        return (self.group, 1) if kind == "k" else (1, BLOCK_CHANNELS)
 
     def bits(self, kind: str) -> int:
         """Bits per latent of keys ("k") or values ("v"); 16 is not quantised."""

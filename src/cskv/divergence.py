@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -69,13 +69,24 @@ class Divergence:
         with frozen(self.model):
             return self.model.base_model(input_ids=input_ids, use_cache=False)[0]  # type: ignore[operator]
 
+    def exact(self, samples: Iterable[Int[Tensor, " tokens"]]) -> list[Float[Tensor, "1 tokens hidden"]]:
+        """`exact_hidden` of every sample, for `mean`, when several adapters are compared on the same samples."""
+        return [self.exact_hidden(sample.to(device_of(self.model))[None]) for sample in samples]
+
     @torch.no_grad()
     def mean(
-        self, adapter: CSKVAdapter, samples: Iterable[Int[Tensor, " tokens"]], only: frozenset[Part] | None = None
+        self,
+        adapter: CSKVAdapter,
+        samples: Iterable[Int[Tensor, " tokens"]],
+        only: frozenset[Part] | None = None,
+        exact: Sequence[Float[Tensor, "1 tokens hidden"]] | None = None,
     ) -> float:
-        """The mean over samples."""
+        """The mean over samples; `exact` saves a forward of each."""
         device = device_of(self.model)
-        values = [self.of(adapter, sample.to(device)[None], only=only).item() for sample in samples]
+        values = [
+            self.of(adapter, sample.to(device)[None], only=only, exact=None if exact is None else exact[i]).item()
+            for i, sample in enumerate(samples)
+        ]
         return sum(values) / len(values)
 
     def _chunk(self, hidden: Tensor, exact: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 Names and contents, all fp64, all means over tokens:
 
     input.mean_abs       (hidden,)         mean |x| of the layer input; what ASVD scales by
+    input.mean           (hidden,)         mean x; what centres latents that are stored in few bits
     k.mean, v.mean       (kv_dim,)         mean of the projection's output, bias included
     k.moment, v.moment   (kv_dim, kv_dim)  mean of y y^T of that output
     key.mean, key.moment (kv_dim, ...)     the same of keys after their norm, before RoPE; where the family has a norm
     query.energy         (kv_dim,)         mean of q^2 after the norm, summed over the query heads of each kv head
 
-All but the first come with `covariance=True`, the default.
+All but the first two come with `covariance=True`, the default.
 
 A further statistic is one more name here: files and checks do not change.
 """
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from cskv.models.sites import AttentionSite
 
 FORMAT = "cskv-statistics-1"
-HIDDEN_SIZED = ("input.mean_abs",)
+HIDDEN_SIZED = ("input.mean_abs", "input.mean")
 KV_SIZED = ("k.mean", "v.mean", "k.moment", "v.moment", "key.mean", "key.moment", "query.energy")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cskv.cli.settings import adapter_name, init_of, model_name, statistics_path, window_and_group
+from cskv.cli.settings import adapter_name, block_of, init_of, model_name, statistics_path, window_and_group
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, CSKVError
 
@@ -25,6 +25,8 @@ def settings_from(
     q_window_size: int,
     window: int | None,
     group: int | None,
+    k_block: str | None,
+    v_block: str | None,
     **others: Any,
 ) -> CSKVConfig:
     """The settings that the options name; `others` are those that options and settings call alike.
@@ -33,7 +35,14 @@ def settings_from(
         ConfigError: one is out of range, or something was given in two ways.
     """
     exact, sealed = window_and_group(use_window, q_window_size, window, group)
-    return CSKVConfig(window=exact, group=sealed, init=init_of(init, use_asvd), **others)
+    return CSKVConfig(
+        window=exact,
+        group=sealed,
+        init=init_of(init, use_asvd),
+        k_block=block_of("--k-block", k_block),
+        v_block=block_of("--v-block", v_block),
+        **others,
+    )
 
 
 @dataclass(frozen=True)

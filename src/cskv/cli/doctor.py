@@ -15,6 +15,8 @@ OPTIONAL = {
     "matplotlib": "cskv analyze draws with it: pip install 'cskv[plots]'",
     "datasets": "hub datasets for calibration and training: pip install 'cskv[data]'",
     "wonderwords": "LongEval lines records: pip install 'cskv[data]'",
+    "hqq": "transformers' quantised cache, to compare with: pip install 'cskv[peers]'",
+    "optimum-quanto": "transformers' quantised cache, to compare with: pip install 'cskv[peers]'",
 }
 
 

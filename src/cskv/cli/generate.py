@@ -11,6 +11,7 @@ import typer
 
 from cskv.cli import options as opt
 from cskv.cli.common import command, emit, say, set_logging
+from cskv.cli.sizes import cache_lines
 from cskv.errors import CSKVError, DataError
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def generate(
     head_groups: opt.HeadGroups = 1,
     k_bits: opt.KBits = 16,
     v_bits: opt.VBits = 16,
+    k_block: opt.KBlock = None,
+    v_block: opt.VBlock = None,
     use_origin_model: UseOrigin = False,
     use_init_params: UseInit = False,
     use_window: opt.UseWindow = None,
@@ -128,6 +131,8 @@ def generate(
             head_groups=head_groups,
             k_bits=k_bits,
             v_bits=v_bits,
+            k_block=k_block,
+            v_block=v_block,
             use_window=use_window,
             q_window_size=q_window_size,
             window=window,
@@ -240,7 +245,7 @@ def _run(
     if cache is None:
         raise CSKVError("generate returned no cache; leave --cache-implementation out")
     sizes = cskv.cache_report(cache, model).to_dict()
-    for line in describe(sizes):
+    for line in cache_lines(sizes):
         say(line)
     say(f"{len(new)} tokens in {seconds:.1f} s, the prefill of {input_ids.shape[1]} tokens included")
     return {
@@ -250,22 +255,3 @@ def _run(
         "seconds": seconds,
         "cache": sizes,
     }
-
-
-def describe(sizes: dict[str, Any]) -> list[str]:
-    """A cache's sizes as lines for a person."""
-    parts = ", ".join(
-        f"{name} {sizes[f'{key}_bytes']:,}"
-        for name, key in (
-            ("latents", "latent"),
-            ("exact window", "window"),
-            ("positions", "position"),
-            ("slack", "slack"),
-            ("uncompressed layers", "other"),
-        )
-        if sizes[f"{key}_bytes"]
-    )
-    return [
-        f"cache of {sizes['tokens']:,} tokens: {sizes['total_bytes']:,} bytes allocated ({parts})",
-        f"uncompressed it would take {sizes['uncompressed_bytes']:,} bytes; this is {sizes['ratio']:.1%} of it",
-    ]

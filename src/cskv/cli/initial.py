@@ -39,14 +39,14 @@ def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path
 def allocated_adapter(
     model: PreTrainedModel, config: CSKVConfig, statistics: Path, samples: TokenSamples, target_ratio: float
 ) -> CSKVAdapter:
-    """Factorise a model with ranks from one budget, dealt out by measured sensitivity.
+    """Factorise a model with ranks, or ranks and widths, from one budget, dealt out by measured sensitivity.
 
     Args:
         model: the base model.
         config: the settings; a PCA init.
         statistics: the file that `cskv calibrate` wrote.
         samples: text to measure on; a few samples of it are used.
-        target_ratio: share of all key and value channels kept.
+        target_ratio: share of all key and value channels kept, or of the bytes with mixed widths.
 
     Raises:
         ConfigError: the init is not PCA, or the ratio too small.
@@ -54,11 +54,13 @@ def allocated_adapter(
     """
     from cskv.allocation import allocate_ranks
     from cskv.statistics import Statistics
+    from cskv.widths import WidthChoice, allocate_widths
 
+    allocate, kind = (allocate_widths, "mixed") if config.mixed_widths else (allocate_ranks, "allocated")
     taken = list(islice(samples, ALLOCATION_SAMPLES))
     with progress() as bar:
         task = bar.add_task("measuring sensitivity", total=None)
-        found = allocate_ranks(
+        found = allocate(
             model,
             config,
             Statistics.load(statistics),
@@ -66,9 +68,11 @@ def allocated_adapter(
             target_ratio,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    what = "widths" if config.mixed_widths else "ranks"
+    other_kl = found.mixed_kl if isinstance(found, WidthChoice) else found.allocated_kl
     say(
-        f"KL to the uncompressed model on text kept aside: {found.uniform_kl:.4g} nats per token with uniform ranks, "
-        f"{found.allocated_kl:.4g} with allocated ones; {'uniform' if found.is_uniform else 'allocated'} ranks are kept"
+        f"KL to the uncompressed model on text kept aside: {found.uniform_kl:.4g} nats per token with uniform {what}, "
+        f"{other_kl:.4g} with {kind} ones; {'uniform' if found.is_uniform else kind} {what} are kept"
     )
-    found.adapter.metrics |= {"uniform_kl": found.uniform_kl, "allocated_kl": found.allocated_kl}
+    found.adapter.metrics |= {"uniform_kl": found.uniform_kl, f"{kind}_kl": other_kl}
     return found.adapter

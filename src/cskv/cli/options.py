@@ -98,17 +98,47 @@ TargetRatio = Annotated[
     float | None,
     typer.Option(
         "--target-ratio",
-        help="Share of all key and value channels kept; ranks are dealt out over layers by measured sensitivity, "
-        "instead of densities. Needs a PCA init.",
+        help="Share of all key and value channels kept, or with --mixed-widths of the bytes of a 16-bit cache; dealt "
+        "out over layers by measured sensitivity, instead of densities. Needs a PCA init.",
         show_default=False,
         rich_help_panel=COMPRESSION,
     ),
 ]
 KBits = Annotated[
-    int, typer.Option("--k-bits", help="Bits per key latent. Only 16 so far.", rich_help_panel=COMPRESSION)
+    int,
+    typer.Option(
+        "--k-bits", help="Bits per key latent: 2 to 8, or 16 (the model's own dtype).", rich_help_panel=COMPRESSION
+    ),
 ]
 VBits = Annotated[
-    int, typer.Option("--v-bits", help="Bits per value latent. Only 16 so far.", rich_help_panel=COMPRESSION)
+    int, typer.Option("--v-bits", help="Bits per value latent, likewise.", rich_help_panel=COMPRESSION)
+]  # fmt: skip
+KBlock = Annotated[
+    str | None,
+    typer.Option(
+        "--k-block",
+        help="TOKENSxCHANNELS that share a minimum and a scale, for instance 32x4. [default: one channel over a group]",
+        show_default=False,
+        rich_help_panel=COMPRESSION,
+    ),
+]
+VBlock = Annotated[
+    str | None,
+    typer.Option(
+        "--v-block",
+        help="The same for values. [default: 1x32; with --mixed-widths four channels over a group for both]",
+        show_default=False,
+        rich_help_panel=COMPRESSION,
+    ),
+]
+MixedWidths = Annotated[
+    bool,
+    typer.Option(
+        "--mixed-widths",
+        help="Choose a width of 2 to 8 bits for every latent channel, so that the cache takes --target-ratio of the "
+        "uncompressed bytes. Instead of --k-bits and --v-bits.",
+        rich_help_panel=COMPRESSION,
+    ),
 ]
 UseWindow = Annotated[
     bool | None,

@@ -56,7 +56,25 @@ def adapter_name(config: CSKVConfig) -> str:
     """The folder name of an adapter with these settings; what differs from the paper's form is named at the end."""
     name = f"k{config.k_density:g}-v{config.v_density:g}-{config.init}-window{config.window}-group{config.group}"
     name += f"-{config.key_factors}" if config.key_factors != "joint" else ""
-    return name + (f"-headgroups{config.head_groups}" if config.head_groups > 1 else "")
+    name += f"-headgroups{config.head_groups}" if config.head_groups > 1 else ""
+    for kind in ("k", "v") if config.is_quantised else ():
+        width = "mixed" if config.mixed_widths else str(config.bits(kind))
+        name += f"-{kind}{width}b" + ("" if width == "16" else "x".join(map(str, ("", *config.block(kind)))))
+    return name
+
+
+def block_of(option: str, text: str | None) -> tuple[int, int] | None:
+    """The block that "32x4" names: 32 tokens by 4 channels.
+
+    Raises:
+        ConfigError: it is no pair of whole numbers.
+    """
+    if text is None:
+        return None
+    tokens, _, channels = text.lower().partition("x")
+    if not tokens.isdecimal() or not channels.isdecimal():
+        raise ConfigError(f"{option} is {text!r}; expected TOKENSxCHANNELS, for instance 32x4")
+    return int(tokens), int(channels)
 
 
 def statistics_path(root: Path, name: str) -> Path:

@@ -13,6 +13,7 @@ from cskv.cli.calibrate import check_writable
 from cskv.cli.choose import settings_from
 from cskv.cli.common import Interrupted, command, emit, is_main_process, say, set_logging
 from cskv.cli.settings import adapter_name, model_name, statistics_path
+from cskv.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,6 +99,9 @@ def train(
     target_ratio: opt.TargetRatio = None,
     k_bits: opt.KBits = 16,
     v_bits: opt.VBits = 16,
+    k_block: opt.KBlock = None,
+    v_block: opt.VBlock = None,
+    mixed_widths: opt.MixedWidths = False,
     use_window: opt.UseWindow = None,
     q_window_size: opt.QWindowSize = 32,
     window: opt.Window = None,
@@ -154,6 +158,9 @@ def train(
         head_groups=head_groups,
         k_bits=k_bits,
         v_bits=v_bits,
+        k_block=k_block,
+        v_block=v_block,
+        mixed_widths=mixed_widths,
         use_window=use_window,
         q_window_size=q_window_size,
         window=window,
@@ -174,6 +181,10 @@ def train(
     name = model_name(model_path, model_id)
     if target_ratio is not None:
         settings = dataclasses.replace(settings, k_density=target_ratio, v_density=target_ratio)
+    elif mixed_widths:
+        raise ConfigError(
+            "--mixed-widths needs a budget; give --target-ratio, for instance 0.044 for 5 % with all told"
+        )
     suffix = ("-allocated" if target_ratio is not None else "") + ("-untrained" if use_init_params else "")
     folder = output or ckpt_save_path / name / (adapter_name(settings) + suffix)
     samples = None

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from cskv.adapter import CSKVAdapter
+from cskv.cache.bibranch import BiBranchStore
 from cskv.cache.latents import LatentBytes
+from cskv.cache.positions import PositionTable
+from cskv.config import CSKVConfig
+from cskv.errors import ConfigError
 from cskv.models.layer import CSKVLayer
 from cskv.models.sites import find_sites
 
@@ -94,6 +99,62 @@ def cache_report(cache: Cache, model: nn.Module) -> CacheReport:
         other_bytes=other_bytes,
         uncompressed_bytes=uncompressed,
     )
+
+
+def adapter_report(adapter: CSKVAdapter, tokens: int, dtype: torch.dtype = torch.bfloat16) -> CacheReport:
+    """The bytes of a cache that an adapter would fill, without its model: stores of its shapes are filled and measured.
+
+    Layers of a model that are not compressed (sliding windows) are unknown here and left out. Positions count 4 bytes a
+    token, once for all layers, as for RoPE of fixed frequencies; commuting keys have none.
+
+    Args:
+        adapter: any.
+        tokens: of one sequence, prefilled at once; at least 1.
+        dtype: of the model.
+
+    Raises:
+        ConfigError: `tokens` is no whole number from 1 up.
+    """
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ConfigError(f"tokens is {tokens!r}; expected a whole number, at least 1")
+    latents, window, uncompressed = LatentBytes(), 0, 0
+    measured: dict[object, tuple[LatentBytes, int, int]] = {}
+    for index in adapter.layer_indices:
+        factors, grids = adapter.factors(index), adapter.grids(index)
+        shape = (factors.k.rank, factors.v.rank, factors.k.kv_dim, *grids)
+        if shape not in measured:
+            measured[shape] = _filled(adapter.config, shape, tokens, dtype)
+        own, exact, full = measured[shape]
+        latents, window, uncompressed = latents + own, window + exact, uncompressed + full
+    table = PositionTable()
+    if adapter.config.key_factors != "commuting":
+        table.append((torch.zeros(1, tokens, dtype=torch.int64),))
+    return CacheReport(
+        tokens=tokens,
+        batch=1,
+        payload_bytes=latents.payload,
+        scale_bytes=latents.scales,
+        minimum_bytes=latents.minima,
+        window_bytes=window,
+        position_bytes=table.nbytes(),
+        slack_bytes=latents.slack,
+        other_bytes=0,
+        uncompressed_bytes=uncompressed,
+    )
+
+
+def _filled(config: CSKVConfig, shape: Any, tokens: int, dtype: torch.dtype) -> tuple[LatentBytes, int, int]:
+    """Latent, window and uncompressed bytes of one layer whose store was filled with zeros."""
+    k_rank, v_rank, kv_dim, k_grid, v_grid = shape
+    store = BiBranchStore(config.window, config.group, k_grid, v_grid)
+    keys, values, k_latents, v_latents = (
+        torch.zeros((1, 1, tokens, kv_dim), dtype=dtype)
+        if rank is None
+        else torch.zeros((1, tokens, rank), dtype=dtype)
+        for rank in (None, None, k_rank, v_rank)
+    )
+    store.append(k_latents, v_latents, keys, values)
+    return store.latent_nbytes(), store.window_nbytes(), keys.nbytes + values.nbytes
 
 
 def _batch(ours: list[CSKVLayer], others: list[Any]) -> int:

@@ -1,0 +1,54 @@
+"""The same factors in another basis of their latents: (U R^-1, R D) rebuilds what (U, D) does, for any invertible R.
+
+In full precision nothing changes. In few bits it does: a grid suits latents that are centred, and blocks whose channels
+spread alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cskv.factorization.factors import Factors
+
+
+def centred(factors: Factors, mean: Float[Tensor, " rank"]) -> Factors:
+    """Latents without their mean, which moves into the bias.
+
+    Args:
+        factors: with any `down_bias`.
+        mean: of the latents as they are now.
+    """
+    before = torch.zeros_like(mean) if factors.down_bias is None else factors.down_bias
+    offset = torch.zeros_like(factors.up[:, 0]) if factors.bias is None else factors.bias
+    unbiased = Factors(factors.down, factors.up, torch.zeros_like(offset))
+    return Factors(factors.down, factors.up, offset + unbiased.expand(mean), before - mean)
+
+
+def scaled(factors: Factors, scale: Float[Tensor, " rank"]) -> Factors:
+    """Latents times a positive scale per channel."""
+    groups, per_group = factors.groups, factors.up.shape[1]
+    by_row = scale.unflatten(0, (groups, per_group)).repeat_interleave(factors.kv_dim // groups, dim=0)
+    down_bias = None if factors.down_bias is None else factors.down_bias * scale
+    return Factors(factors.down * scale[:, None], factors.up / by_row, factors.bias, down_bias)
+
+
+def rotated(factors: Factors, rotation: Float[Tensor, "rank rank"]) -> Factors:
+    """Latents times an orthogonal matrix, `rotation @ latents`. Factors of one group only."""
+    down_bias = None if factors.down_bias is None else rotation @ factors.down_bias
+    return Factors(rotation @ factors.down, factors.up @ rotation.T, factors.bias, down_bias)
+
+
+def ordered(factors: Factors, order: Int[Tensor, " kept"]) -> Factors:
+    """Some latents in another order; those left out are dropped. Factors of one group only."""
+    down_bias = None if factors.down_bias is None else factors.down_bias[order]
+    return Factors(factors.down[order], factors.up[:, order], factors.bias, down_bias)
+
+
+def hadamard(size: int) -> Float[Tensor, "size size"]:
+    """An orthogonal matrix whose entries all have the same size, for a power of two; fp64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
+    return matrix
