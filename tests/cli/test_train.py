@@ -28,8 +28,10 @@ def test_training_lowers_the_loss_and_writes_a_whole_adapter(run: Run, model_fol
     assert inspected["settings"] == report["settings"]
     assert inspected["metrics"]["k_loss"] == report["k_loss"]
     assert inspected["ranks"]["0"] == {"k": 3, "v": 3, "kv_dim": 16}
-    assert inspected["bytes_per_token"] == 2 * 2 * (3 + 3)
-    assert inspected["uncompressed_bytes_per_token"] == 2 * 2 * 32
+    cache = inspected["cache"]
+    assert cache["tokens"] == 16384
+    assert cache["payload_bytes"] == (16384 - 8) // 4 * 4 * 2 * (3 + 3) * 2  # sealed tokens, layers, ranks, bytes
+    assert cache["uncompressed_bytes"] == 16384 * 2 * 32 * 2
     assert inspected["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
 
 
@@ -59,7 +61,7 @@ def test_the_papers_commands_with_its_flags(run: Run, model_folder: Path, text_f
     prompt = ["--prompt", "A cache of old tokens", "--max_new_tokens", 24]
     report = last_json(run("generate", *model, *compression, *roots, *prompt))
     assert report["compressed"] is True
-    assert report["cache"]["payload_bytes"] == report["cache"]["tokens"] * 2 * (8 + 4) * 4
+    assert report["cache"]["payload_bytes"] == report["cache"]["tokens"] // 16 * 16 * 2 * (8 + 4) * 4
     untrained = last_json(run("generate", *model, *compression, *roots, *prompt, "--use_init_params"))
     assert untrained["compressed"] is True
     assert (
@@ -90,7 +92,7 @@ def test_closed_form_adapters(run: Run, model_folder: Path, text_file: Path, opt
     name = f"k0.5-v0.5-{options[1]}-window8-group4{suffix}-untrained"
     assert made["adapter"] == f"outputs/adapters/tiny/{name}"
     report = last_json(run("generate", "--adapter", made["adapter"], "--prompt", "A cache of old tokens", "-n", 24))
-    assert report["cache"]["payload_bytes"] == report["cache"]["tokens"] * 2 * (8 + 8) * 4
+    assert report["cache"]["payload_bytes"] == (report["cache"]["tokens"] - 8) // 4 * 4 * 2 * (8 + 8) * 4
 
 
 def test_pca_needs_second_moments(run: Run, model_folder: Path, text_file: Path) -> None:
