@@ -31,7 +31,8 @@ def step(checkpointed: bool) -> dict[str, float]:
     """One forward and backward; MiB and seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cskv.adapter import BaseModelInfo, CSKVAdapter
+    from cskv.adapter import CSKVAdapter
+    from cskv.base import BaseModelInfo
     from cskv.config import CSKVConfig
     from cskv.divergence import Divergence
     from cskv.factorization.factors import LayerFactors

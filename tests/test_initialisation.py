@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
 
-from cskv.adapter import BaseModelInfo
+from cskv.base import BaseModelInfo
 from cskv.calibration import calibrate
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, DataError

@@ -12,7 +12,8 @@ Importing registers the adapter format with transformers' auto classes; nothing 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from cskv.adapter import BaseModelInfo, CSKVAdapter
+from cskv.adapter import CSKVAdapter
+from cskv.base import BaseModelInfo
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, CacheError, ConfigError, CSKVError, DataError, UnsupportedModelError
 from cskv.factorization.factors import Factors, LayerFactors

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from cskv.adapter import BaseModelInfo
+from cskv.base import BaseModelInfo
 from cskv.capture import Watcher, decode, frozen, watching
 from cskv.errors import DataError
 from cskv.models.probe import SiteRecipe, probe

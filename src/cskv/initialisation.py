@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cskv.adapter import BaseModelInfo, CSKVAdapter
+from cskv.adapter import CSKVAdapter
+from cskv.base import BaseModelInfo
 from cskv.config import CSKVConfig
 from cskv.errors import ConfigError, CSKVError, DataError, UnsupportedModelError
 from cskv.factorization.asvd import asvd_factors

@@ -27,8 +27,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cskv.adapter import BaseModelInfo
 from cskv.atomic import write_tensors
+from cskv.base import BaseModelInfo
 from cskv.errors import AdapterError, DataError
 
 if TYPE_CHECKING:

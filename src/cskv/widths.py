@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from cskv.adapter import CSKVAdapter, Widths
+from cskv.adapter import CSKVAdapter
 from cskv.config import CSKVConfig
 from cskv.divergence import Divergence
 from cskv.errors import ConfigError
 from cskv.factorization.basis import ordered
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.folder import Widths
 from cskv.initialisation import initialise
 from cskv.models.sites import find_sites
 from cskv.observation import Part, observe_latents

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cskv.adapter import BaseModelInfo, CSKVAdapter
+from cskv.adapter import CSKVAdapter
+from cskv.base import BaseModelInfo
 from cskv.capture import Observation, Teacher
 from cskv.config import CSKVConfig
 from cskv.factorization.factors import Factors, LayerFactors

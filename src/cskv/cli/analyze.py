@@ -107,8 +107,9 @@ def compare(model: PreTrainedModel, adapter: str, samples: TokenSamples, folder:
     Raises:
         AdapterError: the adapter is damaged, or belongs to another model.
     """
-    from cskv.adapter import BaseModelInfo, CSKVAdapter
+    from cskv.adapter import CSKVAdapter
     from cskv.atomic import write_text
+    from cskv.base import BaseModelInfo
     from cskv.evaluation.reconstruction import reconstruction_losses
     from cskv.initialisation import initialise
     from cskv.models.sites import find_sites

@@ -106,7 +106,7 @@ class AdapterChoice:
         return self.model_path
 
     def _model_path_is_adapter(self) -> bool:
-        from cskv.adapter import read_description
+        from cskv.folder import read_description
 
         if self.model_path is None or not Path(self.model_path).is_dir():
             return False

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cskv.adapter import BaseModelInfo
 from cskv.atomic import write_text
+from cskv.base import BaseModelInfo
 from cskv.errors import DataError
 from cskv.models.sites import find_sites
 from cskv.statistics import Statistics

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from cskv.adapter import BaseModelInfo, CSKVAdapter
+from cskv.adapter import CSKVAdapter
+from cskv.base import BaseModelInfo
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError, CSKVError
 from cskv.factorization.factors import LayerFactors

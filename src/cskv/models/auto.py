@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from cskv.adapter import MODEL_TYPE, CSKVAdapter
+from cskv.adapter import CSKVAdapter
 from cskv.errors import AdapterError
+from cskv.folder import MODEL_TYPE
 from cskv.models.attach import attach
 
 _HUB_KEYS = ("revision", "cache_dir", "force_download", "local_files_only", "token")

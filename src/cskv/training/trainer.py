@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cskv.adapter import BaseModelInfo, CSKVAdapter
+from cskv.adapter import CSKVAdapter
+from cskv.base import BaseModelInfo
 from cskv.capture import Teacher, device_of
 from cskv.errors import CSKVError
 from cskv.models.sites import find_sites

@@ -1,0 +1,94 @@
+"""The table and the figure of `quantised.py`'s results, into docs/quantisation.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from cskv.atomic import write_atomically, write_text
+from cskv.evaluation.wilson import wilson_interval
+from cskv.plots import COLOURS, MARKERS, STYLE
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "quantisation.md"
+BEGIN, END = "<!-- measured: benchmarks/quantised.py -->", "<!-- end of quantised -->"
+KINDS = {
+    "uncompressed": "uncompressed",
+    "QuantizedCache": "transformers' QuantizedCache",
+    "mixed": "cskv, mixed widths",
+}
+Found = list[dict[str, Any]]
+
+
+def write_report(results: dict[str, Any], names: Sequence[str]) -> None:
+    """Put the table between the page's markers, and draw the figure."""
+    rows = list(results["rows"].values())
+    by_name = {name: [row for row in rows if row["name"] == name] for name in names}
+    found = {name: own for name, own in by_name.items() if own}
+    where, seeds = results["environment"], sorted({row["seed"] for row in rows})
+    text = (
+        f"Measured on {where['accelerator'] or where['cpu']}, torch {where['torch']}, transformers "
+        f"{where['transformers']}, {where['date'][:10]}; seeds {', '.join(map(str, seeds))}; "
+        f"{rows[0]['cases']} questions per seed, means over seeds. Reproduce with `python benchmarks/quantised.py`.\n\n"
+    )
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    write_text(PAGE, f"{before}{BEGIN}\n\n{text}{_table(found)}\n\n{END}{rest.split(END)[1]}")
+    with matplotlib.rc_context(STYLE):
+        _draw(found, DOCS / "figures" / "quantised.png")
+
+
+def _table(found: dict[str, Found]) -> str:
+    lines = [
+        "| cache | bytes of bf16 | latents | scales, minima | window | slack, positions | LongEval % right (95 %) "
+        "| perplexity | KL |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, own in found.items():
+        cache = own[0]["cache"]
+        full = cache["uncompressed_bytes"]
+        shares = [
+            sum(cache[f"{part}_bytes"] for part in parts) / full
+            for parts in (("payload",), ("scale", "minimum"), ("window",), ("slack", "position"))
+        ]
+        parts = [f"{share:.1%}" if cache["payload_bytes"] else "" for share in shares]
+        ratio = mean(row["cache"]["ratio"] for row in own)
+        kl = f"{mean(row['kl'] for row in own):.4f}" if "kl" in own[0] else ""
+        figures = [f"{ratio:.1%}", *parts, _accuracy(own), f"{mean(row['perplexity'] for row in own):.2f}", kl]
+        lines.append(f"| {name} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
+def _accuracy(own: Found) -> str:
+    right, cases = sum(row["accuracy"] * row["cases"] for row in own), sum(row["cases"] for row in own)
+    low, high = wilson_interval(round(right), cases)
+    return f"{100 * right / cases:.0f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _kind(name: str) -> str:
+    return next((title for start, title in KINDS.items() if name.startswith(start)), "cskv, one width")
+
+
+def _draw(found: dict[str, Found], path: Path) -> None:
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    kinds = list(dict.fromkeys(map(_kind, found)))
+    for index, kind in enumerate(kinds):
+        own = [rows for name, rows in found.items() if _kind(name) == kind]
+        ratios = [100 * mean(row["cache"]["ratio"] for row in rows) for rows in own]
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
+        left.plot(ratios, [100 * mean(r["accuracy"] for r in rows) for rows in own], label=kind, **style)
+        right.plot(ratios, [mean(r["perplexity"] for r in rows) for rows in own], label=kind, **style)
+    for axes, label in ((left, "LongEval lines, % right"), (right, "perplexity of held-out text")):
+        axes.set(xlabel="bytes, % of the bf16 cache (4000-token prompt)", ylabel=label, xscale="log")
+        axes.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
+        axes.minorticks_off()
+    left.set_ylim(-3, 103)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
