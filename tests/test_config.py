@@ -32,7 +32,7 @@ def test_a_rank_that_rounds_to_zero_is_refused_with_the_least_density() -> None:
         ({"init": "pca2"}, "init is 'pca2'; expected one of svd, asvd, pca, weighted-pca"),
         ({"head_groups": 0}, "head_groups is 0; expected a whole number of head groups"),
         ({"key_factors": "rotated"}, "key_factors is 'rotated'; expected one of joint, commuting"),
-        ({"key_factors": "commuting"}, "init 'asvd' and head_groups 1 do not go"),
+        ({"key_factors": "commuting", "init": "asvd"}, "init 'asvd' and head_groups 1 do not go"),
         ({"key_factors": "commuting", "init": "pca", "head_groups": 2}, "head_groups 2 do not go"),
         ({"asvd_alpha": 2}, "asvd_alpha is 2"),
         ({"k_bits": 1}, "k_bits is 1; expected 2 to 8, or 16"),

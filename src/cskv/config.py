@@ -30,9 +30,9 @@ class CSKVConfig:
         group: tokens, at least 1. Tokens leave the window in groups of this many ("sealing"), so that the window holds
             between `window` and `window + group - 1` tokens when a forward begins. The paper's `--use_window
             --q_window_size g` is `window=0, group=g`; without `--use_window` it is `window=0, group=1`.
-        init: how the factors are made: "svd"; "asvd" (activation-aware); "pca", the closed form of the training
-            objective; "weighted-pca", with keys weighted by queries and values by the output projection. All but "svd"
-            need calibration statistics.
+        init: how the factors are made: "weighted-pca", the closed form of the training objective with keys weighted by
+            queries and values by the output projection; "pca", without the weights; "svd" and "asvd" (activation-aware)
+            of the paper. All but "svd" need calibration statistics.
         asvd_alpha: the exponent of ASVD's channel scale, s = (mean|x| + eps)^alpha (arXiv 2312.05821, equation 5).
         key_factors: "joint" mixes all key channels before RoPE; "commuting" mixes kv heads within each RoPE frequency,
             so that latents are kept rotated and nothing is rotated at decode. It is PCA ("pca" or "weighted-pca").
@@ -52,7 +52,7 @@ class CSKVConfig:
     v_density: float = 0.2
     window: int = 32
     group: int = 32
-    init: str = "asvd"
+    init: str = "weighted-pca"
     asvd_alpha: float = 0.5
     key_factors: str = "joint"
     head_groups: int = 1

@@ -163,6 +163,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
     except FileNotFoundError as error:
-        raise DataError(f"there are no calibration statistics at {path}; make them with `cskv calibrate`") from error
+        raise DataError(
+            f"there are no calibration statistics at {path}; make them with `cskv calibrate`, or take init svd, which "
+            "needs none"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is truncated or no safetensors file ({error}); calibrate again") from error

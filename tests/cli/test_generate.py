@@ -46,7 +46,9 @@ def test_full_rank_says_what_the_plain_model_says(run: Run, model_folder: Path, 
 
 def test_bytes_are_those_of_the_tensors(run: Run, model_folder: Path) -> None:
     options = ["--model-path", model_folder, "--prompt", PROMPT, "--max-new-tokens", 20]
-    report = last_json(run("generate", *options, "--use-init-params", "--k-density", 0.25, "--v-density", 0.25))
+    report = last_json(
+        run("generate", *options, "--use-init-params", "--init", "svd", "--k-density", 0.25, "--v-density", 0.25)
+    )
     cache = report["cache"]
     assert report["new_tokens"] == 20
     assert cache["tokens"] == 219  # the last token that was generated has not been fed back
@@ -112,12 +114,15 @@ def test_a_prompt_file(run: Run, model_folder: Path, tmp_path: Path) -> None:
         (["--prompt-file", "absent.txt"], "absent.txt"),
         (["--prompt", "a", "--k_density", "0"], "k_density is 0.0"),
         (["--prompt", "a", "--v-density", "1.5"], "v_density is 1.5"),
-        (["--prompt", "a", "--k-density", "0.01", "--use-init-params"], "rounds to rank 0"),
+        (["--prompt", "a", "--k-density", "0.01", "--use-init-params", "--init", "svd"], "rounds to rank 0"),
         (["--prompt", "a", "--k_bits", "1"], "k_bits is 1; expected 2 to 8, or 16"),
         (["--prompt", "a", "--use-window", "--window", "3"], "not both"),
         (["--prompt", "a", "--use-init-params", "--use-asvd"], "there are no calibration statistics"),
-        (["--prompt", "a", "--use-init-params", "--cache-implementation", "static"], "cannot hold compressed tokens"),
-        (["--prompt", "a"], "no adapter at outputs/adapters/tiny/k0.2-v0.2-svd-window0-group1"),
+        (
+            ["--prompt", "a", "--use-init-params", "--init", "svd", "--cache-implementation", "static"],
+            "cannot hold compressed tokens",
+        ),
+        (["--prompt", "a"], "no adapter at outputs/adapters/tiny/k0.2-v0.2-weighted-pca-window0-group1"),
         (["--prompt", "a", "--use-origin-model", "--chat"], "no chat template"),
         (["--prompt", "a", "--use-origin-model", "--device", "cuda:99"], "cannot be used here"),
         (["--prompt", "a", "--use-origin-model", "--dtype", "int3"], "expected one of auto"),
@@ -175,7 +180,7 @@ def test_unsupported_architecture(run: Run, model_folder: Path, tmp_path: Path) 
     folder = tmp_path / "gpt2"
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
-    line = mistake(run("generate", "--model-path", folder, "--use-init-params", "--prompt", "a"))
+    line = mistake(run("generate", "--model-path", folder, "--use-init-params", "--init", "svd", "--prompt", "a"))
     assert "GPT2LMHeadModel has no attention module" in line
 
 

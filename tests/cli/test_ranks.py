@@ -43,5 +43,5 @@ def test_one_budget_is_dealt_out_saved_and_drawn(run: Run, options: list[object]
 def test_a_budget_needs_pca_and_room(run: Run, options: list[object]) -> None:
     last_json(run("calibrate", *options))
     few = ["--use-init-params", "--use-window", "--target-ratio"]
-    assert "init is 'svd'; expected 'pca'" in mistake(run("train", *options, *few, 0.25))
+    assert "init is 'svd'; expected 'pca'" in mistake(run("train", *options, "--init", "svd", *few, 0.25))
     assert "k_density is 1.5" in mistake(run("train", *options, "--init", "pca", *few, 1.5))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import Run
 from tests.cli.support import last_json, mistake, save_llama
 
-QUICK = ["--num-samples", 6, "--max-seq-len", 32, "--learning-rate", 1e-2, "--window", 8, "--group", 4]
+QUICK = ["--init", "svd", "--num-samples", 6, "--max-seq-len", 32, "--learning-rate", 1e-2, "--window", 8, "--group", 4]
 
 
 def test_training_lowers_the_loss_and_writes_a_whole_adapter(run: Run, model_folder: Path, text_file: Path) -> None:
@@ -70,7 +70,7 @@ def test_the_papers_commands_with_its_flags(run: Run, model_folder: Path, text_f
 
 
 def test_without_use_window_every_token_is_compressed_at_once(run: Run, model_folder: Path) -> None:
-    result = run("train", "--model_path", model_folder, "--use_init_params")
+    result = run("train", "--model_path", model_folder, "--use_init_params", "--no_use_asvd")
     report = last_json(result)
     assert (report["settings"]["window"], report["settings"]["group"]) == (0, 1)
     assert "no exact window" in result.stderr
@@ -120,16 +120,18 @@ def test_untrained_adapters_do_not_replace_trained_ones(run: Run, model_folder: 
     [
         (["--k_density", "0"], "k_density is 0.0"),
         (["--v_density", "1.5"], "v_density is 1.5"),
-        (["--k_density", "0.001", "--use-init-params"], "rounds to rank 0"),
+        (["--k_density", "0.001", "--use-init-params", "--init", "svd"], "rounds to rank 0"),
         (["--v_bits", "12"], "v_bits is 12; expected 2 to 8, or 16"),
-        (["--use_asvd", "--init", "pca"], "contradict each other"),
+        (["--use_asvd", "--init", "pca"], "--use-asvd and --init pca contradict each other"),
+        (["--no_use_asvd", "--init", "pca"], "--no-use-asvd and --init pca contradict each other"),
         (["--init", "magic"], "init is 'magic'"),
-        (["--key-factors", "commuting"], "'pca' or 'weighted-pca'"),
+        (["--key-factors", "commuting", "--use-asvd"], "'pca' or 'weighted-pca'"),
         (["--use_asvd"], "make them with `cskv calibrate`"),
+        ([], "make them with `cskv calibrate`"),
         (["--dataset", "absent.txt"], "absent.txt"),
         (["--num-samples", "0"], "got 0 samples"),
         (["--max-seq-len", "100000"], "one sample needs 100000"),
-        (["--num-samples", "5000"], "5000 were asked for"),
+        (["--num-samples", "5000", "--init", "svd"], "5000 were asked for"),
         (["--learning-rate", "-1"], "learning_rate is -1.0"),
         (["--epochs", "0"], "epochs is 0"),
         (["--schedule", "zigzag"], "schedule is 'zigzag'"),
@@ -193,6 +195,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_continues(
 ) -> None:
     options = ["--model-path", model_folder, "--dataset", text_file, "--max-seq-len", 32, "--num-samples", 100]
     options += ["--epochs", 8, "--output", "adapter", "--checkpoint-every", 100000, "--learning-rate", 1e-3]
+    options += ["--init", "svd"]
     process = start("train", *options)
     log = tmp_path / "adapter" / "train_log.jsonl"
     deadline = time.monotonic() + 300

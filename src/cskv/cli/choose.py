@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def settings_from(
     *,
     init: str | None,
-    use_asvd: bool,
+    use_asvd: bool | None,
     use_window: bool | None,
     q_window_size: int,
     window: int | None,

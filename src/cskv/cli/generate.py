@@ -75,7 +75,7 @@ def generate(
     cache_implementation: CacheImplementation = None,
     k_density: opt.KDensity = 0.2,
     v_density: opt.VDensity = 0.2,
-    use_asvd: opt.UseAsvd = False,
+    use_asvd: opt.UseAsvd = None,
     init: opt.Init = None,
     key_factors: opt.KeyFactors = "joint",
     head_groups: opt.HeadGroups = 1,

@@ -66,18 +66,20 @@ VDensity = Annotated[
     float, typer.Option("--v-density", help="Share of the value channels kept, in (0, 1].", rich_help_panel=COMPRESSION)
 ]
 UseAsvd = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--use-asvd/--no-use-asvd", help="Initialise by ASVD, from calibration statistics, instead of by SVD.",
+        "--use-asvd/--no-use-asvd",
+        help="The paper's initialisations: ASVD, or plain SVD. [default: neither, see --init]",
+        show_default=False,
         rich_help_panel=COMPRESSION,
     ),
-]  # fmt: skip
+]
 Init = Annotated[
     str | None,
     typer.Option(
         "--init",
-        help="How factors are made, instead of --use-asvd: svd, asvd, pca or weighted-pca (the PCAs need "
-        "`cskv calibrate`).",
+        help="How factors are made: weighted-pca, pca, asvd or svd. All but svd need `cskv calibrate` first. "
+        "[default: weighted-pca]",
         show_default=False,
         rich_help_panel=COMPRESSION,
     ),

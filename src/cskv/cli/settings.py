@@ -39,16 +39,18 @@ def model_name(model_path: str, model_id: str | None) -> str:
     return name
 
 
-def init_of(init: str | None, use_asvd: bool) -> str:
-    """The initialisation that `--init` or the paper's `--use_asvd` names; SVD without either.
+def init_of(init: str | None, use_asvd: bool | None) -> str:
+    """The initialisation that `--init` or the paper's `--use_asvd` names; the default of the settings without either.
 
     Raises:
         ConfigError: they contradict each other.
     """
+    named = None if use_asvd is None else "asvd" if use_asvd else "svd"
     if init is None:
-        return "asvd" if use_asvd else "svd"
-    if use_asvd and init != "asvd":
-        raise ConfigError(f"--use-asvd and --init {init} contradict each other; give one of them")
+        return named or CSKVConfig().init
+    if named not in (None, init):
+        option = "--use-asvd" if use_asvd else "--no-use-asvd"
+        raise ConfigError(f"{option} and --init {init} contradict each other; give one of them")
     return init
 
 

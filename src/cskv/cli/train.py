@@ -92,7 +92,7 @@ def train(
     model_id: opt.ModelId = None,
     k_density: opt.KDensity = 0.2,
     v_density: opt.VDensity = 0.2,
-    use_asvd: opt.UseAsvd = False,
+    use_asvd: opt.UseAsvd = None,
     init: opt.Init = None,
     key_factors: opt.KeyFactors = "joint",
     head_groups: opt.HeadGroups = 1,
@@ -131,17 +131,23 @@ def train(
     seed: opt.Seed = 0,
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
-    """Make an adapter: initialise its factors by SVD or ASVD, then train them; the base model stays as it is.
+    """Make an adapter: initialise its factors, then train them or leave them; the base model stays as it is.
 
-    Interrupted by Ctrl-C, the same command continues from the last checkpoint and ends with the same factors.
+    The default factors, weighted PCA, are the closed form of the training objective, and `--use-init-params` takes them
+    as they are, in seconds. Training is for few bits, for end-to-end distillation, and for the paper's own recipe
+    (`--use-asvd`). Interrupted by Ctrl-C, the same command continues from the last checkpoint and ends with the same
+    factors.
 
-    Examples:
+    Examples, after `cskv calibrate --model-path my-model`:
 
-    * `cskv train --model-path my-model --use-asvd --use-window` (after `cskv calibrate --model-path my-model`)
+    * `cskv train --model-path my-model --window 32 --group 32 --use-init-params`
+    * `cskv train --model-path my-model --window 32 --group 32 --target-ratio 0.2 --use-init-params`
+    * `cskv train --model-path my-model --window 32 --group 32 --mixed-widths --target-ratio 0.044 --use-init-params`
+    * `cskv train --model-path my-model --window 32 --group 32 --k-bits 4 --v-bits 4 --objective distillation`
+    * `cskv train --model-path my-model --use-asvd --use-window`
     * `cskv train --model_path my-model --k_density 0.5 --v_density 0.5 --use_asvd --use_window --k_bits 16 --v_bits 16`
-    * `cskv train --model-path small-model --window 32 --group 32 --learning-rate 1e-3 --training-dataset notes.txt`
-    * `cskv train --model-path my-model --use-init-params`
-    * `cskv train --model-path my-model --init pca --target-ratio 0.2 --use-window --use-init-params`
+    * `cskv train --model-path small-model --use-asvd --use-window --learning-rate 1e-3 --training-dataset notes.txt`
+    * `cskv train --model-path my-model --init svd --use-init-params` (without calibration)
     * `torchrun --nproc-per-node 4 -m cskv.cli train --model-path my-model --use-asvd --use-window`
     """
     set_logging(logging_level)
