@@ -53,7 +53,7 @@ NUM_LINES, CASES, BATCH = 200, 50, 5
 SAMPLE_LEN, CALIBRATION_SAMPLES = 1024, 32
 TEXTS, TEXT_TOKENS = 12, 1024
 PAPER = TrainingSettings()  # AdamW at 5e-5, batch 1, one epoch
-PAPER_SAMPLES = 1280
+PAPER_SAMPLES = 1264
 TUNED = TrainingSettings(learning_rate=2e-3, warmup_steps=20, schedule="cosine", batch_size=2)
 DISTILLED = TrainingSettings(objective="distillation", learning_rate=1e-3, warmup_steps=10, schedule="cosine")
 DISTILLATION_SAMPLES = 128

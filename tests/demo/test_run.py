@@ -19,6 +19,8 @@ SETTINGS = DemoSettings(
     sample_len=64,
     calibration_samples=3,
     train_samples=6,
+    allocation_samples=2,
+    byte_ratio=0.2,
     texts=2,
     text_tokens=70,
     speed_repeats=1,
@@ -84,5 +86,5 @@ def test_an_interrupted_run_goes_on_without_doing_anything_twice(model, tmp_path
     monkeypatch.setattr(adapters, "calibrate", refuse)
     monkeypatch.setattr(run, "measure", lambda *args: again.append(args[2].key) or measured(*args))
     results = run_demo(model, TOKENIZER, tmp_path, SETTINGS, console())
-    assert again == ["80-svd", "80-asvd", "80-trained"]
+    assert again == ["80-svd", "80-asvd", "80-trained", "80-pca", "mixed"]
     assert results["rows"][1] == first

@@ -14,6 +14,7 @@ from cskv.demo.workspace import Workspace
 from cskv.initialisation import initialise
 from cskv.statistics import Statistics
 from cskv.training.trainer import train
+from cskv.widths import allocate_widths
 
 OnStep = Callable[[int, float | None], None]
 
@@ -25,7 +26,7 @@ def calibration(
     workspace: Workspace,
     on_sample: Callable[[int], None],
 ) -> Statistics:
-    """The statistics that ASVD needs, from `settings.calibration_samples` samples; `on_sample` gets those done."""
+    """The statistics that PCA and ASVD need, from `settings.calibration_samples` samples; `on_sample` gets those done."""
     path = workspace.path("statistics.safetensors")
     if not path.exists():
         samples = _samples(tokenizer, settings, settings.calibration_samples)
@@ -46,7 +47,11 @@ def make_adapter(
     folder = workspace.path("adapters", variant.key)
     if (folder / "config.json").exists():  # written last: the folder is complete
         return
-    adapter = initialise(model, variant.config, statistics)
+    if variant.mixed:
+        samples = list(_samples(tokenizer, settings, settings.allocation_samples))
+        adapter = allocate_widths(model, variant.config, statistics, samples, settings.byte_ratio).adapter
+    else:
+        adapter = initialise(model, variant.config, statistics)
     adapter.metrics["text"] = mixed_source(settings.num_lines).name
     if variant.trained:
         result = train(

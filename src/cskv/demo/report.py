@@ -30,7 +30,7 @@ def results_table(rows: Sequence[dict[str, Any]], environment: dict[str, Any], s
         table.add_column(heading, justify="left" if heading == "cache" else "right")
     for row in rows:
         interval = f"{100 * row['accuracy']:.0f} % ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
-        ratio = f"{row['ratio']:.2f} ({1 / row['ratio']:.1f}x smaller)" if row["density"] is not None else "1.00"
+        ratio = f"{row['ratio']:.2f} ({1 / row['ratio']:.1f}x smaller)" if row["ratio"] < 1 else "1.00"
         table.add_row(
             row["name"],
             f"{row['bytes_per_token']:,.0f}",

@@ -92,7 +92,7 @@ def _make_adapters(
     statistics = calibration(model, tokenizer, settings, workspace, lambda done: progress.update(task, completed=done))
     progress.update(task, completed=settings.calibration_samples)
     for variant in VARIANTS:
-        if variant.density is None:
+        if not variant.is_compressed:
             continue
         steps = settings.train_samples // settings.train_batch_size if variant.trained else 1
         task = progress.add_task(f"make {variant.name}", total=steps, note="")
@@ -117,7 +117,7 @@ def _row(
     task = progress.add_task(f"measure {variant.name}", total=on.work, note="")
     row = workspace.row(variant.key)
     if row is None:
-        with nullcontext() if variant.density is None else attach(model, _load(workspace, variant.key)):
+        with attach(model, _load(workspace, variant.key)) if variant.is_compressed else nullcontext():
             row = measure(model, tokenizer, variant, settings, on, lambda units: progress.update(task, advance=units))
         workspace.write(f"rows/{variant.key}.json", row)
     progress.update(task, completed=on.work)

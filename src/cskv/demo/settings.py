@@ -21,8 +21,9 @@ class Variant:
         key: its name in files.
         name: its name in the table.
         density: share of the key and of the value channels kept; None for the uncompressed model.
-        init: "svd" or "asvd".
+        init: how the factors are made.
         trained: whether layer-wise reconstruction follows the initialisation.
+        mixed: ranks and widths of 2 to 8 bits are chosen for `DemoSettings.byte_ratio`, instead of a density.
     """
 
     key: str
@@ -30,10 +31,18 @@ class Variant:
     density: float | None = None
     init: str = "asvd"
     trained: bool = False
+    mixed: bool = False
+
+    @property
+    def is_compressed(self) -> bool:
+        """False for the uncompressed model alone."""
+        return self.density is not None or self.mixed
 
     @property
     def config(self) -> CSKVConfig:
         """The newest 32 tokens are exact at any time, so that a question is; older ones are sealed 32 at a time."""
+        if self.mixed:
+            return CSKVConfig(init=self.init, mixed_widths=True, **CACHE)
         if self.density is None:
             raise ConfigError(f"variant {self.name} is not compressed and has no settings")
         return CSKVConfig(k_density=self.density, v_density=self.density, init=self.init, **CACHE)
@@ -45,6 +54,8 @@ VARIANTS = (
     Variant("80-svd", "80 % SVD, untrained", 0.2, "svd"),
     Variant("80-asvd", "80 % ASVD, untrained", 0.2, "asvd"),
     Variant("80-trained", "80 % trained", 0.2, "asvd", trained=True),
+    Variant("80-pca", "80 % weighted PCA, untrained", 0.2, "weighted-pca"),
+    Variant("mixed", "mixed widths, untrained", init="weighted-pca", mixed=True),
 )
 EXAMPLE = "80-trained"
 
@@ -60,6 +71,8 @@ class DemoSettings:
         seed: of the order of the calibration and training text, and of the records in it.
         sample_len: tokens per calibration and training sample.
         calibration_samples, train_samples: how many of each; training goes over them once.
+        allocation_samples: samples that widths are chosen by.
+        byte_ratio: share of the uncompressed bytes that sealed tokens take in mixed widths.
         learning_rate, train_batch_size: of the training, with a cosine schedule.
         texts, text_tokens: held-out documents for the perplexity, and the tokens taken of each.
         speed_repeats: stretches of 32 decoded tokens, of which the median is the speed.
@@ -72,6 +85,8 @@ class DemoSettings:
     sample_len: int = 1024
     calibration_samples: int = 64
     train_samples: int = 600
+    allocation_samples: int = 8
+    byte_ratio: float = 0.044
     learning_rate: float = 2e-3
     train_batch_size: int = 2
     texts: int = 16
@@ -81,7 +96,7 @@ class DemoSettings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("seed", "learning_rate") and value < 1:
+            if field.name not in ("seed", "learning_rate", "byte_ratio") and value < 1:
                 raise ConfigError(f"{field.name} is {value}; expected at least 1")
         if self.train_samples < self.train_batch_size:
             raise ConfigError(
