@@ -36,7 +36,7 @@ from cskv.divergence import Divergence
 from cskv.evaluation.environment import environment
 from cskv.evaluation.perplexity import token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
-from cskv.factorization.basis import centred, hadamard, rotated, scaled
+from cskv.factorization.basis import centred, hadamard_blocks, rotated, scaled
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.initialisation import initialise
 from cskv.observation import Part, observe_latents
@@ -63,14 +63,9 @@ def equalised(factors: Factors, latents: Tensor) -> Factors:
     return scaled(centred(factors, latents.mean(0)), 1 / latents.std(0))
 
 
-def hadamard_blocks(factors: Factors, latents: Tensor) -> Factors:
-    """Centred, and turned by Hadamard matrices of 32, 16, ... neighbouring channels."""
-    rotation, start = torch.eye(factors.rank, dtype=torch.float64), 0
-    for size in (32, 16, 8, 4, 2, 1):
-        while factors.rank - start >= size:
-            rotation[start : start + size, start : start + size] = hadamard(size)
-            start += size
-    return rotated(centred(factors, latents.mean(0)), rotation.float())
+def turned(factors: Factors, latents: Tensor) -> Factors:
+    """Centred, and turned by Hadamard matrices of 32, 16, ... neighbouring channels: what `initialise` does."""
+    return rotated(centred(factors, latents.mean(0)), hadamard_blocks(factors.rank).float())
 
 
 def rotation(factors: Factors, latents: Tensor) -> Factors:
@@ -83,7 +78,7 @@ BASES: dict[str, Change] = {
     "as PCA gives them": lambda factors, latents: factors,
     "centred": lambda factors, latents: centred(factors, latents.mean(0)),
     "centred, equalised": equalised,
-    "centred, Hadamard": hadamard_blocks,
+    "centred, Hadamard": turned,
     "centred, rotated": rotation,
 }
 

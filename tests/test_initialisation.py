@@ -13,6 +13,9 @@ from cskv.factorization.asvd import asvd_factors
 from cskv.factorization.svd import svd_factors
 from cskv.initialisation import initialise
 from cskv.models.sites import find_sites
+from cskv.observation import observe_latents
+from tests.models.families import tiny_model
+from tests.models.test_closed_form import statistics_of
 
 
 def tiny(config_class: type = LlamaConfig) -> PreTrainedModel:
@@ -94,3 +97,26 @@ def test_a_broken_weight_names_its_layer() -> None:
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = math.inf
     with pytest.raises(DataError, match=r"layer 1 \(model\.layers\.1\.self_attn\): .* NaN or infinity"):
         initialise(model, CSKVConfig(k_density=0.5, v_density=0.5, init="svd"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"head_groups": 2}])
+def test_few_bits_get_centred_latents_of_like_spread(settings: dict) -> None:
+    """The same projection as in 16 bits, in another basis: nothing but rounding changes what is rebuilt."""
+    model = tiny_model("llama-mha")
+    statistics = statistics_of(model)
+    plain, few = (
+        initialise(model, CSKVConfig(0.5, 0.5, init="pca", k_bits=bits, v_bits=bits, **settings), statistics)
+        for bits in (16, 4)
+    )
+    calibrated = torch.randint(3, 96, (6, 40), generator=torch.Generator().manual_seed(5))  # as in `statistics_of`
+    spreads: dict[str, list[float]] = {"plain": [], "few": []}
+    for name, adapter in (("plain", plain), ("few", few)):
+        latents = torch.cat([rows[0] for part, rows in observe_latents(model, adapter, calibrated) if part == (0, "v")])
+        if name == "few":
+            assert latents.mean(0).abs().max() < 1e-4 * latents.std()
+        by_group = latents.std(0).unflatten(0, (adapter.factors(0).v.groups, -1))
+        spreads[name] = (by_group.amax(1) / by_group.amin(1)).tolist()
+    assert all(a < 0.7 * b for a, b in zip(spreads["few"], spreads["plain"], strict=True))
+    x = torch.randn(5, plain.factors(0).v.hidden_size)
+    rebuilt = [adapter.factors(0).v.expand(adapter.factors(0).v.latents(x)) for adapter in (plain, few)]
+    torch.testing.assert_close(rebuilt[1], rebuilt[0], rtol=1e-4, atol=1e-5)

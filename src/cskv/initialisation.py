@@ -13,7 +13,7 @@ from cskv.base import BaseModelInfo
 from cskv.config import CSKVConfig
 from cskv.errors import ConfigError, CSKVError, DataError, UnsupportedModelError
 from cskv.factorization.asvd import asvd_factors
-from cskv.factorization.basis import centred
+from cskv.factorization.basis import centred, hadamard_blocks, rotated
 from cskv.factorization.commuting import RopePairs, commuting_factors, commuting_spectrum
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.factorization.pca import pca_factors, spectrum
@@ -104,14 +104,16 @@ class _Layer:
         if site.num_kv_heads % config.head_groups:
             raise ConfigError(f"{config.head_groups} head groups do not divide {site.num_kv_heads} kv heads")
         commuting = config.key_factors == "commuting"
-        keys = self._commuting(k_rank) if commuting else self._centred(self._grouped("k", site.k, k_rank))
-        return LayerFactors(k=keys, v=self._centred(self._grouped("v", site.v, v_rank)))
+        keys = self._commuting(k_rank) if commuting else self._conditioned("k", self._grouped("k", site.k, k_rank))
+        return LayerFactors(k=keys, v=self._conditioned("v", self._grouped("v", site.v, v_rank)))
 
-    def _centred(self, factors: Factors) -> Factors:
-        """Latents without their mean where they are stored in few bits and the mean is known."""
-        if not self.config.is_quantised or self.statistics is None:
+    def _conditioned(self, kind: str, factors: Factors) -> Factors:
+        """In a basis that suits few bits, where few are spent: centred, and turned so that channels vary alike."""
+        if self.config.bits(kind) == 16:
             return factors
-        return centred(factors, factors.down @ self._statistic("input.mean").to(factors.down))
+        if self.statistics is not None:
+            factors = centred(factors, factors.down @ self._statistic("input.mean").to(factors.down))
+        return rotated(factors, hadamard_blocks(factors.rank // factors.groups).to(factors.down))
 
     def _grouped(self, kind: str, projection: Projection, rank: int) -> Factors:
         groups = self.config.head_groups

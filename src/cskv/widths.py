@@ -19,7 +19,7 @@ from cskv.adapter import CSKVAdapter
 from cskv.config import CSKVConfig
 from cskv.divergence import Divergence
 from cskv.errors import ConfigError
-from cskv.factorization.basis import ordered
+from cskv.factorization.basis import centred, ordered
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.folder import Widths
 from cskv.initialisation import initialise
@@ -85,7 +85,7 @@ def allocate_widths(
     _check(config, target_ratio)
     seen, aside = halves(samples)
     divergence = Divergence(model)
-    full = initialise(model, replace(config, k_density=1.0, v_density=1.0, mixed_widths=False, k_bits=8), statistics)
+    full = _full(model, config, statistics)
     errors = _errors(model, full, config, seen)
     uniform = _uniform(model, config, statistics, target_ratio)
     losses = {part: _uniform_loss(table, uniform, part) for part, table in errors.items()}
@@ -100,6 +100,20 @@ def allocate_widths(
         mixed, mixed_kl = (tried, kl) if kl < mixed_kl else (mixed, mixed_kl)
     best = uniform if uniform_kl <= mixed_kl else mixed
     return WidthChoice(best, sensitivity, ratio_of(best), uniform_kl, mixed_kl)
+
+
+def _full(model: nn.Module, config: CSKVConfig, statistics: Statistics) -> CSKVAdapter:
+    """Full-rank factors with centred latents, not quantised."""
+    plain = replace(config, k_density=1.0, v_density=1.0, mixed_widths=False, k_bits=16, v_bits=16)
+    adapter = initialise(model, plain, statistics)
+    layers = {}
+    for i in adapter.layer_indices:
+        mean, pair = statistics.get(i, "input.mean"), adapter.factors(i)
+        own = [
+            centred(_detached(factors), factors.down.detach() @ mean.to(factors.down)) for factors in (pair.k, pair.v)
+        ]
+        layers[i] = LayerFactors(*own)
+    return CSKVAdapter(plain, layers, adapter.base)
 
 
 def ratio_of(adapter: CSKVAdapter) -> float:

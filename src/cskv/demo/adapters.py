@@ -26,7 +26,7 @@ def calibration(
     workspace: Workspace,
     on_sample: Callable[[int], None],
 ) -> Statistics:
-    """The statistics that PCA and ASVD need, from `settings.calibration_samples` samples; `on_sample` gets those done."""
+    """The statistics that PCA and ASVD need; `on_sample` gets the number of samples done."""
     path = workspace.path("statistics.safetensors")
     if not path.exists():
         samples = _samples(tokenizer, settings, settings.calibration_samples)

@@ -1,7 +1,7 @@
 """The same factors in another basis of their latents: (U R^-1, R D) rebuilds what (U, D) does, for any invertible R.
 
-In full precision nothing changes. In few bits it does: a grid suits latents that are centred, and blocks whose channels
-spread alike.
+In full precision nothing changes. In few bits it does: a grid suits latents that are centred, and one width for all
+suits latents that vary alike, without outliers, which a rotation makes of them (docs/quantisation.md).
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ def scaled(factors: Factors, scale: Float[Tensor, " rank"]) -> Factors:
     return Factors(factors.down * scale[:, None], factors.up / by_row, factors.bias, down_bias)
 
 
-def rotated(factors: Factors, rotation: Float[Tensor, "rank rank"]) -> Factors:
-    """Latents times an orthogonal matrix, `rotation @ latents`. Factors of one group only."""
-    down_bias = None if factors.down_bias is None else rotation @ factors.down_bias
-    return Factors(rotation @ factors.down, factors.up @ rotation.T, factors.bias, down_bias)
+def rotated(factors: Factors, rotation: Float[Tensor, "group_rank group_rank"]) -> Factors:
+    """Latents times an orthogonal matrix, `rotation @ latents`; with head groups, those of each group."""
+    by_group = factors.down.unflatten(0, (factors.groups, -1))
+    down_bias = None
+    if factors.down_bias is not None:
+        down_bias = (factors.down_bias.unflatten(0, (factors.groups, -1)) @ rotation.T).flatten()
+    return Factors((rotation @ by_group).flatten(0, 1), factors.up @ rotation.T, factors.bias, down_bias)
 
 
 def ordered(factors: Factors, order: Int[Tensor, " kept"]) -> Factors:
@@ -51,4 +54,14 @@ def hadamard(size: int) -> Float[Tensor, "size size"]:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
+    return matrix
+
+
+def hadamard_blocks(size: int) -> Float[Tensor, "size size"]:
+    """Hadamard matrices along the diagonal, the largest first, for any size; fp64."""
+    matrix, start = torch.zeros(size, size, dtype=torch.float64), 0
+    while start < size:
+        own = 1 << (size - start).bit_length() - 1
+        matrix[start : start + own, start : start + own] = hadamard(own)
+        start += own
     return matrix
