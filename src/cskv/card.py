@@ -22,7 +22,7 @@ def model_card(description: dict[str, Any]) -> str:
         f"# KV cache compressor for {base['name'] or base['model_type']}",
         "",
         f"Keeps {settings['k_density']:.0%} of the key channels and {settings['v_density']:.0%} of the value channels",
-        f"of the KV cache as latents (CSKV, arXiv 2409.10593). The newest {settings['window']} to "
+        f"of the KV cache as latents{_bits(settings)} (CSKV, arXiv 2409.10593). The newest {settings['window']} to "
         f"{settings['window'] + settings['group'] - 1} tokens are kept exactly.",
         "",
         "```python",
@@ -44,6 +44,13 @@ def model_card(description: dict[str, Any]) -> str:
         lines += ["", "| figure | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in sorted(_flat(description["metrics"]).items())]
     return "\n".join(lines) + "\n"
+
+
+def _bits(settings: dict[str, Any]) -> str:
+    if settings.get("mixed_widths"):
+        return " of 2 to 8 bits"
+    bits = settings.get("k_bits", 16), settings.get("v_bits", 16)
+    return "" if bits == (16, 16) else f" of {bits[0]} and {bits[1]} bits"
 
 
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,12 +12,16 @@ from torch import Tensor
 from cskv.adapter import CSKVAdapter
 from cskv.calibration import calibrate
 from cskv.capture import Teacher
-from cskv.errors import AdapterError, CSKVError, DataError
+from cskv.config import CSKVConfig
+from cskv.errors import AdapterError, ConfigError, CSKVError, DataError
+from cskv.initialisation import initialise
 from cskv.models.sites import find_sites
 from cskv.training.log import StepRecord, read_log
 from cskv.training.objective import Reconstruction
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
+from tests.models.families import tiny_model as family
+from tests.models.test_closed_form import statistics_of
 from tests.training.tiny import factors_of, tiny_model, token_samples, untrained
 
 SETTINGS = TrainingSettings(learning_rate=1e-2, warmup_steps=3, epochs=2, checkpoint_every=4)
@@ -238,3 +242,11 @@ def test_the_bar_shows_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "10/10 loss" in captured.err
+
+
+def test_commuting_keys_are_not_trained_by_reconstruction() -> None:
+    model = family("llama-mha")
+    config = CSKVConfig(0.5, 0.5, init="pca", key_factors="commuting")
+    adapter = initialise(model, config, statistics_of(model))
+    with pytest.raises(ConfigError, match="give objective 'distillation'"):
+        train(model, adapter, [torch.arange(3, 40)])

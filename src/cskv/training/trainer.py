@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cskv.adapter import CSKVAdapter
 from cskv.base import BaseModelInfo
 from cskv.capture import Teacher, device_of
-from cskv.errors import CSKVError
+from cskv.errors import ConfigError, CSKVError
 from cskv.models.sites import find_sites
 from cskv.training.checkpoint import Checkpoints, Progress
 from cskv.training.distillation import Distillation, WholeTexts
@@ -86,6 +86,7 @@ def train(
 
     Raises:
         AdapterError: the adapter belongs to another model.
+        ConfigError: reconstruction of commuting key factors.
         DataError: too few samples, or samples of unequal length in one batch.
         CSKVError: the loss is not finite (checkpoints stay as they were), the folder cannot be written, or it holds a
             run with other settings.
@@ -102,6 +103,11 @@ class _Run:
 
         sites = find_sites(model)
         adapter.check_fits(BaseModelInfo.from_model(model), sites)
+        if settings.objective == "reconstruction" and adapter.config.key_factors == "commuting":
+            raise ConfigError(
+                "commuting key factors are not trained by reconstruction, whose minimum they are already; "
+                "give objective 'distillation'"
+            )
         self.settings, self.output, self.adapter = settings, output, adapter
         self.accelerator = Accelerator(
             cpu=device_of(model).type == "cpu",
