@@ -11,7 +11,7 @@ from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, DataError
 from cskv.factorization.asvd import asvd_factors
 from cskv.factorization.svd import svd_factors
-from cskv.initialisation import initialise
+from cskv.initialisation import in_few_bits, initialise
 from cskv.models.sites import find_sites
 from cskv.observation import observe_latents
 from tests.models.families import tiny_model
@@ -120,3 +120,22 @@ def test_few_bits_get_centred_latents_of_like_spread(settings: dict) -> None:
     x = torch.randn(5, plain.factors(0).v.hidden_size)
     rebuilt = [adapter.factors(0).v.expand(adapter.factors(0).v.latents(x)) for adapter in (plain, few)]
     torch.testing.assert_close(rebuilt[1], rebuilt[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_is_put_in_few_bits() -> None:
+    """As `initialise` does it, from the factors of a 16-bit adapter, which stays as it was."""
+    model = tiny_model("llama")
+    statistics = statistics_of(model)
+    plain = initialise(model, CSKVConfig(0.5, 0.25, window=4, group=8, init="pca"), statistics)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    config = CSKVConfig(0.9, 0.9, window=0, group=4, init="svd", k_bits=4, v_bits=2, k_block=(4, 2))
+    few = in_few_bits(plain, config, statistics)
+    expected = CSKVConfig(0.5, 0.25, window=0, group=4, init="pca", k_bits=4, v_bits=2, k_block=(4, 2))
+    assert few.config == expected
+    made = initialise(model, expected, statistics)
+    for name, tensor in made.state_dict().items():
+        torch.testing.assert_close(few.state_dict()[name], tensor)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
+    assert in_few_bits(plain, config).factors(0).k.down_bias is None
+    with pytest.raises(ConfigError, match="adapter of 16-bit latents"):
+        in_few_bits(few, config)

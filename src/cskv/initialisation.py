@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from cskv.adapter import CSKVAdapter
 from cskv.base import BaseModelInfo
 from cskv.config import CSKVConfig
-from cskv.errors import ConfigError, CSKVError, DataError, UnsupportedModelError
+from cskv.errors import AdapterError, ConfigError, CSKVError, DataError, UnsupportedModelError
 from cskv.factorization.asvd import asvd_factors
 from cskv.factorization.basis import centred, hadamard_blocks, rotated
 from cskv.factorization.commuting import RopePairs, commuting_factors, commuting_spectrum
@@ -66,6 +67,41 @@ def initialise(
     return CSKVAdapter(config, layers, base)
 
 
+@torch.no_grad()
+def in_few_bits(adapter: CSKVAdapter, config: CSKVConfig, statistics: Statistics | None = None) -> CSKVAdapter:
+    """The factors of an adapter, trained or not, for latents in few bits: what post-training quantisation is.
+
+    Args:
+        adapter: of 16-bit latents; stays as it is.
+        config: bits, blocks, window and group are taken from it, all else from the adapter.
+        statistics: of the base model, to centre latents; without them their mean stays.
+
+    Raises:
+        ConfigError: the adapter's latents are in few bits already, or `config` mixes widths.
+        AdapterError: the statistics belong to another model.
+    """
+    if adapter.config.is_quantised or config.mixed_widths:
+        raise ConfigError(
+            f"widths can be given to an adapter of 16-bit latents, and one for keys and one for values; got "
+            f"{adapter.config.k_bits} and {adapter.config.v_bits} bits, mixed_widths {config.mixed_widths}"
+        )
+    if statistics is not None and sorted(statistics.layers) != adapter.layer_indices:
+        raise AdapterError(f"the statistics have layers {sorted(statistics.layers)}, not {adapter.layer_indices}")
+    taken = {name: getattr(config, name) for name in ("k_bits", "v_bits", "k_block", "v_block", "window", "group")}
+    changed = dataclasses.replace(adapter.config, **taken)
+    layers = {}
+    for index in adapter.layer_indices:
+        mean, pair = None if statistics is None else statistics.get(index, "input.mean"), {}
+        for kind in ("k", "v"):
+            factors = getattr(adapter.factors(index), kind)
+            turned = kind == "v" or changed.key_factors == "joint"
+            few = changed.bits(kind) < 16 and turned
+            own = factors.clone()
+            pair[kind] = _for_few_bits(own, mean) if few else own
+        layers[index] = LayerFactors(**pair)
+    return CSKVAdapter(changed, layers, adapter.base)
+
+
 def part_spectra(model: nn.Module, config: CSKVConfig, statistics: Statistics) -> dict[tuple[int, str], Tensor]:
     """What each further latent of a projection saves of its loss, largest first.
 
@@ -111,9 +147,7 @@ class _Layer:
         """In a basis that suits few bits, where few are spent: centred, and turned so that channels vary alike."""
         if self.config.bits(kind) == 16:
             return factors
-        if self.statistics is not None:
-            factors = centred(factors, factors.down @ self._statistic("input.mean").to(factors.down))
-        return rotated(factors, hadamard_blocks(factors.rank // factors.groups).to(factors.down))
+        return _for_few_bits(factors, None if self.statistics is None else self._statistic("input.mean"))
 
     def _grouped(self, kind: str, projection: Projection, rank: int) -> Factors:
         groups = self.config.head_groups
@@ -173,3 +207,10 @@ class _Layer:
 
     def _statistic(self, name: str) -> Tensor:
         return self.statistics.get(self.site.layer_idx, name)  # type: ignore[union-attr]
+
+
+def _for_few_bits(factors: Factors, input_mean: Tensor | None) -> Factors:
+    if input_mean is not None:
+        now = 0 if factors.down_bias is None else factors.down_bias
+        factors = centred(factors, factors.down @ input_mean.to(factors.down) + now)
+    return rotated(factors, hadamard_blocks(factors.rank // factors.groups).to(factors.down))

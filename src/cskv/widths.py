@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from cskv.config import CSKVConfig
 from cskv.divergence import Divergence
 from cskv.errors import ConfigError
 from cskv.factorization.basis import centred, ordered
-from cskv.factorization.factors import Factors, LayerFactors
+from cskv.factorization.factors import LayerFactors
 from cskv.folder import Widths
 from cskv.initialisation import initialise
 from cskv.models.sites import find_sites
@@ -109,9 +108,7 @@ def _full(model: nn.Module, config: CSKVConfig, statistics: Statistics) -> CSKVA
     layers = {}
     for i in adapter.layer_indices:
         mean, pair = statistics.get(i, "input.mean"), adapter.factors(i)
-        own = [
-            centred(_detached(factors), factors.down.detach() @ mean.to(factors.down)) for factors in (pair.k, pair.v)
-        ]
+        own = [centred(factors.clone(), factors.down.detach() @ mean.to(factors.down)) for factors in (pair.k, pair.v)]
         layers[i] = LayerFactors(*own)
     return CSKVAdapter(plain, layers, adapter.base)
 
@@ -203,8 +200,7 @@ def _mixed(full: CSKVAdapter, config: CSKVConfig, errors: Mapping[Part, Tensor],
 
 def _adapter(full: CSKVAdapter, config: CSKVConfig, kept: Mapping[Part, tuple[Tensor, Widths]]) -> CSKVAdapter:
     parts = {
-        (index, kind): _detached(ordered(getattr(full.factors(index), kind), kept[index, kind][0]))
-        for index, kind in kept
+        (index, kind): ordered(getattr(full.factors(index), kind), kept[index, kind][0]).clone() for index, kind in kept
     }
     layers = {index: LayerFactors(parts[index, "k"], parts[index, "v"]) for index in full.layer_indices}
     k_density, v_density = (
@@ -212,10 +208,3 @@ def _adapter(full: CSKVAdapter, config: CSKVConfig, kept: Mapping[Part, tuple[Te
     )
     widths = {part: runs for part, (_, runs) in kept.items()}
     return CSKVAdapter(replace(config, k_density=k_density, v_density=v_density), layers, full.base, widths=widths)
-
-
-@torch.no_grad()
-def _detached(factors: Factors) -> Factors:
-    """In tensors of their own: the full-rank factors are parameters of another adapter."""
-    down, up = factors.down.detach().clone(), factors.up.detach().clone()
-    return Factors(down, up, factors.bias, factors.down_bias)

@@ -36,6 +36,36 @@ def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path
     return initialise(model, config, None if config.init == "svd" else Statistics.load(statistics))
 
 
+def requantised_adapter(model: PreTrainedModel, folder: Path, config: CSKVConfig, statistics: Path) -> CSKVAdapter:
+    """The factors of an adapter folder for latents of other widths, centred where there are statistics.
+
+    Args:
+        model: the base model.
+        folder: of the adapter.
+        config: bits, blocks, window and group are taken from it.
+        statistics: the file that `cskv calibrate` wrote; without it latents keep their mean, which is said.
+
+    Raises:
+        AdapterError: the folder is damaged or belongs to another model.
+        ConfigError: its latents are in few bits already.
+    """
+    from cskv.adapter import CSKVAdapter
+    from cskv.base import BaseModelInfo
+    from cskv.initialisation import in_few_bits
+    from cskv.models.sites import find_sites
+    from cskv.statistics import Statistics
+
+    adapter = CSKVAdapter.from_pretrained(folder)
+    sites = find_sites(model)
+    adapter.check_fits(BaseModelInfo.from_model(model), sites)
+    found = Statistics.load(statistics) if statistics.exists() else None
+    if found is None:
+        say(f"note: no calibration statistics at {statistics}, so latents are not centred")
+    else:
+        found.check_fits(BaseModelInfo.from_model(model), sites)
+    return in_few_bits(adapter, config, found)
+
+
 def allocated_adapter(
     model: PreTrainedModel, config: CSKVConfig, statistics: Path, samples: TokenSamples, target_ratio: float
 ) -> CSKVAdapter:

@@ -60,8 +60,9 @@ def adapter_name(config: CSKVConfig) -> str:
     name += f"-{config.key_factors}" if config.key_factors != "joint" else ""
     name += f"-headgroups{config.head_groups}" if config.head_groups > 1 else ""
     for kind in ("k", "v") if config.is_quantised else ():
-        width = "mixed" if config.mixed_widths else str(config.bits(kind))
-        name += f"-{kind}{width}b" + ("" if width == "16" else "x".join(map(str, ("", *config.block(kind)))))
+        tokens, channels = config.block(kind)
+        width = "mixed" if config.mixed_widths else f"{config.bits(kind)}bits"
+        name += f"-{kind}{width}" + ("" if width == "16bits" else f"-{tokens}x{channels}")
     return name
 
 

@@ -10,7 +10,7 @@ import typer
 
 from cskv.cli import options as opt
 from cskv.cli.calibrate import check_writable
-from cskv.cli.choose import settings_from
+from cskv.cli.choose import settings_from, widths_of
 from cskv.cli.common import Interrupted, command, emit, is_main_process, say, set_logging
 from cskv.cli.settings import adapter_name, model_name, statistics_path
 from cskv.errors import ConfigError
@@ -76,6 +76,17 @@ GradientCheckpointing = Annotated[
 CheckpointEvery = Annotated[
     int, typer.Option("--checkpoint-every", help="Steps between checkpoints.", rich_help_panel=TRAINING)
 ]
+FromAdapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-adapter",
+        help="Start from the factors of this adapter, of 16-bit latents, instead of making new ones: with --k-bits and "
+        "--v-bits, quantisation after training, or training through the grid. Densities, init and key factors are its "
+        "own.",
+        show_default=False,
+        rich_help_panel=TRAINING,
+    ),
+]
 UseInit = Annotated[
     bool,
     typer.Option(
@@ -102,6 +113,7 @@ def train(
     k_block: opt.KBlock = None,
     v_block: opt.VBlock = None,
     mixed_widths: opt.MixedWidths = False,
+    from_adapter: FromAdapter = None,
     use_window: opt.UseWindow = None,
     q_window_size: opt.QWindowSize = 32,
     window: opt.Window = None,
@@ -151,7 +163,7 @@ def train(
     * `torchrun --nproc-per-node 4 -m cskv.cli train --model-path my-model --use-asvd --use-window`
     """
     set_logging(logging_level)
-    from cskv.cli.initial import allocated_adapter, initial_adapter
+    from cskv.cli.initial import allocated_adapter, initial_adapter, requantised_adapter
     from cskv.cli.loading import load_model, load_samples, load_tokenizer
     from cskv.training.settings import TrainingSettings
 
@@ -185,6 +197,10 @@ def train(
         checkpoint_every=checkpoint_every,
     )
     name = model_name(model_path, model_id)
+    if from_adapter is not None:
+        if target_ratio is not None or mixed_widths:
+            raise ConfigError("--from-adapter has its ranks already; give it without --target-ratio and --mixed-widths")
+        settings = widths_of(from_adapter, settings, (use_window, window, group) != (None, None, None))
     if target_ratio is not None:
         settings = dataclasses.replace(settings, k_density=target_ratio, v_density=target_ratio)
     elif mixed_widths:
@@ -203,6 +219,8 @@ def train(
     known = statistics or statistics_path(asvd_calib_root, name)
     if target_ratio is not None and samples is not None:
         adapter = allocated_adapter(model, settings, known, samples, target_ratio)
+    elif from_adapter is not None:
+        adapter = requantised_adapter(model, from_adapter, settings, known)
     else:
         adapter = initial_adapter(model, settings, known)
     if samples is not None and not use_init_params:

@@ -74,6 +74,11 @@ class Factors:
             down_bias=torch.cat(down_biases) if down_biases else None,
         )
 
+    def clone(self) -> Factors:
+        """The same factors in tensors of their own, without gradients."""
+        parts = (self.down, self.up, self.bias, self.down_bias)
+        return Factors(*(None if part is None else part.detach().clone() for part in parts))  # type: ignore[arg-type]
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
         """The same factors on another device or in another dtype."""
         bias, down_bias = (
