@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import cskv
 from cskv import CSKVConfig
+from cskv.factorization.factors import Factors, LayerFactors
+from cskv.initialisation import initialise
 from cskv.models.compat import output_cache
+from cskv.models.report import adapter_report
+from cskv.models.sites import find_sites
 from tests.models.families import tiny_model, truncated_adapter
+from tests.models.test_closed_form import statistics_of
 
 # The shape ratios of an 8B model: 8 kv heads, 4 query heads for each, kv_dim a quarter of the hidden size.
 EIGHT_B_RATIOS: dict[str, Any] = {
@@ -95,3 +107,123 @@ def test_an_ordinary_cache_is_its_own_baseline() -> None:
     assert report.ratio == 1.0
     assert report.bytes_per_token == 2 * 32 * 4 * 2
     assert report.to_dict()["other_bytes"] == report.total_bytes
+
+
+# Of an 8B model, per layer: 8 kv heads of 128 channels. The rest is small: no byte of a cache depends on it.
+EIGHT_B_CACHE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 512,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+}
+FIVE_PERCENT = CSKVConfig(0.16, 0.16, window=32, group=32, k_bits=4, v_bits=4, k_block=(32, 4), v_block=(32, 4))
+
+
+def attend_to_oneself(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention of every token to itself only: 16K tokens in no time, and what is cached is the same."""
+    return value[:, :, -query.shape[2] :].transpose(1, 2).contiguous(), None
+
+
+def test_16k_tokens_of_an_8b_model_are_held_in_5_percent_of_the_bytes() -> None:
+    """Everything told: codes, scales, minima, window, positions and slack."""
+    AttentionInterface.register("attend_to_oneself", attend_to_oneself)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**EIGHT_B_CACHE)).eval()
+    layers = {}
+    for site in find_sites(model):
+        k, v = (
+            Factors(torch.randn(164, 512) / 512**0.5, torch.randn(1024, 164) / 164**0.5, None, torch.randn(164))
+            for _ in range(2)
+        )
+        layers[site.layer_idx] = LayerFactors(k, v)
+    assert FIVE_PERCENT.k_rank(1024) == FIVE_PERCENT.v_rank(1024) == 164
+    adapter = cskv.CSKVAdapter(FIVE_PERCENT, layers, cskv.BaseModelInfo.from_model(model))
+    model.to(torch.bfloat16).config._attn_implementation = "attend_to_oneself"
+    with cskv.attach(model, adapter), torch.no_grad():
+        cache = output_cache(model.model(torch.randint(0, 64, (1, 16384)), use_cache=True))
+    held, report = sum(storages(cache).values()), cskv.cache_report(cache, model)
+    uncompressed = 16384 * 2 * 1024 * 2 * 4  # tokens, K and V, kv_dim, bytes, layers
+    assert held <= 0.050 * uncompressed
+    assert (report.total_bytes, report.uncompressed_bytes) == (held, uncompressed)
+    assert report == adapter_report(adapter, 16384)
+    assert report.payload_bytes == (16384 - 32) * 2 * 82 * 4  # 164 codes of 4 bits
+    assert report.scale_bytes == report.minimum_bytes == (16384 - 32) // 32 * 2 * 41 * 2 * 4
+    assert report.window_bytes == 32 * 2 * (1024 + 164) * 2 * 4  # exact, and the latents to come
+    assert 0 < report.slack_bytes <= 0.0625 * (report.payload_bytes + 2 * report.scale_bytes)
+    assert 16384 * 4 <= report.position_bytes <= 1.0625 * 16384 * 4
+
+
+SETTINGS = {
+    "plain": CSKVConfig(0.25, 0.5, window=8, group=4),
+    "no window": CSKVConfig(0.25, 0.5, window=0, group=1),
+    "4 bits": CSKVConfig(0.5, 0.25, window=8, group=8, k_bits=4, v_bits=4),
+    "keys only": CSKVConfig(0.5, 0.25, window=8, group=8, k_bits=3, k_block=(4, 3)),
+    "mixed": CSKVConfig(0.5, 0.25, window=8, group=8, init="pca", mixed_widths=True, v_block=(4, 2)),
+}
+# Of 16 key and 8 value latents; the layers differ.
+WIDTHS = {
+    (0, "k"): ((8, 2), (5, 3), (2, 11)),
+    (0, "v"): ((3, 8),),
+    (1, "k"): ((4, 16),),
+    (1, "v"): ((6, 1), (2, 7)),
+}
+
+
+@pytest.mark.parametrize("tokens", [3, 13, 201])
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_an_adapter_tells_the_bytes_of_the_cache_it_would_fill(name: str, tokens: int) -> None:
+    config, model = SETTINGS[name], tiny_model("qwen3")
+    factors = truncated_adapter(model, replace(config, mixed_widths=False))
+    layers = {i: factors.factors(i) for i in factors.layer_indices}
+    adapter = cskv.CSKVAdapter(config, layers, factors.base, widths=WIDTHS if config.mixed_widths else None)
+    prompt = torch.randint(3, 96, (1, tokens), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        with cskv.attach(model, adapter), torch.no_grad():
+            report = cskv.cache_report(output_cache(model(prompt, use_cache=True)), model)
+        assert adapter_report(adapter, tokens, dtype) == report
+    assert (report.scale_bytes > 0) == (config.is_quantised and tokens >= config.window + config.group)
+
+
+def test_commuting_keys_have_no_positions_to_tell() -> None:
+    model = tiny_model("llama-mha")
+    config = CSKVConfig(0.5, 0.5, window=0, group=4, init="pca", key_factors="commuting", k_bits=4, v_bits=4)
+    adapter = initialise(model, config, statistics_of(model))
+    model.to(torch.bfloat16)
+    with cskv.attach(model, adapter), torch.no_grad():
+        report = cskv.cache_report(output_cache(model(torch.arange(3, 43)[None], use_cache=True)), model)
+    assert adapter_report(adapter, 40) == report
+    assert report.position_bytes == 0
+
+
+@pytest.mark.parametrize("tokens", [0, -1, True, 2.0])
+def test_a_length_that_is_no_number_of_tokens_is_refused(tokens: object) -> None:
+    adapter = truncated_adapter(tiny_model("llama"), SETTINGS["plain"])
+    with pytest.raises(cskv.ConfigError, match="expected a whole number, at least 1"):
+        adapter_report(adapter, tokens)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_process_grows_by_the_bytes_that_are_counted() -> None:
+    """Resident memory of 20 compressed layers of 16K tokens, and of 8 that are not: some 60 and 540 MB.
+
+    What is counted may be more by the slack, up to 6.25 %, whose pages nobody has touched, and less by what the
+    allocator keeps. Memory that is freed is given back to the system at once, as large blocks are (glibc otherwise
+    adapts the threshold, and keeps the temporary tensors of a prefill).
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    program = Path(__file__).parents[1] / "cache" / "memory_program.py"
+    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compressed, uncompressed = (json.loads(done.stdout)[name] for name in ("compressed", "uncompressed"))
+    for part in (compressed, uncompressed):
+        assert part["grown"] == pytest.approx(part["counted"], rel=0.15)
+    assert uncompressed["counted"] == 16384 * 2 * 1024 * 2
+    assert compressed["counted"] <= 0.05 * uncompressed["counted"]
+    assert compressed["grown"] <= 1.15 * 0.05 * uncompressed["grown"]
