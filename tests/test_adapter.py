@@ -245,10 +245,6 @@ def test_widths_that_do_not_fit_are_refused(config: CSKVConfig, widths: dict | N
     assert "\n" not in str(caught.value)
 
 
-# What a folder holds is refused as an AdapterError, but impossible widths still show as the grid's ConfigError.
-NO_ADAPTER_ERROR = pytest.mark.xfail(raises=cskv.ConfigError, reason="not yet an AdapterError")
-
-
 def edited_widths(**changes: object) -> dict:
     saved = {str(i): {kind: [list(run) for run in WIDTHS[i, kind]] for kind in ("k", "v")} for i in (0, 3)}
     saved["0"].update(changes)
@@ -261,9 +257,9 @@ def edited_widths(**changes: object) -> dict:
         ({}, "widths are given for 0 projections; expected all 4"),
         ({"0": edited_widths()["0"]}, "given for 2 projections; expected all 4"),
         (edited_widths(k=[[8, 1], [4, 3]]), "layer 0 k has 3 latents, and widths for 4"),
-        pytest.param(edited_widths(k=[]), "widths are ", marks=NO_ADAPTER_ERROR),
-        pytest.param(edited_widths(k=[[9, 3]]), "widths are ", marks=NO_ADAPTER_ERROR),
-        pytest.param(edited_widths(k=[[8, 1], [4, 2], [2, 0]]), "widths are ", marks=NO_ADAPTER_ERROR),
+        (edited_widths(k=[]), "layer 0 k: widths are "),
+        (edited_widths(k=[[9, 3]]), "layer 0 k: widths are "),
+        (edited_widths(k=[[8, 1], [4, 2], [2, 0]]), "layer 0 k: widths are "),
         (edited_widths(k=None), "damaged"),
         (edited_widths(k=[[8, 1, 4]]), "damaged"),
         (edited_widths(k=[["wide", 3]]), "damaged"),

@@ -178,7 +178,7 @@ def test_a_ratio_out_of_range_is_refused(model: nn.Module, ratio: float) -> None
 
 
 def test_too_little_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ConfigError, match="do not hold one latent of 4 bits; raise the ratio"):
+    with pytest.raises(ConfigError, match="no choice of widths takes 0.004 of the bytes; raise the target ratio"):
         allocate_widths(model, CONFIG, statistics_of(model), samples(), 0.004)
     for number in (0, 1):
         with pytest.raises(DataError, match=f"at least 2 samples, got {number}; give more text"):

@@ -18,7 +18,7 @@ from cskv.atomic import write_tensors, write_text
 from cskv.base import BaseModelInfo
 from cskv.card import model_card
 from cskv.config import CSKVConfig
-from cskv.errors import AdapterError
+from cskv.errors import AdapterError, ConfigError
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.folder import (
     CARD_FILE,
@@ -183,7 +183,10 @@ def _check_widths(
             + (f"all {len(expected)}" if config.mixed_widths else "none without mixed_widths")
         )
     for part, runs in widths.items():
-        total = Grid(runs, *config.block(part[1])).rank
+        try:
+            total = Grid(runs, *config.block(part[1])).rank
+        except ConfigError as error:
+            raise AdapterError(f"layer {part[0]} {part[1]}: {error}") from error
         if total != expected[part]:
             raise AdapterError(f"layer {part[0]} {part[1]} has {expected[part]} latents, and widths for {total}")
 

@@ -95,10 +95,10 @@ def read_folder(folder: Path) -> Contents:
             for index, kinds in description.get("widths", {}).items()
             for kind, runs in kinds.items()
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} lacks or garbles {error}; the folder is damaged") from error
     except ConfigError as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise AdapterError(f"{folder / CONFIG_FILE} lacks or garbles {error}; the folder is damaged") from error
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     layers = {index: _layer_from(tensors, index, folder) for index in ranks}
     if tensors:

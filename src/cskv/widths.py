@@ -42,19 +42,20 @@ class WidthChoice:
         adapter: the better one.
         sensitivity: (layer index, "k" or "v") -> nats of KL per unit of reconstruction loss.
         ratio: codes, minima and scales of a sealed token, as a share of its 16-bit keys and values.
-        uniform_kl, mixed_kl: of uniform and of mixed widths on the samples kept aside, in nats per token.
+        uniform_kl, mixed_kl: of uniform and of mixed widths on the samples kept aside, in nats per token. The former is
+            None where the budget does not hold one latent of 4 bits in KIVI's blocks.
     """
 
     adapter: CSKVAdapter
     sensitivity: Mapping[Part, float]
     ratio: float
-    uniform_kl: float
+    uniform_kl: float | None
     mixed_kl: float
 
     @property
     def is_uniform(self) -> bool:
         """Whether uniform widths were the better ones."""
-        return self.uniform_kl <= self.mixed_kl
+        return self.uniform_kl is not None and self.uniform_kl <= self.mixed_kl
 
 
 def allocate_widths(
@@ -90,14 +91,14 @@ def allocate_widths(
     losses = {part: _uniform_loss(table, uniform, part) for part, table in errors.items()}
     sensitivity = sensitivities(divergence, uniform, losses, seen, progress)
     exact = divergence.exact(aside)
-    uniform_kl = divergence.mean(uniform, aside, exact=exact)
+    uniform_kl = divergence.mean(uniform, aside, exact=exact) if ratio_of(uniform) <= target_ratio else None
     mixed, mixed_kl = uniform, float("inf")
     for weights in tempered(sensitivity):
         tables = {part: weights[part] * table for part, table in errors.items()}
         tried = _mixed(full, config, tables, target_ratio)
         kl = divergence.mean(tried, aside, exact=exact)
         mixed, mixed_kl = (tried, kl) if kl < mixed_kl else (mixed, mixed_kl)
-    best = uniform if uniform_kl <= mixed_kl else mixed
+    best = uniform if uniform_kl is not None and uniform_kl <= mixed_kl else mixed
     return WidthChoice(best, sensitivity, ratio_of(best), uniform_kl, mixed_kl)
 
 
@@ -146,7 +147,7 @@ def _errors(model: nn.Module, full: CSKVAdapter, config: CSKVConfig, samples: Se
 
 
 def _uniform(model: nn.Module, config: CSKVConfig, statistics: Statistics, target_ratio: float) -> CSKVAdapter:
-    """4 bits throughout, in KIVI's blocks, at the largest ranks within the ratio."""
+    """4 bits throughout, in KIVI's blocks, at the largest ranks within the ratio, or the least that there is."""
     plain = replace(config, mixed_widths=False, k_bits=UNIFORM_BITS, v_bits=UNIFORM_BITS, k_block=None, v_block=None)
     ranks = {}
     for site in find_sites(model):
@@ -165,9 +166,7 @@ def _largest_rank(kv_dim: int, budget: float, block: tuple[int, int]) -> int:
         for rank in range(1, kv_dim + 1)
         if rank * Grid.uniform(rank, UNIFORM_BITS, block).bits_per_latent <= budget
     ]
-    if not fitting:
-        raise ConfigError(f"{budget:.0f} bits per token do not hold one latent of {UNIFORM_BITS} bits; raise the ratio")
-    return fitting[-1]
+    return max(fitting, default=1)
 
 
 def _uniform_loss(errors: Tensor, uniform: CSKVAdapter, part: Part) -> float:

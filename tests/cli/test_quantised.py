@@ -58,12 +58,41 @@ def test_bits_and_blocks_are_named_and_their_bytes_printed(run: Run, options: li
     assert generated["cache"]["minimum_bytes"] == 200 // 4 * layers * 2 * (4 + 4)
 
 
+def test_a_trained_adapter_is_put_in_few_bits(run: Run, options: list[object]) -> None:
+    """Its own densities, init and window stay; untrained it is post-training quantisation, trained it goes on."""
+    made = [*WINDOW, "--init", "svd", "--k-density", 0.5, "--v-density", 0.25, "--learning-rate", 1e-2]
+    trained = last_json(run("train", *options, *made))["adapter"]
+    few = ["--from-adapter", trained, "--k-bits", 4, "--v-bits", 2]
+    result = run("train", *options, *few, "--use-init-params")
+    assert "latents are not centred" in result.stderr
+    report = last_json(result)
+    assert report["adapter"] == "outputs/adapters/tiny/k0.5-v0.25-svd-window8-group4-k4bits-4x1-v2bits-1x32-untrained"
+    last_json(run("calibrate", *options))
+    again = last_json(run("train", *options, *few, "--window", 0, "--group", 8, "--learning-rate", 1e-3))
+    assert again["adapter"] == "outputs/adapters/tiny/k0.5-v0.25-svd-window0-group8-k4bits-8x1-v2bits-1x32"
+    assert again["loss"] < again["initial_loss"] * 1.2
+    assert CSKVAdapter.from_pretrained(again["adapter"]).factors(0).k.rank == 8
+    assert "adapter of 16-bit latents" in mistake(run("train", *options, "--from-adapter", again["adapter"]))
+
+
 def test_latents_of_16_bits_have_no_scales_to_print(run: Run, options: list[object]) -> None:
     report = last_json(run("train", *options, *WINDOW, "--init", "svd", "--use-init-params"))
     result = run("inspect", report["adapter"])
     assert last_json(result)["bits_per_latent"]["0"] == [16.0, 16.0]
     assert "scales" not in result.stdout
     assert "minima" not in result.stdout
+
+
+def test_a_budget_that_holds_no_uniform_latent_is_met_by_mixed_widths(run: Run, options: list[object]) -> None:
+    last_json(run("calibrate", *options))
+    mixed = ["--init", "pca", "--mixed-widths", "--target-ratio", 0.1, *WINDOW, "--use-init-params"]
+    result = run("train", *options, *mixed)
+    report = last_json(result)
+    assert "uniform_kl" not in report
+    assert "mixed widths are kept" in result.stderr
+    assert ratio_of(CSKVAdapter.from_pretrained(report["adapter"])) <= 0.1
+    assert report["settings"]["mixed_widths"] is True
+    assert report["settings"]["k_density"] == CSKVAdapter.from_pretrained(report["adapter"]).config.k_density
 
 
 def test_mixed_widths_from_budget_to_generation(run: Run, options: list[object]) -> None:
@@ -97,7 +126,9 @@ def test_mixed_widths_from_budget_to_generation(run: Run, options: list[object])
             ["--mixed-widths", "--target-ratio", 0.1, "--init", "asvd"],
             "widths are chosen for PCA latents, init is 'asvd'",
         ),
-        (["--mixed-widths", "--target-ratio", 0.001, "--init", "pca"], "raise the ratio"),
+        (["--mixed-widths", "--target-ratio", 0.001, "--init", "pca"], "raise the target ratio"),
+        (["--from-adapter", "nowhere", "--target-ratio", 0.2], "--from-adapter has its ranks already"),
+        (["--from-adapter", "nowhere"], "nowhere has no config.json"),
         (["--mixed-widths", "--target-ratio", 0.1, "--init", "pca", "--head-groups", 2], "give --k-bits and --v-bits"),
         (["--k-block", "4"], "--k-block is '4'; expected TOKENSxCHANNELS, for instance 32x4"),
         (["--k-block", "4x"], "--k-block is '4x'"),

@@ -18,11 +18,13 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import cskv
 from cskv import CSKVConfig
+from cskv.base import BaseModelInfo
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.initialisation import initialise
 from cskv.models.compat import output_cache
 from cskv.models.report import adapter_report
 from cskv.models.sites import find_sites
+from cskv.widths import ratio_of
 from tests.models.families import tiny_model, truncated_adapter
 from tests.models.test_closed_form import statistics_of
 
@@ -227,3 +229,22 @@ def test_a_process_grows_by_the_bytes_that_are_counted() -> None:
     assert uncompressed["counted"] == 16384 * 2 * 1024 * 2
     assert compressed["counted"] <= 0.05 * uncompressed["counted"]
     assert compressed["grown"] <= 1.15 * 0.05 * uncompressed["grown"]
+
+
+def test_the_documented_setting_is_5_percent_at_16k_tokens() -> None:
+    """Mixed widths of 4.4 %, kv_dim 1024, window and groups of 32: with window, slack and positions below 5 %."""
+    widths = {"k": ((6, 16), (5, 32), (4, 44), (3, 64), (2, 30)), "v": ((5, 16), (4, 48), (3, 88), (2, 60))}
+    layers, kv_dim = 4, 1024
+
+    def factors(kind: str) -> Factors:
+        rank = sum(channels for _, channels in widths[kind])
+        return Factors(torch.zeros(rank, 8), torch.zeros(kv_dim, rank))
+
+    adapter = cskv.CSKVAdapter(
+        CSKVConfig(window=32, group=32, mixed_widths=True),
+        {i: LayerFactors(factors("k"), factors("v")) for i in range(layers)},
+        BaseModelInfo("random", "llama", 8, layers),
+        widths={(i, kind): widths[kind] for i in range(layers) for kind in ("k", "v")},
+    )
+    assert 0.043 < ratio_of(adapter) <= 0.044
+    assert adapter_report(adapter, 16384).ratio <= 0.050

@@ -99,10 +99,9 @@ def allocated_adapter(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     what = "widths" if config.mixed_widths else "ranks"
-    other_kl = found.mixed_kl if isinstance(found, WidthChoice) else found.allocated_kl
-    say(
-        f"KL to the uncompressed model on text kept aside: {found.uniform_kl:.4g} nats per token with uniform {what}, "
-        f"{other_kl:.4g} with {kind} ones; {'uniform' if found.is_uniform else kind} {what} are kept"
-    )
-    found.adapter.metrics |= {"uniform_kl": found.uniform_kl, f"{kind}_kl": other_kl}
+    kls = {"uniform": found.uniform_kl, kind: found.mixed_kl if isinstance(found, WidthChoice) else found.allocated_kl}
+    told = ", ".join(f"{value:.4g} with {name} {what}" for name, value in kls.items() if value is not None)
+    kept = "uniform" if found.is_uniform else kind
+    say(f"KL to the uncompressed model on text kept aside, in nats per token: {told}; {kept} {what} are kept")
+    found.adapter.metrics |= {f"{name}_kl": value for name, value in kls.items() if value is not None}
     return found.adapter

@@ -233,7 +233,7 @@ def train(
             "command": "train",
             "model": model_path,
             "adapter": str(folder),
-            "settings": settings.to_dict(),
+            "settings": adapter.config.to_dict(),
             **adapter.metrics,
         }
     )

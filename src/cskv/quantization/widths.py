@@ -44,15 +44,15 @@ def width_errors(
 
 
 def choose_widths(
-    errors: Mapping[Key, Float[Tensor, "rank choices"]],
+    errors: Mapping[Key, Tensor],
     block: Mapping[Key, tuple[int, int]],
     budget: float,
     choices: Sequence[int] = CHOICES,
-) -> dict[Key, Int[Tensor, " rank"]]:
+) -> dict[Key, Tensor]:
     """The widths of least error within a budget.
 
     Args:
-        errors: of every projection, in one unit.
+        errors: of every projection, (its rank, choices), in one unit.
         block: (tokens, channels) of every projection; a minimum and a scale of each block count as bits.
         budget: bits per token, all projections together.
         choices: the widths that the columns of `errors` stand for, from 0 up.
