@@ -233,7 +233,7 @@ def test_a_process_grows_by_the_bytes_that_are_counted() -> None:
 
 def test_the_documented_setting_is_5_percent_at_16k_tokens() -> None:
     """Mixed widths of 4.4 %, kv_dim 1024, window and groups of 32: with window, slack and positions below 5 %."""
-    widths = {"k": ((6, 16), (5, 32), (4, 44), (3, 64), (2, 30)), "v": ((5, 16), (4, 48), (3, 88), (2, 60))}
+    widths = {"k": ((6, 16), (5, 32), (4, 44), (3, 62), (2, 24)), "v": ((5, 16), (4, 48), (3, 88), (2, 60))}
     layers, kv_dim = 4, 1024
 
     def factors(kind: str) -> Factors:
