@@ -5,7 +5,7 @@
     python benchmarks/quantised.py --report
 
 Every row is one cache: LongEval-lines accuracy through `generate`, perplexity of held-out text as the cache is read,
-and the bytes that are allocated after a prompt of about 4000 tokens in bfloat16. Two seeds pick the text and the
+and the bytes that are allocated after a prompt of 1920 tokens in bfloat16. Two seeds pick the text and the
 questions.
 """
 

@@ -85,7 +85,7 @@ def _draw(found: dict[str, Found], path: Path) -> None:
         left.plot(ratios, [100 * mean(r["accuracy"] for r in rows) for rows in own], label=kind, **style)
         right.plot(ratios, [mean(r["perplexity"] for r in rows) for rows in own], label=kind, **style)
     for axes, label in ((left, "LongEval lines, % right"), (right, "perplexity of held-out text")):
-        axes.set(xlabel="bytes, % of the bf16 cache (4000-token prompt)", ylabel=label, xscale="log")
+        axes.set(xlabel="bytes, % of the bf16 cache (1920-token prompt)", ylabel=label, xscale="log")
         axes.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
         axes.minorticks_off()
     left.set_ylim(-3, 103)

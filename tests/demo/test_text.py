@@ -43,7 +43,7 @@ def test_variants_keep_what_their_names_say():
         "80 % SVD, untrained",
         "80 % ASVD, untrained",
         "80 % trained",
-        "80 % weighted PCA, untrained",
+        "80 % PCA, allocated ranks, untrained",
         "mixed widths, untrained",
     ]
     assert [variant.is_compressed for variant in VARIANTS] == [False, True, True, True, True, True, True]

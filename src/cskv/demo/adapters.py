@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cskv.adapter import CSKVAdapter
+from cskv.allocation import allocate_ranks
 from cskv.calibration import calibrate
 from cskv.data.samples import TokenSamples
 from cskv.demo.settings import DemoSettings, Variant
@@ -47,11 +49,7 @@ def make_adapter(
     folder = workspace.path("adapters", variant.key)
     if (folder / "config.json").exists():  # written last: the folder is complete
         return
-    if variant.mixed:
-        samples = list(_samples(tokenizer, settings, settings.allocation_samples))
-        adapter = allocate_widths(model, variant.config, statistics, samples, settings.byte_ratio).adapter
-    else:
-        adapter = initialise(model, variant.config, statistics)
+    adapter = _initial(model, tokenizer, variant, statistics, settings)
     adapter.metrics["text"] = mixed_source(settings.num_lines).name
     if variant.trained:
         result = train(
@@ -69,6 +67,21 @@ def make_adapter(
             "v_loss": result.v_loss,
         }
     adapter.save_pretrained(folder)
+
+
+def _initial(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    variant: Variant,
+    statistics: Statistics,
+    settings: DemoSettings,
+) -> CSKVAdapter:
+    if not (variant.allocated or variant.mixed):
+        return initialise(model, variant.config, statistics)
+    samples = list(_samples(tokenizer, settings, settings.allocation_samples))
+    if variant.mixed:
+        return allocate_widths(model, variant.config, statistics, samples, settings.byte_ratio).adapter
+    return allocate_ranks(model, variant.config, statistics, samples, variant.config.k_density).adapter
 
 
 def _samples(tokenizer: PreTrainedTokenizerBase, settings: DemoSettings, count: int) -> TokenSamples:

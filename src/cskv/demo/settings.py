@@ -23,6 +23,7 @@ class Variant:
         density: share of the key and of the value channels kept; None for the uncompressed model.
         init: how the factors are made.
         trained: whether layer-wise reconstruction follows the initialisation.
+        allocated: ranks are dealt out over layers, keys and values by sensitivity, within the density.
         mixed: ranks and widths of 2 to 8 bits are chosen for `DemoSettings.byte_ratio`, instead of a density.
     """
 
@@ -31,6 +32,7 @@ class Variant:
     density: float | None = None
     init: str = "asvd"
     trained: bool = False
+    allocated: bool = False
     mixed: bool = False
 
     @property
@@ -54,7 +56,7 @@ VARIANTS = (
     Variant("80-svd", "80 % SVD, untrained", 0.2, "svd"),
     Variant("80-asvd", "80 % ASVD, untrained", 0.2, "asvd"),
     Variant("80-trained", "80 % trained", 0.2, "asvd", trained=True),
-    Variant("80-pca", "80 % weighted PCA, untrained", 0.2, "weighted-pca"),
+    Variant("80-pca", "80 % PCA, allocated ranks, untrained", 0.2, "weighted-pca", allocated=True),
     Variant("mixed", "mixed widths, untrained", init="weighted-pca", mixed=True),
 )
 EXAMPLE = "80-trained"
@@ -71,7 +73,7 @@ class DemoSettings:
         seed: of the order of the calibration and training text, and of the records in it.
         sample_len: tokens per calibration and training sample.
         calibration_samples, train_samples: how many of each; training goes over them once.
-        allocation_samples: samples that widths are chosen by.
+        allocation_samples: samples that ranks and widths are dealt out by.
         byte_ratio: share of the uncompressed bytes that sealed tokens take in mixed widths.
         learning_rate, train_batch_size: of the training, with a cosine schedule.
         texts, text_tokens: held-out documents for the perplexity, and the tokens taken of each.
