@@ -53,8 +53,8 @@ def _intro(results: dict[str, Any], rows: list[Row]) -> str:
     where = results["environment"]
     seeds = sorted({row["seed"] for row in rows})
     return (
-        f"Measured on {where['accelerator'] or where['cpu']}, {where['threads']} threads, torch {where['torch']}, "
-        f"transformers {where['transformers']}, {where['date']}; seeds {', '.join(map(str, seeds))}; "
+        f"Measured on {where['accelerator'] or where['cpu']}, {where['threads']} thread(s), torch {where['torch']}, "
+        f"transformers {where['transformers']}, {where['date'][:10]}; seeds {', '.join(map(str, seeds))}; "
         f"{rows[0]['cases']} questions of 200 lines per seed; means over seeds. Reproduce with "
         "`python benchmarks/closed_form.py`."
     )
@@ -153,7 +153,9 @@ def _wins(rows: list[Row], name: str, rival: str) -> tuple[int, int]:
 def _draw_curves(rows: list[Row], methods: Sequence[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    shown = [m for m in methods if len({row["density"] for row in rows if row["method"] == m}) > 2]
+    shown = [
+        m for m in methods if len({row["density"] for row in rows if row["method"] == m}) > 2 and "samples" not in m
+    ]
     if not shown:  # nothing to connect yet
         return
     figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -184,7 +186,7 @@ def _draw_losses(rows: list[Row], methods: Sequence[str], path: Path, density: f
     losses = {}
     for method in methods:
         found = _pick(rows, method, density)
-        if found and "allocated" not in method and "distilled" not in method:
+        if found and not any(word in method for word in ("allocated", "distilled", "samples", "weighted commuting")):
             k, v = ([mean(values) for values in zip(*(row["losses"][kind] for row in found))] for kind in ("k", "v"))
             losses[method] = list(zip(range(len(k)), k, v, strict=True))
     plot_losses(

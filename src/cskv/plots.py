@@ -169,7 +169,7 @@ def plot_ranks(ranks: Mapping[int, tuple[int, int]], path: str | Path, title: st
     layers = sorted(ranks)
     table = [[ranks[layer][row] for layer in layers] for row in range(2)]
     most = max(map(max, table))
-    figure = _figure(max(5.0, 2.2 + 0.55 * len(layers)), 2.6)
+    figure = _figure(max(5.6, 2.2 + 0.55 * len(layers)), 2.6)
     ax = figure.subplots()
     ax.grid(False)
     image = ax.imshow(table, cmap="cividis", aspect="auto", vmin=0, vmax=most)
@@ -177,7 +177,7 @@ def plot_ranks(ranks: Mapping[int, tuple[int, int]], path: str | Path, title: st
         for x, rank in enumerate(row):
             ax.text(x, y, str(rank), ha="center", va="center", color="white" if rank < 0.55 * most else "black")
     ax.set(xlabel="layer", xticks=range(len(layers)), xticklabels=layers, yticks=(0, 1), yticklabels=("keys", "values"))
-    ax.set_title(title or "Latents kept per layer")
+    figure.suptitle(title or "Latents kept per layer")  # of the figure: few layers make a narrow map
     figure.colorbar(image, ax=ax, label="latents")
     return _save(figure, path)
 
@@ -203,6 +203,7 @@ def plot_losses(
     axes = figure.subplots(1, 2, sharey=True)
     for index, (method, rows) in enumerate(losses.items()):
         style = {"color": COLOURS[(index + 1) % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        style["linestyle"] = "-" if index < len(COLOURS) - 1 else "--"  # colours come again; black is not begun with
         for column, ax in enumerate(axes, start=1):
             ax.plot([row[0] for row in rows], [row[column] for row in rows], label=method, **style)
     for ax, name in zip(axes, PROJECTIONS.values(), strict=True):
