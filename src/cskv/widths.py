@@ -179,22 +179,22 @@ def _mixed(full: CSKVAdapter, config: CSKVConfig, errors: Mapping[Part, Tensor],
     """The adapter of least error whose real bytes are within the ratio."""
     blocks = {part: config.block(part[1]) for part in errors}
     limit = target_ratio * BITS_16 * sum(len(table) for table in errors.values())
-    low, high, best = 0.0, 2 * limit, None
+    low, high, kept = 0.0, 2 * limit, None
     for _ in range(ROUNDS):  # codes that do not fill their last byte take more than their bits
         budget = (low + high) / 2
         try:
-            widths = choose_widths(errors, blocks, budget)
+            tried = {part: runs_of(widths) for part, widths in choose_widths(errors, blocks, budget).items()}
         except ConfigError:
             low = budget
             continue
-        tried = _adapter(full, config, {part: runs_of(chosen) for part, chosen in widths.items()})
-        if ratio_of(tried) <= target_ratio:
-            best, low = tried, budget
+        grids = (Grid(runs, *blocks[part]) for part, (_, runs) in tried.items())
+        if sum(grid.rank * grid.bits_per_latent for grid in grids) <= limit:
+            kept, low = tried, budget
         else:
             high = budget
-    if best is None:
+    if kept is None:
         raise ConfigError(f"no choice of widths takes {target_ratio:g} of the bytes; raise the target ratio")
-    return best
+    return _adapter(full, config, kept)
 
 
 def _adapter(full: CSKVAdapter, config: CSKVConfig, kept: Mapping[Part, tuple[Tensor, Widths]]) -> CSKVAdapter:
