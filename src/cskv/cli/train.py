@@ -147,10 +147,10 @@ def train(
 
     The default factors, weighted PCA, are the closed form of the training objective, and `--use-init-params` takes them
     as they are, in seconds. Training is for few bits, for end-to-end distillation, and for the paper's own recipe
-    (`--use-asvd`). Interrupted by Ctrl-C, the same command continues from the last checkpoint and ends with the same
-    factors.
+    (`--use-asvd`). All but SVD need `cskv calibrate` first. Interrupted by Ctrl-C, the same command continues from the
+    last checkpoint and ends with the same factors.
 
-    Examples, after `cskv calibrate --model-path my-model`:
+    Examples:
 
     * `cskv train --model-path my-model --window 32 --group 32 --use-init-params`
     * `cskv train --model-path my-model --window 32 --group 32 --target-ratio 0.2 --use-init-params`
