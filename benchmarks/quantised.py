@@ -43,6 +43,7 @@ from cskv.evaluation.environment import environment
 from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.peers import quantized_cache
 from cskv.evaluation.perplexity import perplexity, token_sequences
+from cskv.evaluation.reconstruction import reconstruction_losses
 from cskv.initialisation import initialise
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
@@ -155,6 +156,8 @@ class Bench:
             new_cache = partial(quantized_cache, self.model, row.peer[0], nbits=row.peer[1])
         if adapter is not None:
             figures["kl"] = self.divergence.mean(adapter, self.held_out)
+            losses = reconstruction_losses(self.model, adapter, self.held_out)
+            figures["loss"] = {"k": sum(loss.k for loss in losses), "v": sum(loss.v for loss in losses)}
             if adapter.config.is_quantised:
                 figures["bits"] = [[grid.bits_per_latent for grid in adapter.grids(i)] for i in adapter.layer_indices]
         with attached(self.model, adapter):

@@ -38,7 +38,8 @@ def write_report(results: dict[str, Any], names: Sequence[str]) -> None:
     )
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
-    write_text(PAGE, f"{before}{BEGIN}\n\n{text}{_table(found)}\n\n{END}{rest.split(END)[1]}")
+    text += f"{_table(found)}\n\n{_losses(found)}"
+    write_text(PAGE, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
     with matplotlib.rc_context(STYLE):
         _draw(found, DOCS / "figures" / "quantised.png")
 
@@ -61,6 +62,16 @@ def _table(found: dict[str, Found]) -> str:
         kl = f"{mean(row['kl'] for row in own):.4f}" if "kl" in own[0] else ""
         figures = [f"{ratio:.1%}", *parts, _accuracy(own), f"{mean(row['perplexity'] for row in own):.2f}", kl]
         lines.append(f"| {name} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
+def _losses(found: dict[str, Found]) -> str:
+    """The reconstruction loss, summed over layers, before and after training through the grid."""
+    lines = ["| reconstruction loss of held-out text | keys | values |", "|---|---|---|"]
+    for name, own in found.items():
+        if name.startswith("20 %") and all("loss" in row for row in own):
+            k, v = (mean(row["loss"][kind] for row in own) for kind in ("k", "v"))
+            lines.append(f"| {name} | {k:.4f} | {v:.4f} |")
     return "\n".join(lines)
 
 

@@ -1,1 +1,1 @@
-"""The bi-branch cache of one layer: latents of all tokens, exact keys and values of the newest. Knows no model."""
+"""The bi-branch cache of one layer: latents of old tokens, exact keys and values of the newest. Knows no model."""

@@ -40,7 +40,7 @@ class Staged:
 
 
 class CSKVLayer(DynamicLayer):
-    """Latents of all tokens, exact keys and values of the newest.
+    """Latents of sealed tokens, exact keys and values of the newest.
 
     Args:
         window, group: see `CSKVConfig`.
