@@ -140,9 +140,15 @@ class PackedLatents:
                 self._starts += range(first, self.length, self.grid.block_tokens)
 
     def read(self, start: int, stop: int) -> Float[Tensor, "batch tokens rank"]:
-        payload = self._payload.tokens[:, start:stop]
-        rows = self._rows(start, min(stop, self.length), payload.device)
-        return dequantise(payload, self._scales.tokens, self._minima.tokens, self.grid, rows).to(self._dtype)
+        payload, scales, minima = (buffer.tokens for buffer in (self._payload, self._scales, self._minima))
+        payload, rows = payload[:, start:stop], None
+        size = self.grid.block_tokens
+        if len(self._starts) == -(-self.length // size) and start % size == 0:  # no block was cut short
+            scales, minima = (part[:, start // size :] for part in (scales, minima))
+        else:
+            tokens = torch.arange(start, start + payload.shape[1], device=payload.device)
+            rows = torch.bucketize(tokens, torch.tensor(self._starts, device=payload.device), right=True) - 1
+        return dequantise(payload, scales, minima, self.grid, rows).to(self._dtype)
 
     def crop(self, length: int) -> None:
         self._payload.crop(length)
@@ -165,13 +171,6 @@ class PackedLatents:
         sizes = [buffer.nbytes() for buffer in (self._payload, self._scales, self._minima)]
         payload, scales, minima = (size - slack for size, slack in zip(sizes, slacks, strict=True))
         return LatentBytes(payload, scales, minima, sum(slacks))
-
-    def _rows(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """The row of blocks that every token of a range lies in."""
-        tokens = torch.arange(start, stop, device=device)
-        if len(self._starts) == -(-self.length // self.grid.block_tokens):  # no block was cut short
-            return tokens // self.grid.block_tokens
-        return torch.bucketize(tokens, torch.tensor(self._starts, device=device), right=True) - 1
 
 
 def latent_store(grid: Grid | None) -> LatentStore:

@@ -33,7 +33,7 @@ def read_back(latents: Float[Tensor, "batch tokens rank"], grid: Grid | None) ->
     if grid is None:
         return latents
     parts = []
-    for bits, channels, _, _ in grid.runs():
+    for bits, channels, _ in grid.runs():
         run = latents[..., channels]
         blocks = _StraightThrough.apply(to_blocks(run.float(), grid), 2**bits - 1)
         parts.append(from_blocks(blocks, grid, run.shape))

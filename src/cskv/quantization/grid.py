@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import BFloat16, Float, UInt8
+from jaxtyping import BFloat16, Float, Int, UInt8
 from torch import Tensor
 
 from cskv.errors import ConfigError
@@ -72,7 +72,7 @@ class Grid:
         parameters = 2 * 8 * PARAMETER_DTYPE.itemsize * self.channel_blocks / self.block_tokens
         return (8 * self.row_bytes + parameters) / self.rank
 
-    @cached_property
+    @property
     def block_of(self) -> tuple[int, ...]:
         """The channel block of every channel."""
         blocks: list[int] = []
@@ -81,18 +81,13 @@ class Grid:
             blocks += [first + channel // self.block_channels for channel in range(channels)]
         return tuple(blocks)
 
-    def runs(self) -> Iterator[tuple[int, slice, slice, slice]]:
-        """Of every run: bits, and which channels, payload bytes and channel blocks are its."""
-        channel = byte = block = 0
+    def runs(self) -> Iterator[tuple[int, slice, slice]]:
+        """Of every run: bits, and which channels and payload bytes are its."""
+        channel = byte = 0
         for bits, channels in self.widths:
-            size, blocks = row_bytes(channels, bits), -(-channels // self.block_channels)
-            yield (
-                bits,
-                slice(channel, channel + channels),
-                slice(byte, byte + size),
-                slice(block, block + blocks),
-            )
-            channel, byte, block = channel + channels, byte + size, block + blocks
+            size = row_bytes(channels, bits)
+            yield bits, slice(channel, channel + channels), slice(byte, byte + size)
+            channel, byte = channel + channels, byte + size
 
 
 class Quantised(NamedTuple):
@@ -116,7 +111,7 @@ def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantis
         grid: of the same rank.
     """
     payload, scales, minima = [], [], []
-    for bits, channels, _, _ in grid.runs():
+    for bits, channels, _ in grid.runs():
         blocks = to_blocks(latents[..., channels].float(), grid)
         scale, minimum = block_parameters(blocks, 2**bits - 1)
         codes = from_blocks(block_codes(blocks, scale, minimum, 2**bits - 1), grid, latents[..., channels].shape)
@@ -141,14 +136,24 @@ def dequantise(
         token_block: (tokens,) the row of `scales` and `minima` that holds for each token; None counts blocks of
             `grid.block_tokens` from the first token on.
     """
+    channel_block = _channel_blocks(grid, payload.device)
+    codes = [unpack(payload[..., own], bits, channels.stop - channels.start) for bits, channels, own in grid.runs()]
+    values = torch.cat(codes, dim=-1).float()
+    scale, minimum = (part[..., channel_block].float() for part in (scales, minima))
+    size = grid.block_tokens
+    if token_block is None and payload.shape[1] % size == 0:  # whole blocks: a view of each, and no row for every token
+        blocks = values.unflatten(1, (-1, size))
+        blocks.mul_(scale[:, : blocks.shape[1], None]).add_(minimum[:, : blocks.shape[1], None])
+        return values
     if token_block is None:
-        token_block = torch.arange(payload.shape[1], device=payload.device) // grid.block_tokens
-    channel_block = torch.tensor(grid.block_of, device=payload.device)
-    scale, minimum = (part.float()[:, token_block][..., channel_block] for part in (scales, minima))
-    codes = torch.cat(
-        [unpack(payload[..., own], bits, channels.stop - channels.start) for bits, channels, own, _ in grid.runs()], -1
-    )
-    return minimum + scale * codes
+        token_block = torch.arange(payload.shape[1], device=payload.device) // size
+    return values.mul_(scale[:, token_block]).add_(minimum[:, token_block])
+
+
+@lru_cache(maxsize=1024)
+def _channel_blocks(grid: Grid, device: torch.device) -> Int[Tensor, " rank"]:
+    """The channel block of every channel, on a device: made once, not at every step."""
+    return torch.tensor(grid.block_of, device=device)
 
 
 def to_blocks(values: Float[Tensor, "batch tokens channels"], grid: Grid) -> Float[Tensor, "batch rows columns block"]:
