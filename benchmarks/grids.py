@@ -39,7 +39,8 @@ from cskv.evaluation.reconstruction import reconstruction_losses
 from cskv.factorization.basis import centred, hadamard_blocks, rotated, scaled
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.initialisation import initialise
-from cskv.observation import Part, observe_latents
+from cskv.models.reading import Part
+from cskv.observation import observe_latents
 from cskv.widths import allocate_widths, ratio_of
 
 HERE = Path(__file__).resolve().parent

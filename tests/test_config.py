@@ -38,6 +38,7 @@ def test_a_rank_that_rounds_to_zero_is_refused_with_the_least_density() -> None:
         ({"k_bits": 1}, "k_bits is 1; expected 2 to 8, or 16"),
         ({"v_bits": 12}, "v_bits is 12; expected 2 to 8, or 16"),
         ({"k_bits": True}, "k_bits is True"),
+        ({"k_bits": 4, "mixed_widths": True}, "give one of them"),
         ({"k_block": (0, 1)}, r"k_block is \(0, 1\); expected two whole numbers"),
         ({"v_block": 32}, "v_block is 32; expected two whole numbers"),
         ({"k_block": (12, 1)}, "k_block has 12 tokens, which do not divide the group of 32"),

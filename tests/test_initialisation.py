@@ -139,3 +139,8 @@ def test_an_adapter_is_put_in_few_bits() -> None:
     assert in_few_bits(plain, config).factors(0).k.down_bias is None
     with pytest.raises(ConfigError, match="adapter of 16-bit latents"):
         in_few_bits(few, config)
+
+
+def test_mixed_widths_are_not_made_without_a_budget() -> None:
+    with pytest.raises(ConfigError, match="allocate_widths"):
+        initialise(tiny_model("llama"), CSKVConfig(mixed_widths=True, init="svd"))

@@ -16,8 +16,8 @@ from cskv.initialisation import initialise
 from cskv.models.compat import output_cache
 from cskv.models.sites import find_sites
 from cskv.observation import observe_latents
-from cskv.sensitivity import halves, sensitivities, tempered
-from cskv.widths import WidthChoice, allocate_widths, ratio_of
+from cskv.sensitivity import Allocation, deal, halves, sensitivities
+from cskv.widths import allocate_widths, ratio_of
 from tests.models.families import tiny_model, truncated_adapter
 from tests.models.test_closed_form import statistics_of
 
@@ -41,31 +41,31 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def found(model: nn.Module) -> WidthChoice:
+def found(model: nn.Module) -> Allocation:
     return allocate_widths(model, CONFIG, statistics_of(model), samples(), 0.1)
 
 
-def test_bits_go_where_they_count(model: nn.Module, found: WidthChoice) -> None:
+def test_bits_go_where_they_count(model: nn.Module, found: Allocation) -> None:
     bits = {part: sum(width * channels for width, channels in runs) for part, runs in found.adapter.widths.items()}
     assert set(bits) == {(0, "k"), (0, "v"), (1, "k"), (1, "v")}
     assert bits[0, "k"] + bits[0, "v"] > 3 * (bits[1, "k"] + bits[1, "v"])
     assert len({width for runs in found.adapter.widths.values() for width, _ in runs}) > 1
     assert found.sensitivity[0, "v"] > 100 * found.sensitivity[1, "v"]
-    assert found.mixed_kl < found.uniform_kl
+    assert found.allocated_kl < found.uniform_kl
     assert not found.is_uniform
     assert found.adapter.config.mixed_widths
 
 
-def test_on_other_text_mixed_widths_lose_less_than_uniform_ones(model: nn.Module, found: WidthChoice) -> None:
+def test_on_other_text_mixed_widths_lose_less_than_uniform_ones(model: nn.Module, found: Allocation) -> None:
     """4 bits throughout: in 10 % of 16 * 64 bits are 20 keys of 5 bits, or 16 values and a block's 32 bits."""
     config = CSKVConfig(20 / 64, 16 / 64, window=0, group=32, init="pca", k_bits=4, v_bits=4)
     uniform = initialise(model, config, statistics_of(model))
     assert ratio_of(uniform) == (20 * 5 + 16 * 4 + 32) / (2 * 16 * 64)
-    assert found.ratio <= 0.1
+    assert ratio_of(found.adapter) <= 0.1
     divergence, held_out = Divergence(model), samples(8)[4:]
     assert divergence.mean(found.adapter, held_out) < 0.8 * divergence.mean(uniform, held_out)
     assert found.uniform_kl == pytest.approx(divergence.mean(uniform, samples()[2:]))
-    assert found.mixed_kl == pytest.approx(divergence.mean(found.adapter, samples()[2:]))
+    assert found.allocated_kl == pytest.approx(divergence.mean(found.adapter, samples()[2:]))
 
 
 @pytest.mark.parametrize("target", [0.08, 0.3])
@@ -73,24 +73,23 @@ def test_on_other_text_mixed_widths_lose_less_than_uniform_ones(model: nn.Module
 def test_the_ratio_is_kept_and_used(target: float, changes: dict) -> None:
     model = tiny_model("qwen2")
     found = allocate_widths(model, replace(CONFIG, **changes), statistics_of(model), samples(2, 40), target)
-    assert found.ratio == ratio_of(found.adapter)
-    assert 0.8 * target < found.ratio <= target
+    assert 0.8 * target < ratio_of(found.adapter) <= target
     assert found.is_uniform == (not found.adapter.config.mixed_widths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_ratio_is_that_of_the_bytes_held(found: WidthChoice, dtype: torch.dtype) -> None:
+def test_the_ratio_is_that_of_the_bytes_held(found: Allocation, dtype: torch.dtype) -> None:
     """Of sealed tokens in full groups, beside the 2 bytes of every one of their key and value channels."""
     model = lopsided().to(dtype)
     prompt = torch.randint(3, 96, (2, 320), generator=torch.Generator().manual_seed(7))
     with cskv.attach(model, found.adapter), torch.no_grad():
         report = cskv.cache_report(output_cache(model(prompt, use_cache=True)), model)
     held = report.payload_bytes + report.scale_bytes + report.minimum_bytes
-    assert held == pytest.approx(found.ratio * 2 * 320 * 2 * 2 * 64 * 2, rel=1e-12)
+    assert held == pytest.approx(ratio_of(found.adapter) * 2 * 320 * 2 * 2 * 64 * 2, rel=1e-12)
     assert report.window_bytes == 0
 
 
-def test_what_is_kept_are_centred_principal_components(model: nn.Module, found: WidthChoice) -> None:
+def test_what_is_kept_are_centred_principal_components(model: nn.Module, found: Allocation) -> None:
     calibrated = torch.randint(3, 96, (6, 40), generator=torch.Generator().manual_seed(5))  # as in `statistics_of`
     full = initialise(model, CSKVConfig(1.0, 1.0, init="pca"), statistics_of(model))
     seen: dict[tuple[int, str], list[Tensor]] = {}
@@ -141,11 +140,32 @@ def test_a_sensitivity_is_the_divergence_of_one_part_per_loss() -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_sensitivities_are_tempered_down_to_none() -> None:
-    powers = [
-        {key: value for (_, key), value in weights.items()} for weights in tempered({(0, "k"): 16.0, (0, "v"): 1.0})
-    ]
-    assert powers == [{"k": 16, "v": 1}, {"k": 4, "v": 1}, {"k": 2, "v": 1}, {"k": 1, "v": 1}]
+def test_the_best_power_of_the_sensitivities_is_kept() -> None:
+    """Of four adapters that are made, by sensitivities down to none, the one of least divergence."""
+    model = lopsided()
+    uniform, *others = (
+        truncated_adapter(model, CSKVConfig(d, d, window=0, group=8)) for d in (0.3, 0.2, 0.1, 0.5, 0.4)
+    )
+    losses = {(layer, kind): 2.0 for layer in (0, 1) for kind in ("k", "v")}
+    weights, made = [], iter(others)
+
+    def make(weighted: dict) -> cskv.CSKVAdapter:
+        weights.append(weighted)
+        return next(made)
+
+    found = deal(model, uniform, losses, make, samples())
+    assert found.adapter is others[2]
+    assert found.allocated_kl < found.uniform_kl
+    for power, weighted in zip((1.0, 0.5, 0.25, 0.0), weights, strict=True):
+        assert weighted == {part: value**power for part, value in found.sensitivity.items()}
+    made = iter([others[0], others[1]] * 2)
+    worse = deal(model, uniform, losses, make, samples())
+    assert worse.is_uniform
+    assert worse.adapter is uniform
+    made = iter([others[0], others[1]] * 2)
+    alone = deal(model, uniform, losses, make, samples(), uniform_fits=False)
+    assert alone.uniform_kl is None
+    assert any(alone.adapter is other for other in others[:2])
 
 
 @pytest.mark.parametrize(("number", "first"), [(2, 1), (3, 2), (4, 2), (5, 3)])

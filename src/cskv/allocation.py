@@ -1,52 +1,27 @@
 """Ranks for every layer's keys and values from one budget, by measured sensitivity.
 
-A projection's eigenvalues tell what each further latent saves of its own reconstruction loss. How much a unit of that
-loss costs the model differs by layer, and between keys and values. It is measured: each projection alone is compressed
-at the uniform rank, and the KL divergence of the model's predictions is divided by the loss. With the losses in that
-one unit the largest eigenvalues are kept, wherever they are. The result is compared with the uniform ranks on samples
-that were not used, and the better one is kept: the first order can fail, as losses do interact.
+A projection's eigenvalues tell what each further latent saves of its own reconstruction loss. With the losses in one
+unit (`cskv.sensitivity`) the largest eigenvalues are kept, wherever they are. The result is compared with the uniform
+ranks on samples that were not used, and the better one is kept: the first order can fail, as losses do interact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from cskv.adapter import CSKVAdapter
 from cskv.config import CSKVConfig
-from cskv.divergence import Divergence
 from cskv.errors import ConfigError
 from cskv.factorization.allocation import allocate
 from cskv.initialisation import Ranks, initialise, part_spectra
+from cskv.models.reading import Part
 from cskv.models.sites import find_sites
-from cskv.sensitivity import Progress, halves, sensitivities, tempered
+from cskv.sensitivity import Allocation, Progress, deal
 from cskv.statistics import Statistics
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """What was found.
-
-    Attributes:
-        adapter: with the better ranks.
-        ranks: layer index -> (key rank, value rank).
-        sensitivity: (layer index, "k" or "v") -> nats of KL per unit of reconstruction loss.
-        uniform_kl, allocated_kl: of uniform and of allocated ranks on the samples kept aside, in nats per token.
-    """
-
-    adapter: CSKVAdapter
-    ranks: Ranks
-    sensitivity: Mapping[tuple[int, str], float]
-    uniform_kl: float
-    allocated_kl: float
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether uniform ranks were the better ones."""
-        return self.uniform_kl <= self.allocated_kl
 
 
 def allocate_ranks(
@@ -75,38 +50,24 @@ def allocate_ranks(
         raise ConfigError(
             f"ranks are allocated by eigenvalues, init is {config.init!r}; expected 'pca' or 'weighted-pca'"
         )
-    seen, aside = halves(samples)
     config = replace(config, k_density=target_ratio, v_density=target_ratio)
     uniform = initialise(model, config, statistics)
     spectra = part_spectra(model, config, statistics)
-    divergence = Divergence(model)
     losses = {
         (index, kind): float(spectrum[getattr(uniform.factors(index), kind).rank :].sum())
         for (index, kind), spectrum in spectra.items()
     }
-    sensitivity = sensitivities(divergence, uniform, losses, seen, progress)
-    exact = divergence.exact(aside)
-    uniform_kl = divergence.mean(uniform, aside, exact=exact)
-    allocated, allocated_kl = uniform, float("inf")
-    for weights in tempered(sensitivity):
-        tried = initialise(model, config, statistics, _allocated(model, config, spectra, weights, target_ratio))
-        kl = divergence.mean(tried, aside, exact=exact)
-        allocated, allocated_kl = (tried, kl) if kl < allocated_kl else (allocated, allocated_kl)
-    best = uniform if uniform_kl <= allocated_kl else allocated
-    chosen = {i: (best.factors(i).k.rank, best.factors(i).v.rank) for i in best.layer_indices}
-    return Allocation(best, chosen, sensitivity, uniform_kl, allocated_kl)
+
+    def make(weights: Mapping[Part, float]) -> CSKVAdapter:
+        weighted = {part: spectrum * weights[part] for part, spectrum in spectra.items()}
+        return initialise(model, config, statistics, _ranks(model, config, weighted, target_ratio))
+
+    return deal(model, uniform, losses, make, samples, progress=progress)
 
 
-def _allocated(
-    model: nn.Module,
-    config: CSKVConfig,
-    spectra: Mapping[tuple[int, str], Tensor],
-    sensitivity: Mapping[tuple[int, str], float],
-    target_ratio: float,
-) -> Ranks:
+def _ranks(model: nn.Module, config: CSKVConfig, spectra: Mapping[Part, Tensor], target_ratio: float) -> Ranks:
+    """The ranks that keep the largest eigenvalues within the budget, wherever they are."""
     step = 2 if config.key_factors == "commuting" else config.head_groups
     channels = sum(2 * site.kv_dim for site in find_sites(model))
-    weighted = {part: spectrum * sensitivity[part] for part, spectrum in spectra.items()}
-    ranks = allocate(weighted, int(target_ratio * channels + 0.5), step)
-    layers = sorted({layer for layer, _ in ranks})
-    return {layer: (ranks[layer, "k"], ranks[layer, "v"]) for layer in layers}
+    ranks = allocate(spectra, int(target_ratio * channels + 0.5), step)
+    return {layer: (ranks[layer, "k"], ranks[layer, "v"]) for layer in sorted({layer for layer, _ in ranks})}

@@ -39,7 +39,7 @@ class CSKVConfig:
         head_groups: groups of kv heads with factors of their own, at least 1: cheaper to rebuild, less accurate.
         k_bits, v_bits: bits per latent, 2 to 8, or 16: latents stay in the model's own dtype.
         mixed_widths: every latent channel has a width of its own, chosen under a budget of bytes (`cskv.widths`); the
-            adapter holds them, and `k_bits` and `v_bits` are not read.
+            adapter holds them, and `k_bits` and `v_bits` stay 16.
         k_block, v_block: (tokens, channels) of the blocks that share a minimum and a scale (`cskv.quantization.grid`).
             The tokens divide `group`. None is KIVI's layout: keys (group, 1), values (1, 32). Where widths
             are mixed it is (group, 4) for both, and with groups of one token (1, 32) for both.
@@ -89,6 +89,11 @@ class CSKVConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or value not in BITS:
                 raise ConfigError(f"{name} is {value!r}; expected 2 to 8, or 16 for latents that are not quantised")
+        if self.mixed_widths and (self.k_bits, self.v_bits) != (16, 16):
+            raise ConfigError(
+                f"k_bits {self.k_bits} and v_bits {self.v_bits} are one width for all, mixed_widths one for every "
+                "channel: give one of them"
+            )
         for name in ("k_block", "v_block"):
             self._check_block(name, getattr(self, name))
 

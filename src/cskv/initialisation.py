@@ -44,9 +44,11 @@ def initialise(
     Raises:
         DataError: an init without its statistics, or a weight that is not finite; the message names the layer.
         AdapterError: the statistics belong to another model.
-        ConfigError: a rank rounds to zero, or the head groups do not divide the kv heads.
+        ConfigError: a rank rounds to zero, the head groups do not divide the kv heads, or widths are to be mixed.
         UnsupportedModelError: the model has no layer that can be compressed, or a weight is offloaded.
     """
+    if config.mixed_widths:
+        raise ConfigError("mixed widths are chosen together with ranks; use cskv.widths.allocate_widths")
     sites = find_sites(model)
     base = BaseModelInfo.from_model(model)
     if config.init != "svd":

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from cskv.adapter import CSKVAdapter
 from cskv.capture import Teacher
 from cskv.models.frozen import frozen
+from cskv.models.reading import Part
 from cskv.models.sites import find_sites
-
-Part = tuple[int, str]  # layer index, "k" or "v"
 
 
 @torch.no_grad()

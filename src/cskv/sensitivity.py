@@ -1,4 +1,4 @@
-"""What a unit of a projection's reconstruction loss costs the model, by measurement.
+"""One budget over all projections, dealt out by what a unit of each one's loss costs the model, as measured.
 
 Losses of different layers, and of keys and values, are in different units: how much an error changes the model's
 predictions differs. Each projection alone is compressed, and the KL divergence of the predictions is divided by its
@@ -11,18 +11,84 @@ predictions on text that was not used decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from cskv.adapter import CSKVAdapter
 from cskv.divergence import Divergence
 from cskv.errors import DataError
+from cskv.models.reading import Part
 
-Part = tuple[int, str]  # layer index, "k" or "v"
+Make = Callable[[Mapping[Part, float]], CSKVAdapter]
 Progress = Callable[[int, int], None]
 TEMPERS = (1.0, 0.5, 0.25, 0.0)  # powers of the sensitivities that are tried; 0 counts all losses alike
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was found.
+
+    Attributes:
+        adapter: the better one.
+        sensitivity: (layer index, "k" or "v") -> nats of KL per unit of reconstruction loss.
+        uniform_kl, allocated_kl: of the uniform and of the best allocated adapter on the samples kept aside, in nats
+            per token. The former is None where the budget holds no uniform adapter.
+    """
+
+    adapter: CSKVAdapter
+    sensitivity: Mapping[Part, float]
+    uniform_kl: float | None
+    allocated_kl: float
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the uniform adapter was the better one."""
+        return self.uniform_kl is not None and self.uniform_kl <= self.allocated_kl
+
+
+def deal(
+    model: nn.Module,
+    uniform: CSKVAdapter,
+    losses: Mapping[Part, float],
+    make: Make,
+    samples: Sequence[Int[Tensor, " tokens"]],
+    *,
+    uniform_fits: bool = True,
+    progress: Progress | None = None,
+) -> Allocation:
+    """Make an adapter from the sensitivities and from each of their powers, and keep the best one.
+
+    Args:
+        model: the base model, with its language-model head.
+        uniform: the adapter at which sensitivities are measured, and that the others are compared with.
+        losses: its reconstruction loss of every projection.
+        make: an adapter within the budget, from a weight for the losses of every projection.
+        samples: see `halves`: sensitivities are measured on the first half, adapters compared on the second.
+        uniform_fits: whether `uniform` is within the budget itself.
+        progress: called with (projections measured, projections in all).
+
+    Raises:
+        DataError: fewer than two samples.
+    """
+    seen, aside = halves(samples)
+    divergence = Divergence(model)
+    sensitivity = sensitivities(divergence, uniform, losses, seen, progress)
+    exact = divergence.exact(aside)
+
+    def kl(adapter: CSKVAdapter) -> float:
+        return divergence.mean(adapter, aside, exact=exact)
+
+    uniform_kl = kl(uniform) if uniform_fits else None
+    best, least = uniform, float("inf")
+    for power in TEMPERS:
+        tried = make({part: value**power for part, value in sensitivity.items()})
+        if (own := kl(tried)) < least:
+            best, least = tried, own
+    found = Allocation(best, sensitivity, uniform_kl, least)
+    return replace(found, adapter=uniform) if found.is_uniform else found
 
 
 def sensitivities(
@@ -48,12 +114,6 @@ def sensitivities(
         if progress is not None:
             progress(done, len(losses))
     return found
-
-
-def tempered(sensitivity: Mapping[Part, float]) -> Iterator[dict[Part, float]]:
-    """The sensitivities to the powers that are tried."""
-    for power in TEMPERS:
-        yield {part: value**power for part, value in sensitivity.items()}
 
 
 def halves(samples: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

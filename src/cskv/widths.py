@@ -9,53 +9,29 @@ with 4 bits throughout, at the rank that takes the same bytes, on samples that w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from cskv.adapter import CSKVAdapter
 from cskv.config import CSKVConfig
-from cskv.divergence import Divergence
 from cskv.errors import ConfigError
 from cskv.factorization.basis import centred, ordered
 from cskv.factorization.factors import LayerFactors
 from cskv.folder import Widths
 from cskv.initialisation import initialise
+from cskv.models.reading import Part
 from cskv.models.sites import find_sites
-from cskv.observation import Part, observe_latents
+from cskv.observation import observe_latents
 from cskv.quantization.grid import Grid
 from cskv.quantization.widths import CHOICES, choose_widths, runs_of, width_errors
-from cskv.sensitivity import Progress, halves, sensitivities, tempered
+from cskv.sensitivity import Allocation, Progress, deal, halves
 from cskv.statistics import Statistics
 
 UNIFORM_BITS = 4  # what mixed widths are compared with
 BITS_16 = 16  # of a key or value channel of the uncompressed cache
 ROUNDS = 12  # of finding the budget at which codes that do not fill their last byte take no more than the ratio
-
-
-@dataclass(frozen=True)
-class WidthChoice:
-    """What was found.
-
-    Attributes:
-        adapter: the better one.
-        sensitivity: (layer index, "k" or "v") -> nats of KL per unit of reconstruction loss.
-        ratio: codes, minima and scales of a sealed token, as a share of its 16-bit keys and values.
-        uniform_kl, mixed_kl: of uniform and of mixed widths on the samples kept aside, in nats per token. The former is
-            None where the budget does not hold one latent of 4 bits in KIVI's blocks.
-    """
-
-    adapter: CSKVAdapter
-    sensitivity: Mapping[Part, float]
-    ratio: float
-    uniform_kl: float | None
-    mixed_kl: float
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether uniform widths were the better ones."""
-        return self.uniform_kl is not None and self.uniform_kl <= self.mixed_kl
 
 
 def allocate_widths(
@@ -65,7 +41,7 @@ def allocate_widths(
     samples: Sequence[Int[Tensor, " tokens"]],
     target_ratio: float,
     progress: Progress | None = None,
-) -> WidthChoice:
+) -> Allocation:
     """Choose ranks and widths for a cache of `target_ratio` of the bytes of a 16-bit one, and factorise with them.
 
     The ratio is that of sealed tokens, codes, minima and scales. The window, positions and slack come on top.
@@ -83,23 +59,16 @@ def allocate_widths(
         DataError: fewer than two samples.
     """
     _check(config, target_ratio)
-    seen, aside = halves(samples)
-    divergence = Divergence(model)
     full = _full(model, config, statistics)
-    errors = _errors(model, full, config, seen)
+    errors = _errors(model, full, config, halves(samples)[0])
     uniform = _uniform(model, config, statistics, target_ratio)
     losses = {part: _uniform_loss(table, uniform, part) for part, table in errors.items()}
-    sensitivity = sensitivities(divergence, uniform, losses, seen, progress)
-    exact = divergence.exact(aside)
-    uniform_kl = divergence.mean(uniform, aside, exact=exact) if ratio_of(uniform) <= target_ratio else None
-    mixed, mixed_kl = uniform, float("inf")
-    for weights in tempered(sensitivity):
-        tables = {part: weights[part] * table for part, table in errors.items()}
-        tried = _mixed(full, config, tables, target_ratio)
-        kl = divergence.mean(tried, aside, exact=exact)
-        mixed, mixed_kl = (tried, kl) if kl < mixed_kl else (mixed, mixed_kl)
-    best = uniform if uniform_kl is not None and uniform_kl <= mixed_kl else mixed
-    return WidthChoice(best, sensitivity, ratio_of(best), uniform_kl, mixed_kl)
+
+    def make(weights: Mapping[Part, float]) -> CSKVAdapter:
+        return _mixed(full, config, {part: weights[part] * table for part, table in errors.items()}, target_ratio)
+
+    fits = ratio_of(uniform) <= target_ratio
+    return deal(model, uniform, losses, make, samples, uniform_fits=fits, progress=progress)
 
 
 def _full(model: nn.Module, config: CSKVConfig, statistics: Statistics) -> CSKVAdapter:

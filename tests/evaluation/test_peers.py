@@ -18,9 +18,10 @@ from cskv.evaluation import peers
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.evaluation.forward import forward
 from cskv.evaluation.longeval import evaluate_lines
-from cskv.evaluation.peers import BACKENDS, allocated_bytes, quantized_cache
+from cskv.evaluation.peers import BACKENDS, quantized_cache
 from cskv.evaluation.perplexity import perplexity
 from cskv.initialisation import initialise
+from cskv.models.storage import allocated_bytes
 from tests.evaluation.support import VOCABULARY, character_tokenizer, tiny_llama
 
 GROUP = 32  # numbers that share a scale: a tiny Llama's keys, or values, of two tokens

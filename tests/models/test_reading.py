@@ -114,3 +114,20 @@ def test_a_cache_is_refused() -> None:
     with compressed_reading(model, adapter), pytest.raises(cskv.CSKVError, match="without a cache"):
         model(TOKENS, use_cache=True)
     model(TOKENS, use_cache=True)
+
+
+def test_a_layers_own_forward_comes_back() -> None:
+    """Accelerate's `device_map` replaces the forward of each layer: checkpointing must call that one and leave it."""
+    model = tiny_model("llama").requires_grad_(False)
+    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
+    layer, calls = model.model.layers[0], []
+    plain = layer.forward
+
+    def replaced(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    layer.forward = replaced
+    Divergence(model).of(adapter, TOKENS, checkpointed=True).backward()
+    assert layer.forward is replaced
+    assert len(calls) >= 3  # the exact forward, the compressed one, and again in the backward pass

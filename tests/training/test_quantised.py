@@ -23,7 +23,7 @@ from tests.training.tiny import tiny_model, token_samples
 
 TWO_BITS = CSKVConfig(0.75, 0.75, group=16, init="pca", k_bits=2, v_bits=2, v_block=(16, 2))
 EXACT = replace(TWO_BITS, k_bits=16, v_bits=16)
-MIXED = replace(TWO_BITS, mixed_widths=True)
+MIXED = replace(EXACT, mixed_widths=True)
 WIDTHS = {
     (0, "k"): ((3, 2), (2, 4)),
     (0, "v"): ((2, 6),),
@@ -34,7 +34,7 @@ WIDTHS = {
 
 def adapter_of(model, config: CSKVConfig, samples: list[Tensor] | None = None) -> CSKVAdapter:
     statistics = calibrate(model, samples or token_samples(16))
-    plain = initialise(model, replace(config, mixed_widths=False, k_bits=2), statistics)
+    plain = initialise(model, replace(config, mixed_widths=False, k_bits=2, v_bits=2), statistics)
     layers = {i: plain.factors(i) for i in plain.layer_indices}
     return CSKVAdapter(config, layers, plain.base, widths=WIDTHS if config.mixed_widths else None)
 

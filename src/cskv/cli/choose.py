@@ -45,16 +45,12 @@ def settings_from(
     )
 
 
-def widths_of(folder: Path, wanted: CSKVConfig, window_given: bool) -> CSKVConfig:
-    """An adapter's settings with other widths and blocks, and another window where one was given.
+def widths_of(own: CSKVConfig, wanted: CSKVConfig, window_given: bool) -> CSKVConfig:
+    """An adapter's own settings with other widths and blocks, and another window where one was given.
 
     Raises:
-        AdapterError: the folder is no adapter, or damaged.
         ConfigError: the blocks do not go with the window.
     """
-    from cskv.folder import read_description
-
-    own = CSKVConfig.from_dict(read_description(folder).get("compression", {}))
     names = ["k_bits", "v_bits", "k_block", "v_block", *(("window", "group") if window_given else ())]
     return dataclasses.replace(own, **{name: getattr(wanted, name) for name in names})
 

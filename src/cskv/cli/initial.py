@@ -36,26 +36,26 @@ def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path
     return initialise(model, config, None if config.init == "svd" else Statistics.load(statistics))
 
 
-def requantised_adapter(model: PreTrainedModel, folder: Path, config: CSKVConfig, statistics: Path) -> CSKVAdapter:
-    """The factors of an adapter folder for latents of other widths, centred where there are statistics.
+def requantised_adapter(
+    model: PreTrainedModel, adapter: CSKVAdapter, config: CSKVConfig, statistics: Path
+) -> CSKVAdapter:
+    """The factors of an adapter for latents of other widths, centred where there are statistics.
 
     Args:
         model: the base model.
-        folder: of the adapter.
+        adapter: of 16-bit latents.
         config: bits, blocks, window and group are taken from it.
         statistics: the file that `cskv calibrate` wrote; without it latents keep their mean, which is said.
 
     Raises:
-        AdapterError: the folder is damaged or belongs to another model.
+        AdapterError: the adapter or the statistics belong to another model.
         ConfigError: its latents are in few bits already.
     """
-    from cskv.adapter import CSKVAdapter
     from cskv.base import BaseModelInfo
     from cskv.initialisation import in_few_bits
     from cskv.models.sites import find_sites
     from cskv.statistics import Statistics
 
-    adapter = CSKVAdapter.from_pretrained(folder)
     sites = find_sites(model)
     adapter.check_fits(BaseModelInfo.from_model(model), sites)
     found = Statistics.load(statistics) if statistics.exists() else None
@@ -84,7 +84,7 @@ def allocated_adapter(
     """
     from cskv.allocation import allocate_ranks
     from cskv.statistics import Statistics
-    from cskv.widths import WidthChoice, allocate_widths
+    from cskv.widths import allocate_widths
 
     allocate, kind = (allocate_widths, "mixed") if config.mixed_widths else (allocate_ranks, "allocated")
     taken = list(islice(samples, ALLOCATION_SAMPLES))
@@ -99,7 +99,7 @@ def allocated_adapter(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     what = "widths" if config.mixed_widths else "ranks"
-    kls = {"uniform": found.uniform_kl, kind: found.mixed_kl if isinstance(found, WidthChoice) else found.allocated_kl}
+    kls = {"uniform": found.uniform_kl, kind: found.allocated_kl}
     told = ", ".join(f"{value:.4g} with {name} {what}" for name, value in kls.items() if value is not None)
     kept = "uniform" if found.is_uniform else kind
     say(f"KL to the uncompressed model on text kept aside, in nats per token: {told}; {kept} {what} are kept")

@@ -163,6 +163,7 @@ def train(
     * `torchrun --nproc-per-node 4 -m cskv.cli train --model-path my-model --use-asvd --use-window`
     """
     set_logging(logging_level)
+    from cskv.adapter import CSKVAdapter
     from cskv.cli.initial import allocated_adapter, initial_adapter, requantised_adapter
     from cskv.cli.loading import load_model, load_samples, load_tokenizer
     from cskv.training.settings import TrainingSettings
@@ -197,10 +198,12 @@ def train(
         checkpoint_every=checkpoint_every,
     )
     name = model_name(model_path, model_id)
+    source = None
     if from_adapter is not None:
         if target_ratio is not None or mixed_widths:
             raise ConfigError("--from-adapter has its ranks already; give it without --target-ratio and --mixed-widths")
-        settings = widths_of(from_adapter, settings, (use_window, window, group) != (None, None, None))
+        source = CSKVAdapter.from_pretrained(from_adapter)
+        settings = widths_of(source.config, settings, (use_window, window, group) != (None, None, None))
     if target_ratio is not None:
         settings = dataclasses.replace(settings, k_density=target_ratio, v_density=target_ratio)
     elif mixed_widths:
@@ -219,8 +222,8 @@ def train(
     known = statistics or statistics_path(asvd_calib_root, name)
     if target_ratio is not None and samples is not None:
         adapter = allocated_adapter(model, settings, known, samples, target_ratio)
-    elif from_adapter is not None:
-        adapter = requantised_adapter(model, from_adapter, settings, known)
+    elif source is not None:
+        adapter = requantised_adapter(model, source, settings, known)
     else:
         adapter = initial_adapter(model, settings, known)
     if samples is not None and not use_init_params:

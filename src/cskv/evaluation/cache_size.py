@@ -11,7 +11,6 @@ from transformers import Cache, PreTrainedModel
 
 from cskv.capture import frozen
 from cskv.evaluation.forward import forward
-from cskv.evaluation.peers import allocated_bytes
 from cskv.models.report import CacheReport, cache_report
 
 
@@ -34,11 +33,4 @@ def cache_after_prefill(
         if new_cache is None:
             return own
         _, cache = forward(model, input_ids, new_cache(), last_only=True)
-    report = cache_report(cache, model)
-    compressed = report.total_bytes - report.other_bytes
-    return replace(
-        report,
-        batch=input_ids.shape[0],
-        other_bytes=allocated_bytes(cache) - compressed,
-        uncompressed_bytes=own.uncompressed_bytes,
-    )
+    return replace(cache_report(cache, model), batch=input_ids.shape[0], uncompressed_bytes=own.uncompressed_bytes)

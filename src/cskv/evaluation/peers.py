@@ -1,4 +1,4 @@
-"""transformers' own quantised cache, as a peer to compare with, and the bytes that any cache really holds.
+"""transformers' own quantised cache, as a peer to compare with.
 
 `QuantizedCache` quantises the whole prompt after its prefill, the newest tokens too. Tokens that come later stay exact
 until there are `residual_length` of them; then all are dequantised and quantised again together.
@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType, MethodType, ModuleType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, QuantizedCache
+from transformers import PreTrainedModel, QuantizedCache
 
 from cskv.errors import CacheError, CSKVError
 
@@ -110,46 +106,3 @@ def _build_kernel(device: torch.device) -> None:
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0][:100]
         raise CSKVError(f"quanto compiles its kernel with ninja and g++, and could not ({reason}); use hqq") from error
-
-
-def allocated_bytes(cache: Cache) -> int:
-    """The bytes of all tensor storages that a cache object holds, each counted once.
-
-    Found by walking attributes and containers, whatever the classes: payload, scales, zero points and exact tokens of a
-    quantised cache, slack of one that grows ahead. Modules are passed over, since their weights are the model's.
-    """
-    storages: dict[tuple[torch.device, int], int] = {}
-    for tensor in _tensors(cache):
-        storage = tensor.untyped_storage()
-        storages[storage.device, storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _tensors(root: Any) -> Iterator[Tensor]:
-    """The plain tensors that an object leads to."""
-    seen: set[int] = set()
-    stack = [root]
-    while stack:
-        item = stack.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor) and not hasattr(item, "__tensor_flatten__"):
-            yield item
-        else:
-            stack.extend(_children(item))
-
-
-def _children(item: Any) -> Iterable[Any]:
-    """What an object holds directly."""
-    if isinstance(item, Tensor):  # a wrapper: its own storage is a fiction, of the size of the numbers it stands for
-        names, _ = item.__tensor_flatten__()  # type: ignore[attr-defined]
-        return [getattr(item, name) for name in names]
-    if isinstance(item, type | ModuleType | FunctionType | MethodType | nn.Module):
-        return ()
-    if isinstance(item, dict):
-        return item.values()
-    if isinstance(item, list | tuple | set | frozenset):
-        return item
-    slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(item, name)]
-    return [*getattr(item, "__dict__", {}).values(), *(getattr(item, name) for name in slots)]

@@ -30,9 +30,17 @@ def checkpointed_layers(
     with ExitStack() as stack:
         for site in sites:
             layer = model.get_submodule(site.name.rpartition(".")[0])
-            stack.callback(layer.__dict__.pop, "forward", None)
+            before = layer.__dict__.get("forward")  # Accelerate's device_map puts its own there
             layer.forward = _checkpointed(layer.forward, scope)
+            stack.callback(_restore, layer, before)
         yield
+
+
+def _restore(layer: nn.Module, before: Callable[..., Any] | None) -> None:
+    if before is None:
+        del layer.forward
+    else:
+        layer.forward = before
 
 
 def _checkpointed(forward: Callable[..., Any], scope: Callable[[], AbstractContextManager[None]]) -> Callable[..., Any]:

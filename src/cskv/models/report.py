@@ -18,7 +18,9 @@ from cskv.config import CSKVConfig
 from cskv.errors import ConfigError
 from cskv.models.layer import CSKVLayer
 from cskv.models.sites import find_sites
+from cskv.models.storage import allocated_bytes
 
+PIECE = 65_536  # tokens that `adapter_report` fills a store with at a time
 HELD = ("payload_bytes", "scale_bytes", "minimum_bytes", "window_bytes", "position_bytes", "slack_bytes", "other_bytes")
 
 
@@ -74,12 +76,13 @@ def cache_report(cache: Cache, model: nn.Module) -> CacheReport:
     """Measure a cache, compressed or not.
 
     Args:
-        cache: what `generate` or a forward returned.
+        cache: what `generate` or a forward returned. Layers of other classes, transformers' quantised ones too, count
+            as `other_bytes`, and as no smaller when uncompressed (`cskv.evaluation.cache_size` measures that as well).
         model: the model that filled it; it tells the shape of uncompressed keys and values.
     """
     ours = [layer for layer in cache.layers if isinstance(layer, CSKVLayer)]
     others = [layer for layer in cache.layers if not isinstance(layer, CSKVLayer)]
-    other_bytes = _storage_bytes(tensor for layer in others for tensor in _tensors(layer))
+    other_bytes = allocated_bytes(others)
     channels = {site.layer_idx: site.kv_dim for site in find_sites(model)}
     uncompressed = other_bytes
     for index, layer in enumerate(cache.layers):
@@ -109,7 +112,7 @@ def adapter_report(adapter: CSKVAdapter, tokens: int, dtype: torch.dtype = torch
 
     Args:
         adapter: any.
-        tokens: of one sequence, prefilled at once; at least 1.
+        tokens: of one sequence, prefilled at once up to 65536 and piece by piece beyond; at least 1.
         dtype: of the model.
 
     Raises:
@@ -147,14 +150,12 @@ def _filled(config: CSKVConfig, shape: Any, tokens: int, dtype: torch.dtype) -> 
     """Latent, window and uncompressed bytes of one layer whose store was filled with zeros."""
     k_rank, v_rank, kv_dim, k_grid, v_grid = shape
     store = BiBranchStore(config.window, config.group, k_grid, v_grid)
-    keys, values, k_latents, v_latents = (
-        torch.zeros((1, 1, tokens, kv_dim), dtype=dtype)
-        if rank is None
-        else torch.zeros((1, tokens, rank), dtype=dtype)
-        for rank in (None, None, k_rank, v_rank)
-    )
-    store.append(k_latents, v_latents, keys, values)
-    return store.latent_nbytes(), store.window_nbytes(), keys.nbytes + values.nbytes
+    for start in range(0, tokens, PIECE):  # exact keys of a million tokens need not exist at once
+        new = min(PIECE, tokens - start)
+        exact = torch.zeros((1, 1, new, kv_dim), dtype=dtype)
+        k_latents, v_latents = (torch.zeros((1, new, rank), dtype=dtype) for rank in (k_rank, v_rank))
+        store.append(k_latents, v_latents, exact, exact)
+    return store.latent_nbytes(), store.window_nbytes(), 2 * tokens * kv_dim * dtype.itemsize
 
 
 def _batch(ours: list[CSKVLayer], others: list[Any]) -> int:
@@ -165,11 +166,3 @@ def _batch(ours: list[CSKVLayer], others: list[Any]) -> int:
 
 def _tensors(layer: Any) -> Iterable[Tensor]:
     return (value for value in (getattr(layer, "keys", None), getattr(layer, "values", None)) if value is not None)
-
-
-def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    storages: dict[int, torch.UntypedStorage] = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage
-    return sum(storage.nbytes() for storage in storages.values())
