@@ -10,10 +10,11 @@ LongEval-lines accuracy through `generate`. Rows that are there already are not 
 
 from __future__ import annotations
 
-import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +22,10 @@ from typing import Annotated, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from common import measure_missing, read_results
 
 from cskv.adapter import CSKVAdapter
 from cskv.allocation import allocate_ranks
-from cskv.atomic import write_text
 from cskv.calibration import calibrate
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
@@ -34,7 +33,6 @@ from cskv.data.samples import TokenSamples
 from cskv.data.sources import open_source
 from cskv.demo.text import mixed_source
 from cskv.divergence import Divergence
-from cskv.evaluation.environment import environment
 from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
@@ -49,6 +47,7 @@ MODEL = HERE.parent / "tinymodel" / "checkpoint"
 RESULTS = HERE / "results" / "closed_form.json"
 DENSITIES = (0.5, 0.4, 0.3, 0.2, 0.1)
 SEEDS = (0, 1)
+UNCOMPRESSED = "uncompressed"
 NUM_LINES, CASES, BATCH = 200, 50, 5
 SAMPLE_LEN, CALIBRATION_SAMPLES = 1024, 32
 TEXTS, TEXT_TOKENS = 12, 1024
@@ -161,51 +160,52 @@ class Bench:
         }
 
 
-def measure_missing(results: dict[str, Any], console: Console) -> None:
-    """Measure every row that `results` lacks, and write after each."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+class Benches:
+    """The model, loaded once, and the material of each seed, made when it is first asked for."""
 
-    # 80 % first, and what trains last, so that an interrupted run says the most.
-    order = sorted(METHODS, key=lambda m: m.samples)
-    jobs = [(seed, m, d) for seed in SEEDS for d in (0.2, 0.1, 0.5, 0.4, 0.3) for m in order if d in m.densities]
-    todo = [job for job in jobs if _key(*job) not in results["rows"]]
-    if not todo:
-        return
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL).eval(), AutoTokenizer.from_pretrained(MODEL)
-    results["environment"] = environment().to_dict()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(todo))
-        for seed in sorted({job[0] for job in todo}):
-            bench = Bench(model, tokenizer, seed)
-            if f"{seed}" not in results["uncompressed"]:
-                results["uncompressed"][f"{seed}"] = bench.measure(None)
-            for _, method, density in [job for job in todo if job[0] == seed]:
-                progress.update(task, description=f"seed {seed}: {method.name}, {density:g}")
-                adapter, seconds = bench.make(method, density)
-                row = {"seconds": seconds, "calibration_seconds": bench.statistics(method.calibration)[1]}
-                results["rows"][_key(seed, method, density)] = row | bench.measure(adapter) | {
-                    "seed": seed, "method": method.name, "density": density,
-                    "ranks": [[adapter.factors(i).k.rank, adapter.factors(i).v.rank] for i in adapter.layer_indices],
-                }  # fmt: skip
-                write_text(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
-                progress.advance(task)
+    def __init__(self) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        self.of = cache(lambda seed: Bench(self._model, self._tokenizer, seed))
 
 
-def _key(seed: int, method: Method, density: float) -> str:
-    return f"{seed}/{method.name}/{density:g}"
+def jobs(benches: Benches) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Name of a row -> how it is measured: 80 % first, and training last, so that an interrupted run says the most."""
+    order = sorted(METHODS, key=lambda method: method.samples)
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for seed in SEEDS:
+        found[f"{seed}/{UNCOMPRESSED}"] = lambda s=seed: (
+            {"seed": s, "method": UNCOMPRESSED} | benches.of(s).measure(None)
+        )
+        for density in (0.2, 0.1, 0.5, 0.4, 0.3):
+            for method in order:
+                if density in method.densities:
+                    found[f"{seed}/{method.name}/{density:g}"] = partial(_row, benches, seed, method, density)
+    return found
+
+
+def _row(benches: Benches, seed: int, method: Method, density: float) -> dict[str, Any]:
+    bench = benches.of(seed)
+    adapter, seconds = bench.make(method, density)
+    return {
+        "seed": seed,
+        "method": method.name,
+        "density": density,
+        "seconds": seconds,
+        "calibration_seconds": bench.statistics(method.calibration)[1],
+        "ranks": [[adapter.factors(i).k.rank, adapter.factors(i).v.rank] for i in adapter.layer_indices],
+    } | bench.measure(adapter)
 
 
 def main(report: Annotated[bool, typer.Option("--report", help="Only write the report again.")] = False) -> None:
     """Measure what is missing, then write the tables and figures of docs/closed-form.md."""
     from closed_form_report import write_report
 
-    console = Console(stderr=True)
-    results: dict[str, Any] = {"rows": {}, "uncompressed": {}}
-    if RESULTS.exists():
-        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = read_results(RESULTS)
     if not report:
-        measure_missing(results, console)
+        measure_missing(RESULTS, results, jobs(Benches()))
     write_report(results, [method.name for method in METHODS], list(DENSITIES))
 
 

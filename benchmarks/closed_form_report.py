@@ -8,66 +8,46 @@ from statistics import mean
 from typing import Any
 
 import matplotlib
+from common import Row, accuracy, fill_page, measured_on
 
-from cskv.atomic import write_atomically, write_text
-from cskv.evaluation.wilson import wilson_interval
+from cskv.atomic import write_atomically
 from cskv.plots import COLOURS, MARKERS, STYLE, plot_losses, plot_ranks
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "closed-form.md"
-BEGIN, END = "<!-- measured: benchmarks/closed_form.py -->", "<!-- end of measured -->"
-Row = dict[str, Any]
 
 
 def write_report(results: dict[str, Any], methods: Sequence[str], densities: Sequence[float]) -> None:
     """Put the tables between the page's markers, and draw its figures."""
-    rows = list(results["rows"].values())
+    rows = [row for row in results["rows"].values() if "density" in row]
+    full = [row for row in results["rows"].values() if "density" not in row]
     methods = [method for method in methods if any(row["method"] == method for row in rows)]
     text = "\n\n".join(
         [
-            _intro(results, rows),
+            measured_on(results["environment"], "closed_form", rows),
             _table(
                 rows,
                 methods,
                 densities,
                 "LongEval lines, % right (95 % interval)",
-                _accuracy,
-                _full(results, _accuracy),
+                accuracy,
+                accuracy(full),
             ),
-            _table(rows, methods, densities, "Perplexity of held-out text", _perplexity, _full(results, _perplexity)),
+            _table(rows, methods, densities, "Perplexity of held-out text", _perplexity, _perplexity(full)),
             _table(rows, methods, densities, "KL from the uncompressed model, nats per token", _divergence, "0"),
             _losses_table(rows, methods),
             _verdicts(rows),
         ]
     )
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    write_text(PAGE, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    fill_page(PAGE, "closed_form", text)
     with matplotlib.rc_context(STYLE):
         _draw_curves(rows, methods, DOCS / "figures" / "closed-form-curves.png")
     _draw_ranks(rows, DOCS / "figures" / "closed-form-ranks.png")
     _draw_losses(rows, methods, DOCS / "figures" / "closed-form-losses.png")
 
 
-def _intro(results: dict[str, Any], rows: list[Row]) -> str:
-    where = results["environment"]
-    seeds = sorted({row["seed"] for row in rows})
-    return (
-        f"Measured on {where['accelerator'] or where['cpu']}, {where['threads']} thread(s), torch {where['torch']}, "
-        f"transformers {where['transformers']}, {where['date'][:10]}; seeds {', '.join(map(str, seeds))}; "
-        f"{rows[0]['cases']} questions of 200 lines per seed; means over seeds. Reproduce with "
-        "`python benchmarks/closed_form.py`."
-    )
-
-
 def _pick(rows: list[Row], method: str, density: float) -> list[Row]:
     return [row for row in rows if row["method"] == method and row["density"] == density]
-
-
-def _accuracy(rows: Sequence[Row]) -> str:
-    right, cases = sum(row["accuracy"] * row["cases"] for row in rows), sum(row["cases"] for row in rows)
-    low, high = wilson_interval(round(right), cases)
-    return f"{100 * right / cases:.0f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _perplexity(rows: Sequence[Row]) -> str:
@@ -76,10 +56,6 @@ def _perplexity(rows: Sequence[Row]) -> str:
 
 def _divergence(rows: Sequence[Row]) -> str:
     return f"{mean(row['divergence'] for row in rows):.4f}"
-
-
-def _full(results: dict[str, Any], show: Callable[[Sequence[Row]], str]) -> str:
-    return show(list(results["uncompressed"].values()))
 
 
 def _table(

@@ -9,23 +9,20 @@ nats per token, on held-out text and on LongEval records.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from rich.console import Console
-from rich.progress import track
+from common import fill_page, measure_missing, measured_on, read_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cskv.adapter import CSKVAdapter
-from cskv.atomic import write_text
 from cskv.calibration import calibrate
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
@@ -33,7 +30,6 @@ from cskv.data.samples import TokenSamples
 from cskv.data.sources import open_source
 from cskv.demo.text import mixed_source
 from cskv.divergence import Divergence
-from cskv.evaluation.environment import environment
 from cskv.evaluation.perplexity import token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
 from cskv.factorization.basis import centred, hadamard_blocks, rotated, scaled
@@ -47,7 +43,6 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "tinymodel" / "checkpoint"
 RESULTS = HERE / "results" / "grids.json"
 PAGE = HERE.parent / "docs" / "quantisation.md"
-BEGIN, END = "<!-- measured: benchmarks/grids.py -->", "<!-- end of grids -->"
 BASE = CSKVConfig(0.2, 0.2, window=32, group=32, init="pca")
 Block = tuple[int, int] | None
 BLOCKS: dict[str, tuple[Block, Block]] = {
@@ -133,7 +128,7 @@ def _own(factors: Factors) -> Factors:
     return Factors(factors.down.clone(), factors.up.clone(), factors.bias, factors.down_bias)
 
 
-def jobs(bench: Bench) -> Mapping[str, Callable[[], CSKVAdapter]]:
+def makers(bench: Bench) -> Mapping[str, Callable[[], CSKVAdapter]]:
     """Name of a row -> how its adapter is made."""
     found: dict[str, Callable[[], CSKVAdapter]] = {"16 bits": lambda: bench.pca}
     for bits in (4, 2):
@@ -166,19 +161,17 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def main() -> None:
-    """Measure every row, then write the table."""
-    bench = Bench()
-    todo = jobs(bench)
-    rows: dict[str, Any] = {}
-    for name in track(todo, "grids", console=Console(stderr=True)):
-        rows[name] = bench.measure(todo[name]())
-    facts = environment().to_dict()
-    write_text(RESULTS, json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    where = f"{facts['accelerator'] or facts['cpu']}, torch {facts['torch']}, transformers {facts['transformers']}"
-    text = f"Measured on {where}, {facts['date'][:10]}. Reproduce with `python benchmarks/grids.py`.\n\n{table(rows)}"
-    write_text(PAGE, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    """Measure every row that is missing, then write the table."""
+    bench, results = Bench(), read_results(RESULTS)
+    adapters = makers(bench)
+    rows = {name: partial(_measured, bench, make) for name, make in adapters.items()}
+    measure_missing(RESULTS, results, rows)
+    found = {name: results["rows"][name] for name in adapters}
+    fill_page(PAGE, "grids", f"{measured_on(results['environment'], 'grids')}\n\n{table(found)}")
+
+
+def _measured(bench: Bench, make: Callable[[], CSKVAdapter]) -> dict[str, float]:
+    return bench.measure(make())
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ questions.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from common import measure_missing, read_results
 
 import cskv
 from cskv.adapter import CSKVAdapter
-from cskv.atomic import write_text
 from cskv.calibration import calibrate
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
@@ -39,7 +37,6 @@ from cskv.data.sources import open_source
 from cskv.demo.text import mixed_source
 from cskv.divergence import Divergence
 from cskv.evaluation.cache_size import cache_after_prefill
-from cskv.evaluation.environment import environment
 from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.peers import quantized_cache
 from cskv.evaluation.perplexity import perplexity, token_sequences
@@ -178,37 +175,27 @@ def attached(model: Any, adapter: CSKVAdapter | None) -> AbstractContextManager[
     return nullcontext() if adapter is None else cskv.attach(model, adapter)
 
 
-def measure_missing(results: dict[str, Any], console: Console) -> None:
-    """Measure every row that `results` lacks, and write after each."""
+def jobs() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Name of a row -> how it is measured."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    todo = [(seed, row) for seed in SEEDS for row in ROWS if f"{seed}/{row.name}" not in results["rows"]]
-    if not todo:
-        return
     model, half = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=d).eval() for d in (torch.float32, torch.bfloat16))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    results["environment"] = environment().to_dict()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(todo))
-        for seed in sorted({seed for seed, _ in todo}):
-            bench = Bench(model, half, tokenizer, seed)
-            for row in [row for other, row in todo if other == seed]:
-                progress.update(task, description=f"seed {seed}: {row.name}")
-                results["rows"][f"{seed}/{row.name}"] = {"seed": seed, "name": row.name} | bench.measure(row)
-                write_text(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
-                progress.advance(task)
+    bench = cache(lambda seed: Bench(model, half, tokenizer, seed))
+    return {
+        f"{seed}/{row.name}": lambda s=seed, r=row: {"seed": s, "name": r.name} | bench(s).measure(r)
+        for seed in SEEDS
+        for row in ROWS
+    }
 
 
 def main(report: Annotated[bool, typer.Option("--report", help="Only write the tables again.")] = False) -> None:
     """Measure what is missing, then write the table and the figure of docs/quantisation.md."""
     from quantised_report import write_report
 
-    results: dict[str, Any] = {"rows": {}}
-    if RESULTS.exists():
-        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = read_results(RESULTS)
     if not report:
-        measure_missing(results, Console(stderr=True))
+        measure_missing(RESULTS, results, jobs())
     write_report(results, [row.name for row in ROWS])
 
 

@@ -8,21 +8,20 @@ from statistics import mean
 from typing import Any
 
 import matplotlib
+from common import Row, accuracy, fill_page, measured_on
 from matplotlib.figure import Figure
 
-from cskv.atomic import write_atomically, write_text
-from cskv.evaluation.wilson import wilson_interval
+from cskv.atomic import write_atomically
 from cskv.plots import COLOURS, MARKERS, STYLE
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "quantisation.md"
-BEGIN, END = "<!-- measured: benchmarks/quantised.py -->", "<!-- end of quantised -->"
 KINDS = {
     "uncompressed": "uncompressed",
     "QuantizedCache": "transformers' QuantizedCache",
     "mixed": "cskv, mixed widths",
 }
-Found = list[dict[str, Any]]
+Found = list[Row]
 
 
 def write_report(results: dict[str, Any], names: Sequence[str]) -> None:
@@ -30,16 +29,8 @@ def write_report(results: dict[str, Any], names: Sequence[str]) -> None:
     rows = list(results["rows"].values())
     by_name = {name: [row for row in rows if row["name"] == name] for name in names}
     found = {name: own for name, own in by_name.items() if own}
-    where, seeds = results["environment"], sorted({row["seed"] for row in rows})
-    text = (
-        f"Measured on {where['accelerator'] or where['cpu']}, torch {where['torch']}, transformers "
-        f"{where['transformers']}, {where['date'][:10]}; seeds {', '.join(map(str, seeds))}; "
-        f"{rows[0]['cases']} questions per seed, means over seeds. Reproduce with `python benchmarks/quantised.py`.\n\n"
-    )
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    text += f"{_table(found)}\n\n{_losses(found)}"
-    write_text(PAGE, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    text = f"{measured_on(results['environment'], 'quantised', rows)}\n\n{_table(found)}\n\n{_losses(found)}"
+    fill_page(PAGE, "quantised", text)
     with matplotlib.rc_context(STYLE):
         _draw(found, DOCS / "figures" / "quantised.png")
 
@@ -51,16 +42,15 @@ def _table(found: dict[str, Found]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, own in found.items():
-        cache = own[0]["cache"]
-        full = cache["uncompressed_bytes"]
+        caches = [row["cache"] for row in own]
         shares = [
-            sum(cache[f"{part}_bytes"] for part in parts) / full
+            mean(sum(cache[f"{part}_bytes"] for part in parts) / cache["uncompressed_bytes"] for cache in caches)
             for parts in (("payload",), ("scale", "minimum"), ("window",), ("slack", "position"))
         ]
-        parts = [f"{share:.1%}" if cache["payload_bytes"] else "" for share in shares]
-        ratio = mean(row["cache"]["ratio"] for row in own)
+        parts = [f"{share:.1%}" if shares[0] else "" for share in shares]
+        ratio = mean(cache["ratio"] for cache in caches)
         kl = f"{mean(row['kl'] for row in own):.4f}" if "kl" in own[0] else ""
-        figures = [f"{ratio:.1%}", *parts, _accuracy(own), f"{mean(row['perplexity'] for row in own):.2f}", kl]
+        figures = [f"{ratio:.1%}", *parts, accuracy(own), f"{mean(row['perplexity'] for row in own):.2f}", kl]
         lines.append(f"| {name} | " + " | ".join(figures) + " |")
     return "\n".join(lines)
 
@@ -73,12 +63,6 @@ def _losses(found: dict[str, Found]) -> str:
             k, v = (mean(row["loss"][kind] for row in own) for kind in ("k", "v"))
             lines.append(f"| {name} | {k:.4f} | {v:.4f} |")
     return "\n".join(lines)
-
-
-def _accuracy(own: Found) -> str:
-    right, cases = sum(row["accuracy"] * row["cases"] for row in own), sum(row["cases"] for row in own)
-    low, high = wilson_interval(round(right), cases)
-    return f"{100 * right / cases:.0f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _kind(name: str) -> str:

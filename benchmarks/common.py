@@ -1,0 +1,63 @@
+"""What the benchmarks share: rows that are measured once and kept, and pages that are filled in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cskv.atomic import write_text
+from cskv.evaluation.environment import environment
+from cskv.evaluation.wilson import wilson_interval
+
+Row = dict[str, Any]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results kept so far, or none: `rows` by name, and what else a benchmark keeps."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
+
+
+def measure_missing(path: Path, results: dict[str, Any], jobs: Mapping[str, Callable[[], Row]]) -> None:
+    """Measure the rows that `results` lacks, with a bar, and write the file after each."""
+    todo = [name for name in jobs if name not in results["rows"]]
+    if todo:
+        results["environment"] = environment().to_dict()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(todo))
+        for name in todo:
+            progress.update(task, description=name)
+            results["rows"][name] = jobs[name]()
+            write_text(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
+            progress.advance(task)
+
+
+def fill_page(page: Path, script: str, text: str) -> None:
+    """Put text between a page's two markers of a script."""
+    begin, end = f"<!-- measured: benchmarks/{script}.py -->", f"<!-- end of {script} -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    write_text(page, f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
+
+
+def measured_on(where: Mapping[str, Any], script: str, rows: Sequence[Row] = ()) -> str:
+    """On what, when and from which seeds rows were measured."""
+    seeds = sorted({row["seed"] for row in rows})
+    text = (
+        f"Measured on {where['accelerator'] or where['cpu']}, {where['threads']} thread(s), torch {where['torch']}, "
+        f"transformers {where['transformers']}, {where['date'][:10]}"
+    )
+    if seeds:
+        text += f"; seeds {', '.join(map(str, seeds))}; {rows[0]['cases']} questions per seed; means over seeds"
+    return f"{text}. Reproduce with `python benchmarks/{script}.py`."
+
+
+def accuracy(rows: Sequence[Row]) -> str:
+    """Per cent right over all seeds, with the 95 % interval."""
+    right, cases = sum(row["accuracy"] * row["cases"] for row in rows), sum(row["cases"] for row in rows)
+    low, high = wilson_interval(round(right), cases)
+    return f"{100 * right / cases:.0f} ({100 * low:.0f}-{100 * high:.0f})"
