@@ -34,6 +34,12 @@ def test_the_table_is_that_of_the_committed_results(readme_table: ModuleType) ->
     assert readme_table.filled(readme, json.loads(readme_table.RESULTS.read_text(encoding="utf-8"))) == readme
 
 
+def test_committed_results_name_no_folder_of_a_machine() -> None:
+    for path in (*ROOT.glob("docs/results/*.json"), *ROOT.glob("benchmarks/results/*.json")):
+        absolute = re.findall(r'"(/[^"]*/[^"]*|[A-Z]:\\\\[^"]*)"', path.read_text(encoding="utf-8"))
+        assert absolute == [], path.name
+
+
 def test_the_readmes_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save_llama(tmp_path / "base", seed=0)
     config = cskv.CSKVConfig(k_density=0.5, v_density=0.5, window=8, group=4, init="svd")
