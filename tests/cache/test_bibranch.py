@@ -34,8 +34,8 @@ def read_from(view: View) -> tuple[list[int], list[int]]:
     """The numbers of the tokens in the compressed and in the exact branch."""
     compressed, exact = [], view.keys[0, 0, :, 0].int().tolist()
     if view.sealed:
-        compressed = view.k_latents()[0, :, 0].int().tolist()
-        assert view.v_latents()[1, :, 0].int().neg().tolist() == compressed
+        compressed = view.k.read()[0, :, 0].int().tolist()
+        assert view.v.read()[1, :, 0].int().neg().tolist() == compressed
     assert view.values[1, 1, :, 0].int().neg().tolist() == exact
     return compressed, exact
 
@@ -126,7 +126,7 @@ def test_batch_changes_reach_both_branches() -> None:
     store.append(k_latents, v_latents, keys, values)
     store.map_batch(lambda rows: rows.index_select(0, torch.tensor([1, 0])))
     view = store.append(*tokens(9, 1))
-    assert view.k_latents()[0, :, 0].tolist() == [100.0 + i for i in range(6)]
+    assert view.k.read()[0, :, 0].tolist() == [100.0 + i for i in range(6)]
     assert view.keys[0, 0, :3, 0].tolist() == [106.0, 107.0, 108.0]
     assert view.keys[1, 0, :3, 0].tolist() == [6.0, 7.0, 8.0]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import cskv
 from cskv import CSKVConfig
-from cskv.cache.latents import PlainLatents
+from cskv.cache.latents import PlainStore
 from cskv.models.compat import output_cache
 from cskv.models.reading import compressed_reading
 from cskv.quantization.fake import read_back
@@ -28,7 +28,7 @@ SETTINGS = {
 }
 
 
-class ReadBackLatents(PlainLatents):
+class ReadBackLatents(PlainStore):
     """What is packed, kept as the floats that it is read as."""
 
     def __init__(self, grid: Grid | None) -> None:

@@ -17,40 +17,15 @@ than the window.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.cache.latents import LatentBytes, LatentStore, latent_store
+from cskv.cache.latents import LatentBytes, latent_store
 from cskv.quantization.grid import Grid
-
-
-@dataclass(frozen=True)
-class View:
-    """What a forward reads, the tokens that it appends included. It is valid until the next append or crop.
-
-    Attributes:
-        sealed: tokens of the compressed branch. With none, there are no latents to be read.
-        keys, values: (batch, kv_heads, length - sealed, head_dim): the exact branch, after norm and RoPE.
-        k, v: the stores of the compressed branch; they may hold more than `sealed` tokens by now.
-    """
-
-    sealed: int
-    keys: Float[Tensor, "batch kv_heads recent head_dim"]
-    values: Float[Tensor, "batch kv_heads recent head_dim"]
-    k: LatentStore
-    v: LatentStore
-
-    def k_latents(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "batch tokens k_rank"]:
-        """Latents of sealed tokens' keys, before norm and RoPE (commuting ones: after both)."""
-        return self.k.read(start, self.sealed if stop is None else stop)
-
-    def v_latents(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "batch tokens v_rank"]:
-        """Latents of sealed tokens' values."""
-        return self.v.read(start, self.sealed if stop is None else stop)
+from cskv.view import View
 
 
 class _Recent(NamedTuple):
@@ -122,7 +97,7 @@ class BiBranchStore:
         self._seal(self._due(before))
         new, held = _Recent(keys, values, k_latents, v_latents), self._recent
         self._recent = new if held is None else held.followed_by(new)
-        view = View(self.sealed, self._recent.keys, self._recent.values, self._k, self._v)
+        view = self._view(self._recent)
         if not self._seal(self._rollback_point(before)) and held is None:
             self._recent = self._recent.owned()  # the caller's tensors may be views of larger ones
         return view
@@ -160,6 +135,11 @@ class BiBranchStore:
     def nbytes(self) -> int:
         """Bytes really allocated."""
         return self.latent_nbytes().total + self.window_nbytes()
+
+    def _view(self, recent: _Recent) -> View:
+        if not self.sealed:
+            return View(recent.keys, recent.values)
+        return View(recent.keys, recent.values, self._k.view(self.sealed), self._v.view(self.sealed))
 
     def _due(self, length: int) -> int:
         """The tokens that are sealed when `length` are held."""

@@ -1,4 +1,4 @@
-"""The latents of sealed tokens: as they are, or packed on a grid. Both are appended to, read and cropped by token.
+"""Stores of the latents of sealed tokens: as they are, or packed on a grid. Both are appended to, cropped and viewed.
 
 Packed blocks are written once and never touched again. A crop may cut the last block short: its codes, minimum and
 scale stay, and the tokens that follow begin a block of their own, which ends where the cut one would have.
@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cskv.cache.buffer import TokenBuffer
-from cskv.quantization.grid import Grid, dequantise, quantise
+from cskv.quantization.grid import Grid, quantise
+from cskv.view import Latents, PackedLatents, PlainLatents
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class LatentBytes:
 
     Attributes:
         payload: latents, or their codes.
-        scales, minima: of the blocks of packed latents.
+        scales, minima: of the blocks of packed latents. Where a crop cut a block short, the scales count the index that
+            says which block each token is in.
         slack: room for what is yet to come.
     """
 
@@ -56,8 +58,8 @@ class LatentStore(Protocol):
     def append(self, latents: Float[Tensor, "batch new rank"]) -> None:
         """Append tokens."""
 
-    def read(self, start: int, stop: int) -> Float[Tensor, "batch tokens rank"]:
-        """The latents of a range of tokens, in the dtype in which they were appended."""
+    def view(self, length: int) -> Latents:
+        """The first `length` tokens. There is at least one."""
 
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on."""
@@ -72,7 +74,7 @@ class LatentStore(Protocol):
         """Bytes really allocated."""
 
 
-class PlainLatents:
+class PlainStore:
     """Latents in the dtype in which they come."""
 
     def __init__(self) -> None:
@@ -89,8 +91,8 @@ class PlainLatents:
     def append(self, latents: Float[Tensor, "batch new rank"]) -> None:
         self._tokens.append(latents)
 
-    def read(self, start: int, stop: int) -> Float[Tensor, "batch tokens rank"]:
-        return self._tokens.tokens[:, start:stop]
+    def view(self, length: int) -> PlainLatents:
+        return PlainLatents(self._tokens.tokens[:, :length])
 
     def crop(self, length: int) -> None:
         self._tokens.crop(length)
@@ -106,7 +108,7 @@ class PlainLatents:
         return LatentBytes(payload=self._tokens.nbytes() - slack, slack=slack)
 
 
-class PackedLatents:
+class PackedStore:
     """Latents as codes of a few bits, with a minimum and a scale per block.
 
     Args:
@@ -117,6 +119,7 @@ class PackedLatents:
         self.grid = grid
         self._payload, self._scales, self._minima = TokenBuffer(), TokenBuffer(), TokenBuffer()
         self._starts: list[int] = []  # the first token of every row of blocks
+        self._rows: Tensor | None = None
         self._dtype = torch.float32
 
     @property
@@ -128,7 +131,7 @@ class PackedLatents:
         return self._payload.tokens.shape[0] if self.length else 0
 
     def append(self, latents: Float[Tensor, "batch new rank"]) -> None:
-        self._dtype = latents.dtype
+        self._dtype, self._rows = latents.dtype, None
         to_boundary = -self.length % self.grid.block_tokens  # not 0 only after a crop
         for part in (latents[:, :to_boundary], latents[:, to_boundary:]):
             if part.shape[1]:
@@ -139,19 +142,23 @@ class PackedLatents:
                 self._minima.append(quantised.minima)
                 self._starts += range(first, self.length, self.grid.block_tokens)
 
-    def read(self, start: int, stop: int) -> Float[Tensor, "batch tokens rank"]:
+    def view(self, length: int) -> PackedLatents:
         payload, scales, minima = (buffer.tokens for buffer in (self._payload, self._scales, self._minima))
-        payload, rows = payload[:, start:stop], None
-        size = self.grid.block_tokens
-        if len(self._starts) == -(-self.length // size) and start % size == 0:  # no block was cut short
-            scales, minima = (part[:, start // size :] for part in (scales, minima))
-        else:
-            tokens = torch.arange(start, start + payload.shape[1], device=payload.device)
-            rows = torch.bucketize(tokens, torch.tensor(self._starts, device=payload.device), right=True) - 1
-        return dequantise(payload, scales, minima, self.grid, rows).to(self._dtype)
+        return PackedLatents(payload[:, :length], scales, minima, self.grid, self._dtype, self._token_block(length))
+
+    def _token_block(self, length: int) -> Tensor | None:
+        """The row of blocks of every token, where a block was cut short. Made anew only after an append or a crop."""
+        if len(self._starts) == -(-self.length // self.grid.block_tokens):
+            return None
+        if self._rows is None:
+            device = self._payload.tokens.device
+            starts = torch.tensor(self._starts, device=device)
+            self._rows = torch.bucketize(torch.arange(self.length, device=device), starts, right=True) - 1
+        return self._rows[:length]
 
     def crop(self, length: int) -> None:
         self._payload.crop(length)
+        self._rows = None
         while self._starts and self._starts[-1] >= length:
             self._starts.pop()
         self._scales.crop(len(self._starts))
@@ -160,19 +167,21 @@ class PackedLatents:
     def clear(self) -> None:
         for buffer in (self._payload, self._scales, self._minima):
             buffer.clear()
-        self._starts = []
+        self._starts, self._rows = [], None
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         for buffer in (self._payload, self._scales, self._minima):
             buffer.map_batch(change)
+        self._rows = None  # it may have been moved
 
     def nbytes(self) -> LatentBytes:
         slacks = [buffer.slack_nbytes() for buffer in (self._payload, self._scales, self._minima)]
         sizes = [buffer.nbytes() for buffer in (self._payload, self._scales, self._minima)]
         payload, scales, minima = (size - slack for size, slack in zip(sizes, slacks, strict=True))
-        return LatentBytes(payload, scales, minima, sum(slacks))
+        rows = 0 if self._rows is None else self._rows.untyped_storage().nbytes()
+        return LatentBytes(payload, scales + rows, minima, sum(slacks))
 
 
 def latent_store(grid: Grid | None) -> LatentStore:
     """An empty store: packed on the grid, or plain without one."""
-    return PlainLatents() if grid is None else PackedLatents(grid)
+    return PlainStore() if grid is None else PackedStore(grid)

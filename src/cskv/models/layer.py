@@ -87,9 +87,9 @@ class CSKVLayer(DynamicLayer):
         if v_latents.shape[1] != key_states.shape[2]:
             raise CacheError(f"{v_latents.shape[1]} tokens were staged, {key_states.shape[2]} came; start a new cache")
         view = self.store.append(k_latents, v_latents, key_states, value_states)
-        if not view.sealed:
+        if view.k is None or view.v is None:
             return view.keys, view.values
-        keys, values = staged.rebuild(view.k_latents(), view.v_latents())
+        keys, values = staged.rebuild(view.k.read(), view.v.read())
         return torch.cat([keys, view.keys], dim=2), torch.cat([values, view.values], dim=2)
 
     def get_seq_length(self, *_args: Any) -> int:
