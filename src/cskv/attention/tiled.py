@@ -1,0 +1,171 @@
+"""Attention on the compressed cache with torch, a tile of tokens at a time, on any device.
+
+Latents are read once. The scores of a tile are (rows, tokens), rows being query heads times new tokens:
+
+    keys that are linear in their latents      scores = (U_k^T q) c_k      nothing is rebuilt
+    keys that are rotated after rebuilding     scores = q RoPE(U_k c_k)    (tokens, kv_dim) at a time
+    values                                     sums += p c_v, and U_v sums once at the end
+
+Tiles are joined by log-sum-exp, and so is the exact branch. The longest tensor that a step makes is a tile.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cskv.attention.partial import Partial
+from cskv.attention.rules import Logits, Rope, ToHeads, causal_mask
+from cskv.factorization.factors import Factors, LayerFactors
+from cskv.view import Latents, PlainLatents, View
+
+SCORES = 2**20  # numbers in the scores of a tile
+REBUILT = 2**22  # numbers in the rebuilt keys or unpacked latents of a tile: 8 MB in bfloat16, about a core's cache
+LEAST_TILE = 64
+
+
+def attention(
+    query: Float[Tensor, "batch q_heads new head_dim"],
+    view: View,
+    factors: LayerFactors,
+    rope: Rope | None,
+    logits: Logits,
+    value_heads: ToHeads | None = None,
+) -> Float[Tensor, "batch q_heads new head_dim"]:
+    """What `cskv.attention.dispatch.attention` computes, in the query's dtype with sums in fp32."""
+    parts = [_exact(query, view, logits)]
+    if view.k is not None and view.v is not None:
+        keys = _Absorbed(query, factors.k) if rope is None else _Rebuilt(query, factors.k, rope)
+        values = _Summed(query, factors.v) if value_heads is None else _RebuiltValues(query, factors.v, value_heads)
+        parts.append(values.expanded(_sealed(query, view.k, view.v, keys, values, logits)))
+    return reduce(Partial.joined, parts).result(logits.sinks).to(query.dtype)
+
+
+def _exact(query: Tensor, view: View, logits: Logits) -> Partial:
+    """The exact branch."""
+    scores = logits.of(_per_head(query, view.keys.transpose(2, 3)).float(), view.sealed)
+    if logits.mask is None and query.shape[2] > 1:
+        reads = causal_mask(query.shape[2], view.keys.shape[2], query.device)
+        scores.masked_fill_(~reads, torch.finfo(scores.dtype).min)
+    most, total, weights = _weights(scores)
+    return Partial(most, total, _per_head(weights.to(view.values.dtype), view.values).float())
+
+
+def _sealed(
+    query: Tensor, k: Latents, v: Latents, keys: _Absorbed | _Rebuilt, values: _Summed | _RebuiltValues, logits: Logits
+) -> Partial:
+    """The compressed branch, with sums as `values` gives them."""
+    parts: Partial | None = None
+    tile = _tile(query, k, v, keys, values)
+    for start in range(0, k.length, tile):
+        stop = min(start + tile, k.length)
+        scores = logits.of(keys.scores(k.read(start, stop), start), start)
+        most, total, weights = _weights(scores)
+        part = Partial(most, total, values.sums(weights, v.read(start, stop)))
+        parts = part if parts is None else parts.joined(part)
+    return parts  # type: ignore[return-value]
+
+
+def _tile(query: Tensor, k: Latents, v: Latents, keys: object, values: object) -> int:
+    """Tokens per tile: the most that keep its scores, and what is rebuilt or unpacked, within bounds."""
+    batch, heads, new, _ = query.shape
+    widths = [keys.width if isinstance(keys, _Rebuilt) else 0, values.width if isinstance(values, _RebuiltValues) else 0]
+    widths += [0 if isinstance(latents, PlainLatents) else latents.rank for latents in (k, v)]
+    tile = min(SCORES // (batch * heads * new), REBUILT // max(batch * max(widths), 1))
+    return max(LEAST_TILE, tile // LEAST_TILE * LEAST_TILE)
+
+
+def _weights(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logit, the sum of weights, and the weights exp(logit - largest), which replace the scores."""
+    most = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(most).exp_()
+    return most, weights.sum(-1, keepdim=True), weights
+
+
+def _per_head(rows: Tensor, matrices: Tensor) -> Tensor:
+    """(batch, q_heads, new, a) times the (batch, kv_heads, a, b) of each query head's kv head."""
+    batch, heads, new, inner = rows.shape
+    grouped = rows.reshape(batch, matrices.shape[1], -1, inner)
+    return torch.matmul(grouped, matrices).view(batch, heads, new, -1)
+
+
+class _Absorbed:
+    """Keys as linear functions of their latents: the query takes the up-projection."""
+
+    def __init__(self, query: Tensor, factors: Factors) -> None:
+        self._shape, self._groups = query.shape[:3], factors.groups
+        head_dim = query.shape[3]
+        self._query = _to_groups(_per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), factors.groups)
+        self._bias: Tensor | None = None
+        if factors.bias is not None:
+            self._bias = _per_head(query, factors.bias.view(1, -1, head_dim, 1)).float()
+
+    def scores(self, latents: Tensor, _start: int) -> Tensor:
+        parts = zip(self._query, latents.chunk(self._groups, dim=2), strict=True)
+        products = [torch.bmm(query, part.transpose(1, 2)) for query, part in parts]
+        scores = _from_groups(products, self._shape).float()
+        return scores if self._bias is None else scores.add_(self._bias)
+
+
+class _Rebuilt:
+    """Keys that are rotated, or normalised, after they were rebuilt."""
+
+    def __init__(self, query: Tensor, factors: Factors, rope: Rope) -> None:
+        self.width = factors.kv_dim
+        self._query, self._factors, self._rope = query, factors, rope
+
+    def scores(self, latents: Tensor, start: int) -> Tensor:
+        keys = self._rope.keys(self._factors.expand(latents), start)
+        return _per_head(self._query, keys.transpose(2, 3)).float()
+
+
+class _Summed:
+    """Values as linear functions of their latents: weights are summed with these."""
+
+    def __init__(self, query: Tensor, factors: Factors) -> None:
+        self._shape, self._head_dim, self._factors = query.shape[:3], query.shape[3], factors
+
+    def sums(self, weights: Tensor, latents: Tensor) -> Tensor:
+        parts = zip(
+            _to_groups(weights.to(latents.dtype), self._factors.groups),
+            latents.chunk(self._factors.groups, dim=2),
+            strict=True,
+        )
+        return _from_groups([torch.bmm(rows, part) for rows, part in parts], self._shape).float()
+
+    def expanded(self, part: Partial) -> Partial:
+        up = self._factors.up.unflatten(0, (-1, self._head_dim)).transpose(1, 2)[None]
+        sums = _per_head(part.sums.to(up.dtype), up).float()
+        if self._factors.bias is not None:
+            bias = self._factors.bias.view(1, -1, 1, self._head_dim)
+            sums = sums + _per_head(part.total.to(bias.dtype), bias).float()
+        return Partial(part.most, part.total, sums)
+
+
+class _RebuiltValues:
+    """Values that are normalised after they were rebuilt (Gemma4)."""
+
+    def __init__(self, _query: Tensor, factors: Factors, heads: ToHeads) -> None:
+        self.width = factors.kv_dim
+        self._factors, self._heads = factors, heads
+
+    def sums(self, weights: Tensor, latents: Tensor) -> Tensor:
+        values = self._heads(self._factors.expand(latents))
+        return _per_head(weights.to(values.dtype), values).float()
+
+    def expanded(self, part: Partial) -> Partial:
+        return part
+
+
+def _to_groups(rows: Tensor, groups: int) -> list[Tensor]:
+    """(batch, q_heads, new, a) as one (batch, rows, a) for each group of heads."""
+    return [part.flatten(1, 2) for part in rows.chunk(groups, dim=1)]
+
+
+def _from_groups(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """The inverse of `_to_groups`, for (batch, q_heads, new)."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return joined.view(*shape, -1)
