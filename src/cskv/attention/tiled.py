@@ -36,26 +36,26 @@ def attention(
     value_heads: ToHeads | None = None,
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
     """What `cskv.attention.dispatch.attention` computes, in the query's dtype with sums in fp32."""
-    parts = [_exact(query, view, logits)]
+    parts = [exact(query, view, logits)]
     if view.k is not None and view.v is not None:
         keys = _Absorbed(query, factors.k) if rope is None else _Rebuilt(query, factors.k, rope)
-        values = _Summed(query, factors.v) if value_heads is None else _RebuiltValues(query, factors.v, value_heads)
+        values = Summed(query, factors.v) if value_heads is None else _RebuiltValues(query, factors.v, value_heads)
         parts.append(values.expanded(_sealed(query, view.k, view.v, keys, values, logits)))
     return reduce(Partial.joined, parts).result(logits.sinks).to(query.dtype)
 
 
-def _exact(query: Tensor, view: View, logits: Logits) -> Partial:
+def exact(query: Tensor, view: View, logits: Logits) -> Partial:
     """The exact branch."""
-    scores = logits.of(_per_head(query, view.keys.transpose(2, 3)).float(), view.sealed)
+    scores = logits.of(per_head(query, view.keys.transpose(2, 3)).float(), view.sealed)
     if logits.mask is None and query.shape[2] > 1:
         reads = causal_mask(query.shape[2], view.keys.shape[2], query.device)
         scores.masked_fill_(~reads, torch.finfo(scores.dtype).min)
     most, total, weights = _weights(scores)
-    return Partial(most, total, _per_head(weights.to(view.values.dtype), view.values).float())
+    return Partial(most, total, per_head(weights.to(view.values.dtype), view.values).float())
 
 
 def _sealed(
-    query: Tensor, k: Latents, v: Latents, keys: _Absorbed | _Rebuilt, values: _Summed | _RebuiltValues, logits: Logits
+    query: Tensor, k: Latents, v: Latents, keys: _Absorbed | _Rebuilt, values: Summed | _RebuiltValues, logits: Logits
 ) -> Partial:
     """The compressed branch, with sums as `values` gives them."""
     parts: Partial | None = None
@@ -85,7 +85,7 @@ def _weights(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return most, weights.sum(-1, keepdim=True), weights
 
 
-def _per_head(rows: Tensor, matrices: Tensor) -> Tensor:
+def per_head(rows: Tensor, matrices: Tensor) -> Tensor:
     """(batch, q_heads, new, a) times the (batch, kv_heads, a, b) of each query head's kv head."""
     batch, heads, new, inner = rows.shape
     grouped = rows.reshape(batch, matrices.shape[1], -1, inner)
@@ -98,10 +98,10 @@ class _Absorbed:
     def __init__(self, query: Tensor, factors: Factors) -> None:
         self._shape, self._groups = query.shape[:3], factors.groups
         head_dim = query.shape[3]
-        self._query = _to_groups(_per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), factors.groups)
+        self._query = _to_groups(per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), factors.groups)
         self._bias: Tensor | None = None
         if factors.bias is not None:
-            self._bias = _per_head(query, factors.bias.view(1, -1, head_dim, 1)).float()
+            self._bias = per_head(query, factors.bias.view(1, -1, head_dim, 1)).float()
 
     def scores(self, latents: Tensor, _start: int) -> Tensor:
         parts = zip(self._query, latents.chunk(self._groups, dim=2), strict=True)
@@ -119,10 +119,10 @@ class _Rebuilt:
 
     def scores(self, latents: Tensor, start: int) -> Tensor:
         keys = self._rope.keys(self._factors.expand(latents), start)
-        return _per_head(self._query, keys.transpose(2, 3)).float()
+        return per_head(self._query, keys.transpose(2, 3)).float()
 
 
-class _Summed:
+class Summed:
     """Values as linear functions of their latents: weights are summed with these."""
 
     def __init__(self, query: Tensor, factors: Factors) -> None:
@@ -138,10 +138,10 @@ class _Summed:
 
     def expanded(self, part: Partial) -> Partial:
         up = self._factors.up.unflatten(0, (-1, self._head_dim)).transpose(1, 2)[None]
-        sums = _per_head(part.sums.to(up.dtype), up).float()
+        sums = per_head(part.sums.to(up.dtype), up).float()
         if self._factors.bias is not None:
             bias = self._factors.bias.view(1, -1, 1, self._head_dim)
-            sums = sums + _per_head(part.total.to(bias.dtype), bias).float()
+            sums = sums + per_head(part.total.to(bias.dtype), bias).float()
         return Partial(part.most, part.total, sums)
 
 
@@ -154,7 +154,7 @@ class _RebuiltValues:
 
     def sums(self, weights: Tensor, latents: Tensor) -> Tensor:
         values = self._heads(self._factors.expand(latents))
-        return _per_head(weights.to(values.dtype), values).float()
+        return per_head(weights.to(values.dtype), values).float()
 
     def expanded(self, part: Partial) -> Partial:
         return part
