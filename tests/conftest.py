@@ -12,6 +12,11 @@ from hypothesis import settings
 # Read when huggingface_hub is imported: no test asks the network for a model, not even for one that does not exist.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Triton decides as it is imported whether kernels are compiled or interpreted, and no test has imported it yet: pytest
+# reads this file first, in every process of xdist.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # How long an example takes says more about what else the machine does than about the code.
 settings.register_profile("cskv", deadline=None)
 settings.load_profile("cskv")

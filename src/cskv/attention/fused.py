@@ -11,7 +11,7 @@ plan that a device has too little shared memory for is made smaller once and rem
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ def refusal(
     value_heads: ToHeads | None = None,
 ) -> str | None:
     """Why the kernels cannot do this; None where they can."""
-    if find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
     reason = _device_refusal(query.device)
     if reason is not None or view.k is None or view.v is None:
@@ -77,7 +77,14 @@ def refusal(
     head_rows = query.shape[2] * query.shape[1] // view.keys.shape[1]
     if head_rows > MOST_HEAD_ROWS:
         return f"new tokens times query heads are more than {MOST_HEAD_ROWS} per kv head, as in a prefill"
+    if factors.k.groups != factors.v.groups:
+        return f"its kernels share a tile of tokens: {factors.k.groups} groups of keys, {factors.v.groups} of values"
     return _dtype_refusal(query, view.k, view.v, factors)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def _device_refusal(device: torch.device) -> str | None:
@@ -119,8 +126,6 @@ def _sealed(query: Tensor, k: Latents, v: Latents, factors: LayerFactors, rope: 
         rotated=rope is not None,
         packed=isinstance(k, PackedLatents) or isinstance(v, PackedLatents),
     )
-    if factors.v.groups != groups:  # keys' heads share latents in other groups than values': a head is then a group
-        raise NotImplementedError
     chosen = plan(shapes, _multiprocessors(query.device))
     arguments = {
         **_keys(query, factors.k, rope),

@@ -110,6 +110,16 @@ def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantis
         latents: any floating dtype; computed in fp32.
         grid: of the same rank.
     """
+    if latents.is_cuda:
+        from cskv.quantization import fused
+
+        if fused.installed():
+            return Quantised(*fused.quantise(latents, grid))
+    return quantise_by_torch(latents, grid)
+
+
+def quantise_by_torch(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantised:
+    """What `quantise` computes, on any device."""
     payload, scales, minima = [], [], []
     for bits, channels, _ in grid.runs():
         blocks = to_blocks(latents[..., channels].float(), grid)
@@ -176,7 +186,9 @@ def block_parameters(
 ) -> tuple[BFloat16[Tensor, "batch rows columns"], BFloat16[Tensor, "batch rows columns"]]:
     """The scale and the minimum of every block, as they are stored: no value lies outside their range."""
     minimum = _rounded(blocks.amin(-1), up=False)
-    scale = _rounded((blocks.amax(-1) - minimum.float()) / levels, up=True)
+    spread = blocks.amax(-1) - minimum.float()
+    # By a tensor: on a GPU, torch multiplies by the inverse of a number instead, and the bits differ from a CPU's.
+    scale = _rounded(spread / torch.full_like(spread, levels), up=True)
     return scale, minimum
 
 
