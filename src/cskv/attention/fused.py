@@ -125,6 +125,7 @@ def _sealed(query: Tensor, k: Latents, v: Latents, factors: LayerFactors, rope: 
         value_rank=v.rank // groups,
         rotated=rope is not None,
         packed=isinstance(k, PackedLatents) or isinstance(v, PackedLatents),
+        itemsize=query.element_size(),
     )
     chosen = plan(shapes, _multiprocessors(query.device))
     arguments = {

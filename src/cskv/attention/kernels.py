@@ -170,10 +170,10 @@ def partials(
         if ROTATED:
             at = token[:, None]
             turns = token_ok[:, None] & rotated[None, :]
-            cos_lo = tl.load(cos + at * cos_token + lo[None, :], mask=turns, other=1.0).to(tl.float32)
-            cos_hi = tl.load(cos + at * cos_token + hi[None, :], mask=turns, other=1.0).to(tl.float32)
-            sin_lo = tl.load(sin + at * sin_token + lo[None, :], mask=turns, other=0.0).to(tl.float32)
-            sin_hi = tl.load(sin + at * sin_token + hi[None, :], mask=turns, other=0.0).to(tl.float32)
+            cos_lo = tl.load(cos + at * cos_token + half[None, :], mask=turns, other=1.0)
+            cos_hi = tl.load(cos + at * cos_token + half[None, :] + ROTARY_DIM // 2, mask=turns, other=1.0)
+            sin_lo = tl.load(sin + at * sin_token + half[None, :], mask=turns, other=0.0)
+            sin_hi = tl.load(sin + at * sin_token + half[None, :] + ROTARY_DIM // 2, mask=turns, other=0.0)
             if KEY_BLOCKS == 1:
                 latents = _latents(
                     k_data, k_scales, k_minima, k_table, token, token_ok, k_row, group * key_rank + key,
@@ -183,7 +183,7 @@ def partials(
                 channels = (group * group_heads + head) * HEAD_DIM
                 k_lo = tl.zeros([TILE, HALF], tl.float32)
                 k_hi = tl.zeros([TILE, HALF], tl.float32)
-                for block in tl.static_range(KEY_BLOCKS):
+                for block in range(KEY_BLOCKS):  # not unrolled: all of its tiles would be in shared memory at once
                     rank = block * KEY_BLOCK + key
                     rank_ok = rank < key_rank
                     if KEY_BLOCKS > 1:
@@ -202,8 +202,8 @@ def partials(
                 if HAS_BIAS:
                     k_lo += tl.load(key_bias + channels + lo, mask=half_ok, other=0.0).to(tl.float32)[None, :]
                     k_hi += tl.load(key_bias + channels + hi, mask=half_ok, other=0.0).to(tl.float32)[None, :]
-                turned_lo = _rounded(k_lo * cos_lo - k_hi * sin_lo, ELEMENT, EMULATED)
-                turned_hi = _rounded(k_hi * cos_hi + k_lo * sin_hi, ELEMENT, EMULATED)
+                turned_lo = _rounded(k_lo * cos_lo.to(tl.float32) - k_hi * sin_lo.to(tl.float32), ELEMENT, EMULATED)
+                turned_hi = _rounded(k_hi * cos_hi.to(tl.float32) + k_lo * sin_hi.to(tl.float32), ELEMENT, EMULATED)
                 query_ok = (row_ok & (row // head_rows == head))[:, None] & half_ok[None, :]
                 query_lo = tl.load(query + lo[None, :], mask=query_ok, other=0.0)
                 query_hi = tl.load(query + hi[None, :], mask=query_ok, other=0.0)

@@ -28,6 +28,7 @@ class Shapes:
         key_rank, value_rank: of one group.
         rotated: whether keys are rebuilt.
         packed: whether any latents are.
+        itemsize: bytes of a number.
     """
 
     batch: int
@@ -39,6 +40,7 @@ class Shapes:
     value_rank: int
     rotated: bool
     packed: bool
+    itemsize: int = 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Plan:
 
 def plan(shapes: Shapes, multiprocessors: int) -> Plan:
     """A plan for a device with as many multiprocessors."""
-    tile = 32 if shapes.packed and not shapes.rotated else 64
+    tile = 32 if (shapes.packed and not shapes.rotated) or shapes.itemsize > 2 else 64
     tiles = -(-shapes.tokens // tile)
     block_rows = _block_rows(shapes)
     if shapes.rotated:  # short contexts: heads, which are rebuilt one after another, to programs of their own
