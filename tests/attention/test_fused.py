@@ -6,7 +6,6 @@ Memory that the launcher allocates is filled with NaN first, so that a number th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cskv.attention import dispatch, reference, tiled
-from cskv.attention.plan import Plan, Shapes, plan, smaller
+from cskv.attention.plan import Plan
 from cskv.attention.rules import Logits, Rope
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.quantization.grid import Grid, quantise
@@ -233,3 +232,74 @@ def test_a_step_can_be_captured() -> None:
     made.query.copy_(made.query.flip(1))
     graph.replay()
     assert torch.equal(captured, made.by(fused.attention))
+
+
+def test_nothing_sealed() -> None:
+    made = make(Case(softcap=2.0, sinks=True))
+    made = replace(made, view=View(made.view.keys, made.view.values))
+    assert fused.refusal(made.query, made.view, made.factors, made.rope, made.logits) is None
+    assert torch.equal(made.by(fused.attention), made.by(tiled.attention))
+
+
+REFUSED = {
+    "rotate keys, and nothing else": Case(rotary_dim=16),
+    "rotate pairs": Case(rotary_dim=5),
+    "more than 128 per kv head": Case(new=65, recent=65),
+    "16 or 32 bits": Case(dtype=torch.float64),
+    "differ in dtype": Case(),
+    "groups of keys": Case(),
+    "do not normalise values": Case(),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_says_what_it_refuses(reason: str) -> None:
+    made, value_heads = make(REFUSED[reason]), None
+    query, factors, rope = made.query, made.factors, made.rope
+    if rope is not None and reason == "rotate keys, and nothing else":
+        rope, reason = replace(rope, is_plain=False), "rotate keys"
+    if reason == "differ in dtype":
+        query = query.half()
+    if reason == "groups of keys":
+        factors = LayerFactors(factors.k, replace(factors.v, up=factors.v.up[:, :10]))
+    if reason == "do not normalise values":
+        value_heads = torch.nn.Identity()
+    refused = fused.refusal(query, made.view, factors, rope, made.logits, value_heads)
+    assert refused is not None
+    assert reason in refused
+
+
+def test_a_missing_triton_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_installed", lambda: False)
+    made = make(Case())
+    dispatch._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="by torch, not triton: triton is not installed"):
+        out = dispatch.attention(made.query, made.view, made.factors, made.rope, made.logits, backend="triton")
+    assert torch.equal(out, made.by(tiled.attention))
+
+
+def test_the_dispatch_takes_the_kernels() -> None:
+    made = make(CASES["rotated"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = dispatch.attention(made.query, made.view, made.factors, made.rope, made.logits, backend="triton")
+    assert torch.equal(out, made.by(fused.attention))
+
+
+def test_a_plan_that_does_not_fit_is_made_smaller_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    tried, partials = [], fused._partials
+
+    def small_device(chosen: Plan, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+        tried.append((chosen.stages, chosen.tile))
+        if chosen.tile > 16:
+            raise OutOfResources(2, 1, "shared memory")
+        return partials(chosen, *arguments)
+
+    monkeypatch.setattr(fused, "_partials", small_device)
+    monkeypatch.setattr(fused, "_fitting", {})
+    check(Case(sealed=100))
+    assert tried == [(2, 32), (1, 32), (1, 16)]
+    check(Case(sealed=100))
+    assert tried[3:] == [(1, 16)]

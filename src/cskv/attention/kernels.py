@@ -86,9 +86,7 @@ def _block_rows(token, token_ok, rows, BLOCK_TOKENS: tl.constexpr, HAS_ROWS: tl.
         return token // BLOCK_TOKENS
 
 
-@triton.jit(
-    do_not_specialize=["tokens", "split_tokens", "lines", "mask_batch", "mask_head", "mask_new", "mask_token"]
-)
+@triton.jit(do_not_specialize=["tokens", "split_tokens", "lines", "mask_batch", "mask_head", "mask_new", "mask_token"])
 @no_type_check
 def partials(
     query, query_bias, up, key_bias, cos, sin, mask,
@@ -258,9 +256,7 @@ def partials(
     if value_block == 0:
         tl.store(most_out + out, most, mask=row_ok)
         tl.store(total_out + out, total, mask=row_ok)
-    tl.store(
-        sums_out + out[:, None] * value_rank + value[None, :], sums, mask=row_ok[:, None] & value_ok[None, :]
-    )
+    tl.store(sums_out + out[:, None] * value_rank + value[None, :], sums, mask=row_ok[:, None] & value_ok[None, :])
 
 
 @triton.jit(do_not_specialize=["splits", "lines"])

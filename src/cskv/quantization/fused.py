@@ -12,7 +12,7 @@ import torch
 from jaxtyping import BFloat16, Float, UInt8
 from torch import Tensor
 
-from cskv.quantization.grid import Grid, PARAMETER_DTYPE
+from cskv.quantization.grid import PARAMETER_DTYPE, Grid
 from cskv.quantization.packing import planes
 from cskv.quantization.tables import block_table, byte_table, channel_table
 

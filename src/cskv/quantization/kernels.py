@@ -5,8 +5,8 @@ tokens, which have one channel, neighbouring lanes read neighbouring channels. `
 and bytes and computes the codes that share a byte, up to eight; where a width has several planes its codes are computed
 for each. Both are for a few dozen tokens at a time, as they leave the window, and for prefills; not measured yet.
 
-Division is IEEE's, not Triton's faster one. bf16 in one direction is integer arithmetic on the bits of fp32. Blocks with
-NaN are not told apart: their parameters come from the other values, where torch gives NaN.
+Division is IEEE's, not Triton's faster one. bf16 in one direction is integer arithmetic on the bits of fp32. Blocks
+with NaN are not told apart: their parameters come from the other values, where torch gives NaN.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ def _directed(x, UP: tl.constexpr):
     Cutting off the lower half rounds towards zero; adding to it first rounds away from zero.
     """
     bits = x.to(tl.int32, bitcast=True)
-    if UP:
-        away = bits >= 0
-    else:
-        away = bits < 0
+    away = bits >= 0 if UP else bits < 0
     return tl.where(away, bits + 0xFFFF, bits) & -65536
 
 
@@ -69,7 +66,8 @@ def parameters(
 @triton.jit
 @no_type_check
 def codes(
-    latents, scales, minima, payload, table, channel_block, tokens, row_bytes, rows, columns, batch_stride, token_stride,
+    latents, scales, minima, payload, table, channel_block,
+    tokens, row_bytes, rows, columns, batch_stride, token_stride,
     BLOCK_TOKENS: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """BYTES bytes of TOKENS tokens. The grid is (blocks of tokens, blocks of bytes, batch).
@@ -94,9 +92,9 @@ def codes(
         there = byte_ok & (channel < end) & (slot * width < 8)
         ok = token_ok[:, None] & there[None, :]
         block = tl.load(channel_block + channel, mask=there, other=0)
-        value = tl.load(
-            latents + token.to(tl.int64)[:, None] * token_stride + channel[None, :], mask=ok, other=0.0
-        ).to(tl.float32)
+        value = tl.load(latents + token.to(tl.int64)[:, None] * token_stride + channel[None, :], mask=ok, other=0.0).to(
+            tl.float32
+        )
         scale = _wide(tl.load(scales + parameter + block[None, :], mask=ok, other=0))
         minimum = _wide(tl.load(minima + parameter + block[None, :], mask=ok, other=0))
         code = tl.div_rn(value - minimum, tl.where(scale > 0, scale, 1.0))
