@@ -146,7 +146,9 @@ def mask_of(case: Case, length: int) -> Tensor | None:
     if case.mask == "hidden":  # all sealed tokens of the last sequence, and a head in which they are not
         reads = reads.repeat(1, case.heads[0], 1, 1)
         reads[-1, 1:, :, : case.sealed] = False
-    if case.mask in ("bool", "hidden"):
+    if case.mask == "nothing":  # a query that is padding itself: the mean of all values, as softmax gives
+        reads[-1] = False
+    if case.mask in ("bool", "hidden", "nothing"):
         return reads
     least = -float("inf") if case.mask == "infinite" else torch.finfo(case.dtype).min
     return torch.zeros(reads.shape, dtype=case.dtype, device=DEVICE).masked_fill(~reads, least)
@@ -185,6 +187,7 @@ CASES = {
     "padding, added": Case(mask="added", batch=2, new=3, rotary_dim=16),
     "padding, infinite": Case(mask="infinite", batch=2, sealed=200),
     "all hidden": Case(mask="hidden", batch=2, softcap=5.0, sealed=200),
+    "nothing read": Case(mask="nothing", batch=2, sealed=200),
     "sinks and padding": Case(mask="bool", sinks=True, rotary_dim=8, batch=2),
     "2 bits": Case(sealed=200, k=grid(14, 2, 32, 1), v=grid(20, 2, 1, 32)),
     "3 bits": Case(sealed=200, k=grid(14, 3, 32, 1), v=grid(20, 3, 32, 4), rotary_dim=16),

@@ -1,0 +1,83 @@
+"""Compiles the kernels for an H100, which needs no GPU, and prints the shared memory of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cskv.attention import fused
+from cskv.attention import kernels as attention_kernels
+from cskv.attention.rules import Logits, Rope
+from cskv.factorization.factors import Factors, LayerFactors
+from cskv.quantization import fused as quantization_fused
+from cskv.quantization import kernels as quantization_kernels
+from cskv.quantization.grid import Grid, quantise
+from cskv.view import PackedLatents, PlainLatents, View
+
+TARGET = GPUTarget("cuda", 90, 32)
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32",
+}  # fmt: skip
+
+
+class Compiled:
+    """Stands for a kernel, and compiles it for the arguments of a launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, _grid: tuple[int, ...]) -> Compiled:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        bound = {**dict(zip(self.kernel.arg_names, args)), **kwargs}
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            value = bound[parameter.name]
+            special = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name], attributes[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+                if special and value % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=TARGET, options=options)
+        print(self.kernel.__name__, compiled.metadata.shared)
+
+
+def step(rank: int, packed: bool, rotated: bool) -> None:
+    """One step of an 8B model's layer."""
+    values, exact = torch.zeros(1, 4000, rank).bfloat16(), torch.zeros(1, 8, 32, 128).bfloat16()
+    k = v = PlainLatents(values)
+    if packed:
+        grids = Grid.uniform(rank, 3, (32, 1)), Grid.uniform(rank, 4, (1, 32))
+        k, v = (PackedLatents(*quantise(values, grid), grid, torch.bfloat16) for grid in grids)
+    factors = Factors(torch.zeros(rank, 8).bfloat16(), torch.zeros(1024, rank).bfloat16())
+    angles = torch.zeros(1, 4000, 128).bfloat16()
+    rope = Rope(angles, angles, lambda channels, *_: channels, is_plain=True) if rotated else None
+    query = torch.zeros(1, 32, 1, 128).bfloat16()
+    fused.attention(query, View(exact, exact, k, v), LayerFactors(factors, factors), rope, Logits(128**-0.5))
+
+
+if __name__ == "__main__":
+    attention_kernels.partials, attention_kernels.join = (
+        Compiled(kernel) for kernel in (attention_kernels.partials, attention_kernels.join)
+    )
+    quantization_kernels.parameters, quantization_kernels.codes = (
+        Compiled(kernel) for kernel in (quantization_kernels.parameters, quantization_kernels.codes)
+    )
+    fused._multiprocessors = lambda _device: 132
+    step(208, packed=False, rotated=False)
+    step(205, packed=True, rotated=False)
+    step(205, packed=False, rotated=True)
+    step(1024, packed=False, rotated=True)
+    step(52, packed=True, rotated=True)
+    quantization_fused.quantise(torch.zeros(1, 32, 205).bfloat16(), Grid.uniform(205, 4, (32, 1)))
