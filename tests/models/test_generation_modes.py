@@ -98,6 +98,28 @@ def test_full_rank_changes_no_token(name: str, mode: Callable[[nn.Module], Tenso
         assert torch.equal(mode(model), expected)
 
 
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("attention", ["rebuild", "reference"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_nor_does_it_with_another_attention(name: str, attention: str, mode: Callable[[nn.Module], Tensor]) -> None:
+    expected = mode(tiny_model(name))
+    model = tiny_model(name)
+    adapter = full_rank_adapter(model, cskv.CSKVConfig(1.0, 1.0, window=3, group=4))
+    with cskv.attach(model, adapter, attention=attention):
+        assert torch.equal(mode(model), expected)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
+def test_a_layer_whose_keys_others_read_too_is_rebuilt_and_says_so(mode: Callable[[nn.Module], Tensor]) -> None:
+    expected = mode(tiny_model("gemma4-shared"))
+    model = tiny_model("gemma4-shared")
+    adapter = full_rank_adapter(model, cskv.CSKVConfig(1.0, 1.0, window=3, group=4))
+    with pytest.warns(UserWarning, match="model.layers.5.self_attn, another layer reads its keys and values too"):
+        attachment = cskv.attach(model, adapter)
+    with attachment:
+        assert torch.equal(mode(model), expected)
+
+
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_full_rank_logits_agree_at_every_step(name: str) -> None:
     model = tiny_model(name)

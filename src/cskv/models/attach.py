@@ -50,7 +50,7 @@ class Attachment:
             self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
         self._switch: Switch | None = None
         if attention != REBUILD:
-            _say_what_is_rebuilt([site for site in sites if not recipes[site.layer_idx].attends_to_latents])
+            _say_what_is_rebuilt({site.name: recipes[site.layer_idx].why_rebuild for site in sites})
             self._switch = Switch((site.module for site in sites), PREFIX, attend, only=UNDERSTOOD)
 
     def detach(self) -> None:
@@ -132,13 +132,12 @@ def _table_owners(sites: list[AttentionSite], recipes: dict[int, SiteRecipe]) ->
     return owners
 
 
-def _say_what_is_rebuilt(sites: list[AttentionSite]) -> None:
-    if not sites:
-        return
-    implementation = getattr(getattr(sites[0].module, "config", None), "_attn_implementation", None)
-    warnings.warn(
-        f"old keys and values of {len(sites)} layer(s), {sites[0].name} the first, are rebuilt at every step: their "
-        f"attention ({implementation}) is not one that can be done on latents; attn_implementation='sdpa' or 'eager' "
-        "mostly can, and attention='rebuild' silences this",
-        stacklevel=4,
-    )
+def _say_what_is_rebuilt(reasons: dict[str, str | None]) -> None:
+    rebuilt = {name: reason for name, reason in reasons.items() if reason is not None}
+    if rebuilt:
+        name, reason = next(iter(rebuilt.items()))
+        warnings.warn(
+            f"old keys and values of {len(rebuilt)} of {len(reasons)} layers are rebuilt at every step, which is "
+            f"slower: of {name}, {reason}. attention='rebuild' silences this",
+            stacklevel=4,
+        )

@@ -129,7 +129,7 @@ class SiteHook:
             rope = self._rope(layer, view.sealed, x)
             return self._shared.attend(query, view, factors, rope, logits, self._value_heads)
 
-        attends = self._recipe.attends_to_latents and self._shared.backend is not None and is_switched(module)
+        attends = self._recipe.why_rebuild is None and self._shared.backend is not None and is_switched(module)
         return Staged(latents, positions, rebuild, Call(attend) if attends else None)
 
     @property

@@ -38,32 +38,37 @@ def logits_of(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Log
 
 
 @contextmanager
-def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], bool]]:
-    """Watch one forward without a past; afterwards, ask of a module whether its attention is understood.
+def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], str | None]]:
+    """Watch one forward without a past; then, ask why a module's old keys and values must be rebuilt, if they must.
 
-    It is not where the implementation is none of `UNDERSTOOD`, where the reference gives another output, or where
-    another layer reads this layer's keys and values too (then those of old tokens must exist).
+    They must where its attention is none of `UNDERSTOOD`, where the reference gives another output, and where another
+    layer reads this layer's keys and values too.
     """
-    outcomes: dict[int, bool] = {}
+    agrees: dict[int, bool] = {}
     readers: dict[int, set[int]] = {}
     held: list[Tensor] = []  # so that no address is used twice
 
     def check(
-        original: Original, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any
+        original: Original, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> Any:
-        result = original(module, query, key, value, mask, **kw)
+        result = original(module, query, key, value, mask, **kwargs)
         held.append(key)
         readers.setdefault(key.data_ptr(), set()).add(id(module))
-        outcomes[id(module)] = _agrees(result[0], query, key, value, mask, kw)
+        agrees[id(module)] = _agrees(result[0], query, key, value, mask, kwargs)
         return result
 
-    def is_understood(module: nn.Module) -> bool:
-        return outcomes.get(id(module), False) and all(len(r) == 1 for r in readers.values() if id(module) in r)
+    def why_rebuild(module: nn.Module) -> str | None:
+        if id(module) not in agrees:
+            return f"its attention is {module.config._attn_implementation!r}, not {' or '.join(sorted(UNDERSTOOD))}"
+        if not agrees[id(module)]:
+            return "its attention function does more than is understood"
+        shared = any(len(group) > 1 for group in readers.values() if id(module) in group)
+        return "another layer reads its keys and values too" if shared else None
 
     switch = Switch(modules, PREFIX, lambda *args, **kwargs: _current[-1](*args, **kwargs), only=UNDERSTOOD)
     _current.append(check)
     try:
-        yield is_understood
+        yield why_rebuild
     finally:
         _current.pop()
         switch.back()

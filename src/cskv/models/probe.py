@@ -44,8 +44,8 @@ class SiteRecipe:
         rope: how cos and sin of old tokens are had again; None where the keys are not rotated.
         pairs: the channels of a head that RoPE turns together; None where the keys are not rotated.
         plain_rope: whether keys are rotated by halves of their first channels, and not normalised.
-        attends_to_latents: whether the layer's attention is understood (see `cskv.models.logits`), so that it may be
-            replaced by ours.
+        why_rebuild: why old keys and values must be rebuilt for the layer's own attention function; None where ours can
+            stand in for it (see `cskv.models.logits`).
     """
 
     queries: Recipe
@@ -54,7 +54,7 @@ class SiteRecipe:
     rope: Rope | None
     pairs: RopePairs | None
     plain_rope: bool
-    attends_to_latents: bool
+    why_rebuild: str | None
 
 
 @dataclass
@@ -72,7 +72,7 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
         DataError: the model's keys or values are not finite.
     """
     modules = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "config")]
-    with understanding(modules) as is_understood:
+    with understanding(modules) as why_rebuild:
         cache, records = _run(model, sites)
     recipes: dict[int, SiteRecipe] = {}
     for site in sites:
@@ -90,7 +90,7 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
             rope=_rope(model, site, record.call) if rotated else None,
             pairs=find_pairs(keys, record.call.cos) if rotated else None,  # type: ignore[arg-type]
             plain_rope=rotated and _is_plain(keys, layer.keys, record.call),
-            attends_to_latents=is_understood(site.module),
+            why_rebuild=why_rebuild(site.module),
         )
     return recipes
 
