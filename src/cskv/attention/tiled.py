@@ -50,12 +50,12 @@ def attention(
 
 def _exact(query: Tensor, view: View, logits: Logits) -> Partial:
     """The exact branch."""
-    scores = logits.of(_per_head(query, view.keys.transpose(2, 3)).float(), view.sealed)
+    scores = logits.of(_wide(_per_head(query, view.keys.transpose(2, 3))), view.sealed)
     if logits.mask is None and query.shape[2] > 1:
         reads = causal_mask(query.shape[2], view.keys.shape[2], query.device)
         scores.masked_fill_(~reads, torch.finfo(scores.dtype).min)
     most, total, weights = _weights(scores)
-    return Partial(most, total, _per_head(weights.to(view.values.dtype), view.values).float())
+    return Partial(most, total, _wide(_per_head(weights.to(view.values.dtype), view.values)))
 
 
 def _sealed(
@@ -93,6 +93,11 @@ def _tile(query: Tensor, latents: tuple[Latents, Latents], rebuilt: int) -> int:
     return max(1, tile // step) * step
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype of logits and sums: fp32, or fp64 where all is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _weights(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest logit, the sum of weights, and the weights exp(logit - largest), which replace the scores."""
     most = scores.amax(-1, keepdim=True)
@@ -118,12 +123,12 @@ class _Absorbed:
         self._query = _to_groups(_per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), factors.groups)
         self._bias: Tensor | None = None
         if factors.bias is not None:
-            self._bias = _per_head(query, factors.bias.view(1, -1, head_dim, 1)).float()
+            self._bias = _wide(_per_head(query, factors.bias.view(1, -1, head_dim, 1)))
 
     def scores(self, latents: Tensor, _start: int) -> Tensor:
         parts = zip(self._query, latents.chunk(self._groups, dim=2), strict=True)
         products = [_by_row(query, part.transpose(1, 2)) for query, part in parts]
-        scores = _from_groups(products, self._shape).float()
+        scores = _wide(_from_groups(products, self._shape))
         return scores if self._bias is None else scores.add_(self._bias)
 
 
@@ -137,7 +142,7 @@ class _Rebuilt:
     def scores(self, latents: Tensor, start: int) -> Tensor:
         shape = (*latents.shape[:2], self.width)
         channels = self._factors.expand(latents, self._workspace.take("channels", shape, latents.dtype, latents.device))
-        return _per_head(self._query, self._keys(channels, start).transpose(2, 3)).float()
+        return _wide(_per_head(self._query, self._keys(channels, start).transpose(2, 3)))
 
     def _keys(self, channels: Tensor, start: int) -> Tensor:
         if not self._rope.is_plain:
@@ -161,14 +166,14 @@ class _Summed:
             latents.chunk(self._factors.groups, dim=2),
             strict=True,
         )
-        return _from_groups([_by_row(rows, part) for rows, part in parts], self._shape).float()
+        return _wide(_from_groups([_by_row(rows, part) for rows, part in parts], self._shape))
 
     def expanded(self, part: Partial) -> Partial:
         up = self._factors.up.unflatten(0, (-1, self._head_dim)).transpose(1, 2)[None]
-        sums = _per_head(part.sums.to(up.dtype), up).float()
+        sums = _wide(_per_head(part.sums.to(up.dtype), up))
         if self._factors.bias is not None:
             bias = self._factors.bias.view(1, -1, 1, self._head_dim)
-            sums = sums + _per_head(part.total.to(bias.dtype), bias).float()
+            sums = sums + _wide(_per_head(part.total.to(bias.dtype), bias))
         return Partial(part.most, part.total, sums)
 
 
@@ -181,7 +186,7 @@ class _RebuiltValues:
 
     def sums(self, weights: Tensor, latents: Tensor) -> Tensor:
         values = self._heads(self._factors.expand(latents))
-        return _per_head(weights.to(values.dtype), values).float()
+        return _wide(_per_head(weights.to(values.dtype), values))
 
     def expanded(self, part: Partial) -> Partial:
         return part
