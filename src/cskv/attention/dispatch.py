@@ -60,10 +60,11 @@ def attention(
     raise AssertionError("the reference refuses nothing")
 
 
-def check_backend(backend: str) -> None:
-    """Raises ConfigError for a name that is none of "auto" and `BACKENDS`."""
-    if backend not in (AUTO, *BACKENDS):
-        raise ConfigError(f"the attention backend is {backend!r}; expected one of {', '.join((AUTO, *BACKENDS))}")
+def check_backend(backend: str, *others: str) -> None:
+    """Raises ConfigError for a name that is none of "auto", `BACKENDS` and `others`."""
+    known = (AUTO, *BACKENDS, *others)
+    if backend not in known:
+        raise ConfigError(f"attention is {backend!r}; expected one of {', '.join(known)}")
 
 
 def _candidates(backend: str, query: Tensor) -> tuple[str, ...]:

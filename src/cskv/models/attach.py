@@ -16,7 +16,7 @@ from torch import nn
 from cskv.adapter import CSKVAdapter
 from cskv.attention.dispatch import AUTO, check_backend
 from cskv.base import BaseModelInfo
-from cskv.errors import CSKVError
+from cskv.errors import ConfigError, CSKVError
 from cskv.models.attending import PREFIX, attend
 from cskv.models.hook import SharedState, SiteHook
 from cskv.models.interface import Switch
@@ -37,13 +37,15 @@ class Attachment:
         adapter: the compressor.
     """
 
-    def __init__(self, model: nn.Module, adapter: CSKVAdapter, sites: list[AttentionSite], attention: str) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: CSKVAdapter, sites: list[AttentionSite], attention: str, room: int = 0
+    ) -> None:
         recipes = probe(model, sites)
         self.model = model
         self.adapter = adapter
         commuting = adapter.config.key_factors == "commuting"
         owners = _table_owners([] if commuting else sites, recipes)
-        shared = SharedState(owners, None if attention == REBUILD else attention)
+        shared = SharedState(owners, None if attention == REBUILD else attention, room)
         self._handles = []
         for site in sites:
             hook = SiteHook(adapter, site, recipes[site.layer_idx], shared)
@@ -70,7 +72,9 @@ class Attachment:
         self.detach()
 
 
-def attach(model: nn.Module, adapter: CSKVAdapter, *, attention: str = AUTO) -> Attachment:
+def attach(
+    model: nn.Module, adapter: CSKVAdapter, *, attention: str = AUTO, max_cache_len: int | None = None
+) -> Attachment:
     """Make a loaded decoder model use the compressed cache in `generate`, pipelines and plain calls.
 
     Args:
@@ -79,6 +83,8 @@ def attach(model: nn.Module, adapter: CSKVAdapter, *, attention: str = AUTO) -> 
         attention: what attends to old tokens. "auto", "triton", "torch" and "reference" read their latents (see
             `cskv.attention.dispatch`); "rebuild" makes their keys and values in full at every step, for the model's own
             attention function. Layers whose attention is not sdpa or eager, or is not understood, do that too.
+        max_cache_len: tokens that every new cache has room for from its first sealing on, so that none is ever copied
+            to grow; a longer one grows as usual. None grows by a sixteenth whenever a cache is full.
 
     Returns:
         the attachment; `.detach()`, `cskv.detach(model)` or leaving its `with` block takes the compressor off.
@@ -87,15 +93,17 @@ def attach(model: nn.Module, adapter: CSKVAdapter, *, attention: str = AUTO) -> 
         AdapterError: the adapter was made for another model.
         UnsupportedModelError: the model's attention is not understood (see `cskv.models.probe`).
         CSKVError: a compressor is attached already.
-        ConfigError: no such `attention`.
+        ConfigError: no such `attention`, or `max_cache_len` is not positive.
     """
     if attention != REBUILD:
-        check_backend(attention)
+        check_backend(attention, REBUILD)
+    if max_cache_len is not None and max_cache_len < 1:
+        raise ConfigError(f"max_cache_len is {max_cache_len}; expected at least 1 token, or None")
     if model in _attachments:
         raise CSKVError("this model has a compressor attached already; call cskv.detach(model) first")
     sites = find_sites(model)
     adapter.check_fits(BaseModelInfo.from_model(model), sites)
-    attachment = Attachment(model, adapter, sites, attention)
+    attachment = Attachment(model, adapter, sites, attention, max_cache_len or 0)
     _attachments[model] = attachment
     return attachment
 

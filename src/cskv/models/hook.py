@@ -36,14 +36,16 @@ class SharedState:
     Args:
         owners: the layer that keeps the positions for each; None where keys are not rotated.
         backend: what attends to latents, or None where old tokens are rebuilt.
+        room: tokens that a new cache has room for from the start.
 
     Attributes:
         workspace: scratch tensors of the attention on latents, used by one layer after the other.
     """
 
-    def __init__(self, owners: dict[int, int | None], backend: str | None) -> None:
+    def __init__(self, owners: dict[int, int | None], backend: str | None, room: int = 0) -> None:
         self.owners = owners
         self.backend = backend
+        self.room = room
         self.workspace = Workspace()
         self._last_users = frozenset({owner: index for index, owner in owners.items()}.values())
         # cos and sin of the sealed tokens, by table owner: made by the first layer of a forward, dropped by the last.
@@ -185,9 +187,9 @@ class SiteHook:
                 "start a new cache after attaching"
             )
         config, owner = self._adapter.config, self._shared.owners.get(self._site.layer_idx)
-        owns = owner == self._site.layer_idx
-        table = None if owner is None else PositionTable() if owns else cache.layers[owner].table
-        return CSKVLayer(config.window, config.group, self._grids, table, owns_table=owns)
+        owns, room = owner == self._site.layer_idx, self._shared.room
+        table = None if owner is None else PositionTable(room) if owns else cache.layers[owner].table
+        return CSKVLayer(config.window, config.group, self._grids, table, owns_table=owns, room=room)
 
     def _check_same_compressor(self, layer: CSKVLayer) -> None:
         config, store = self._adapter.config, layer.store

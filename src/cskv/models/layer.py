@@ -51,15 +51,24 @@ class CSKVLayer(DynamicLayer):
         grids: on which key and value latents are packed, or None each.
         table: the positions shared by the layers of one cache, or None where keys are not rotated.
         owns_table: whether this layer is the one that appends to the table and reorders or crops it.
+        room: tokens that there is room for from the start.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False  # nothing can be allocated before the ranks are seen
 
-    def __init__(self, window: int, group: int, grids: Grids, table: PositionTable | None, owns_table: bool) -> None:
+    def __init__(
+        self,
+        window: int,
+        group: int,
+        grids: Grids,
+        table: PositionTable | None,
+        owns_table: bool,
+        room: int = 0,
+    ) -> None:
         super().__init__()
-        self.store = BiBranchStore(window, group, *grids)
+        self.store = BiBranchStore(window, group, *grids, room=room)
         self.table = table
         self.owns_table = owns_table
         self._staged: Staged | None = None
