@@ -35,6 +35,8 @@ class Attachment:
     Attributes:
         model: the base model, unchanged but for the attention function that its config names.
         adapter: the compressor.
+        workspace: scratch tensors of the attention on latents. They belong to no cache, and stay as large as the
+            largest tile of tokens was: some megabytes.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Attachment:
         commuting = adapter.config.key_factors == "commuting"
         owners = _table_owners([] if commuting else sites, recipes)
         shared = SharedState(owners, None if attention == REBUILD else attention, room)
+        self.workspace = shared.workspace
         self._handles = []
         for site in sites:
             hook = SiteHook(adapter, site, recipes[site.layer_idx], shared)
@@ -60,6 +63,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.workspace.clear()
         if self._switch is not None:
             self._switch.back()
         if _attachments.get(self.model) is self:
