@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -114,3 +115,19 @@ def test_the_workspace_does_not_grow_from_step_to_step() -> None:
             model(torch.tensor([[5]]), **{cache_kwarg(model): cache})
         assert attachment.workspace.nbytes() == before
     assert attachment.workspace.nbytes() == 0  # detached
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_a_step_compiles_as_one_graph(name: str) -> None:
+    from torch._dynamo.utils import counters
+
+    with prefilled(name) as (model, cache):
+        copied = copy.deepcopy(cache)
+        expected = [model(torch.tensor([[5]]), **{cache_kwarg(model): copied}).logits for _ in range(4)]
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(model.forward, backend="eager")
+        got = [compiled(torch.tensor([[5]]), **{cache_kwarg(model): cache}).logits for _ in range(4)]
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 3  # lengths are constants at first, then symbols
+    torch.testing.assert_close(torch.stack(got), torch.stack(expected), atol=1e-4, rtol=1e-4)

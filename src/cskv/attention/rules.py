@@ -50,6 +50,12 @@ class Rope:
         half = rotary // 2
         cos, sin = self.cos[:, None, start:stop], self.sin[:, None, start:stop]
         first, second = heads[..., :half], heads[..., half:rotary]
+        if torch.compiler.is_compiling():  # it fuses this, and cannot trace products written into a part of a tensor
+            turned = (
+                first * cos[..., :half] - second * sin[..., :half],
+                second * cos[..., half:] + first * sin[..., half:],
+            )
+            return torch.cat([*turned, heads[..., rotary:]], dim=-1)
         torch.mul(first, cos[..., :half], out=out[..., :half]).addcmul_(second, sin[..., :half], value=-1)
         torch.mul(second, cos[..., half:], out=out[..., half:rotary]).addcmul_(first, sin[..., half:])
         out[..., rotary:] = heads[..., rotary:]

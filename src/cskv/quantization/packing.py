@@ -83,7 +83,10 @@ def _unpack_plane(packed: Tensor, width: int, shift: int, out: Tensor) -> None:
         if not own.shape[-1]:
             continue
         part = own if shift == 0 else torch.empty_like(own)
-        torch.bitwise_right_shift(source, index * width, out=part)
+        if torch.compiler.is_compiling():  # it cannot trace results written into a part of a tensor
+            part.copy_(source >> index * width)
+        else:
+            torch.bitwise_right_shift(source, index * width, out=part)
         if (index + 1) * width < 8:
             part &= mask
         if shift:
