@@ -79,6 +79,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4-shared": ("Gemma4Text", GEMMA4 | {"num_hidden_layers": 12, "num_kv_shared_layers": 6}),
 }
+for _families in (FAMILIES, UNUSUAL):  # older releases lack some
+    for _name in [name for name, (kind, _) in _families.items() if not hasattr(transformers, f"{kind}Config")]:
+        del _families[_name]
 
 
 def tiny_model(family: str, **changes: Any) -> nn.Module:

@@ -55,7 +55,7 @@ class Attachment:
             self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
         self._switch: Switch | None = None
         if attention != REBUILD:
-            _say_what_is_rebuilt({site.name: recipes[site.layer_idx].why_rebuild for site in sites})
+            _say_what_is_rebuilt({site.name: recipes[site.layer_idx].attention.why_rebuild for site in sites})
             self._switch = Switch((site.module for site in sites), PREFIX, attend, only=UNDERSTOOD)
 
     def detach(self) -> None:

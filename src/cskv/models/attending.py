@@ -29,10 +29,12 @@ class Call:
     Args:
         attend: from the query, the view of both branches and the logits' rules to the heads' outputs,
             (batch, q_heads, new, head_dim).
+        ignored: arguments that the module's own attention function does not heed.
     """
 
-    def __init__(self, attend: Callable[[Tensor, View, Logits], Tensor]) -> None:
+    def __init__(self, attend: Callable[[Tensor, View, Logits], Tensor], ignored: frozenset[str]) -> None:
         self._attend = attend
+        self.ignored = ignored
         self.view: View | None = None
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
@@ -58,5 +60,5 @@ def attend(
     if mask is not None:
         mask = mask[..., : call.view.length]
     with torch.no_grad():
-        output = call.attend(query, logits_of(query, mask, kwargs))
+        output = call.attend(query, logits_of(query, mask, kwargs, call.ignored))
     return output.transpose(1, 2).contiguous(), None

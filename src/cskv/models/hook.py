@@ -131,8 +131,10 @@ class SiteHook:
             rope = self._rope(layer, view.sealed, x)
             return self._shared.attend(query, view, factors, rope, logits, self._value_heads)
 
-        attends = self._recipe.why_rebuild is None and self._shared.backend is not None and is_switched(module)
-        return Staged(latents, positions, rebuild, Call(attend) if attends else None)
+        attends = (
+            self._recipe.attention.why_rebuild is None and self._shared.backend is not None and is_switched(module)
+        )
+        return Staged(latents, positions, rebuild, Call(attend, self._recipe.attention.ignored) if attends else None)
 
     @property
     def _value_heads(self) -> Callable[[Tensor], Tensor] | None:

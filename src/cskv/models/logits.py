@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -26,25 +28,38 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torc
 UNUSED = LayerFactors(*(Factors(torch.empty(1, 1), torch.empty(1, 1)) for _ in "kv"))  # nothing is sealed
 
 
-def logits_of(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Logits:
-    """What an attention function is told, as transformers' families say it."""
+@dataclass(frozen=True)
+class Understanding:
+    """What is known of a layer's attention.
+
+    Attributes:
+        ignored: arguments that its function is given and does not heed (sdpa and soft-capping, before it refused that).
+        why_rebuild: why old keys and values must be rebuilt for it; None where our function can stand in.
+    """
+
+    ignored: frozenset[str] = frozenset()
+    why_rebuild: str | None = None
+
+
+def logits_of(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any], ignored: frozenset[str]) -> Logits:
+    """What an attention function is told, as transformers' families say it, but for what it ignores."""
     scaling = kwargs.get("scaling")
     return Logits(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"),
+        softcap=None if "softcap" in ignored else kwargs.get("softcap"),
         mask=mask,
-        sinks=kwargs.get("s_aux"),
+        sinks=None if "s_aux" in ignored else kwargs.get("s_aux"),
     )
 
 
 @contextmanager
-def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], str | None]]:
-    """Watch one forward without a past; then, ask why a module's old keys and values must be rebuilt, if they must.
+def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], Understanding]]:
+    """Watch one forward without a past; then, ask what is known of a module's attention.
 
-    They must where its attention is none of `UNDERSTOOD`, where the reference gives another output, and where another
-    layer reads this layer's keys and values too.
+    Old keys and values must be rebuilt where its attention is none of `UNDERSTOOD`, where the reference gives another
+    output, and where another layer reads this layer's keys and values too.
     """
-    agrees: dict[int, bool] = {}
+    ignored: dict[int, frozenset[str] | None] = {}
     readers: dict[int, set[int]] = {}
     held: list[Tensor] = []  # so that no address is used twice
 
@@ -54,21 +69,26 @@ def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], st
         result = original(module, query, key, value, mask, **kwargs)
         held.append(key)
         readers.setdefault(key.data_ptr(), set()).add(id(module))
-        agrees[id(module)] = _agrees(result[0], query, key, value, mask, kwargs)
+        ignored[id(module)] = _ignored(result[0], query, key, value, mask, kwargs)
         return result
 
-    def why_rebuild(module: nn.Module) -> str | None:
-        if id(module) not in agrees:
-            return f"its attention is {module.config._attn_implementation!r}, not {' or '.join(sorted(UNDERSTOOD))}"
-        if not agrees[id(module)]:
-            return "its attention function does more than is understood"
-        shared = any(len(group) > 1 for group in readers.values() if id(module) in group)
-        return "another layer reads its keys and values too" if shared else None
+    def understood(module: nn.Module) -> Understanding:
+        if id(module) not in ignored:
+            implementation = module.config._attn_implementation
+            return Understanding(
+                why_rebuild=f"its attention is {implementation!r}, not {' or '.join(sorted(UNDERSTOOD))}"
+            )
+        found = ignored[id(module)]
+        if found is None:
+            return Understanding(why_rebuild="its attention function does more than is understood")
+        if any(len(group) > 1 for group in readers.values() if id(module) in group):
+            return Understanding(found, "another layer reads its keys and values too")
+        return Understanding(found)
 
     switch = Switch(modules, PREFIX, lambda *args, **kwargs: _current[-1](*args, **kwargs), only=UNDERSTOOD)
     _current.append(check)
     try:
-        yield why_rebuild
+        yield understood
     finally:
         _current.pop()
         switch.back()
@@ -78,13 +98,22 @@ _current: list[Callable[..., Any]] = []  # registered functions stay; what they 
 
 
 @torch.no_grad()
-def _agrees(output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+def _ignored(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> frozenset[str] | None:
+    """Which arguments the function did not heed, by the reference that comes closest; None if none comes close."""
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
-        return False
+        return None
     mask = None if mask is None else mask[..., : key.shape[2]]
-    logits = logits_of(query, mask, kwargs)
-    ours = reference.attention(query, View(key, value), UNUSED, None, logits).transpose(1, 2)
-    if ours.shape != output.shape:
-        return False
-    error = (ours.to(output.dtype) - output).abs().max() / output.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return error.item() <= TOLERANCE.get(output.dtype, 3e-2)
+    given = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    choices = [frozenset(some) for count in range(len(given) + 1) for some in combinations(given, count)]
+    errors = {}
+    for ignored in choices:
+        logits = logits_of(query, mask, kwargs, ignored)
+        ours = reference.attention(query, View(key, value), UNUSED, None, logits).transpose(1, 2)
+        if ours.shape != output.shape:
+            return None
+        errors[ignored] = float((ours.to(output.dtype) - output).abs().max())
+    closest = min(choices, key=lambda choice: errors[choice])
+    tolerance = TOLERANCE.get(output.dtype, 3e-2) * float(output.abs().max())
+    return closest if errors[closest] <= max(tolerance, torch.finfo(torch.float32).tiny) else None

@@ -21,7 +21,7 @@ from cskv.factorization.commuting import RopePairs
 from cskv.models.call import AttentionCall, CallReader
 from cskv.models.compat import cache_kwarg
 from cskv.models.frozen import frozen
-from cskv.models.logits import understanding
+from cskv.models.logits import Understanding, understanding
 from cskv.models.pairs import find_pairs
 from cskv.models.recipe import NormStyle, Recipe, RopeStyle, rotation_of
 from cskv.models.rope import Rope, find_rope
@@ -44,8 +44,7 @@ class SiteRecipe:
         rope: how cos and sin of old tokens are had again; None where the keys are not rotated.
         pairs: the channels of a head that RoPE turns together; None where the keys are not rotated.
         plain_rope: whether keys are rotated by halves of their first channels, and not normalised.
-        why_rebuild: why old keys and values must be rebuilt for the layer's own attention function; None where ours can
-            stand in for it (see `cskv.models.logits`).
+        attention: what is known of the layer's attention function.
     """
 
     queries: Recipe
@@ -54,7 +53,7 @@ class SiteRecipe:
     rope: Rope | None
     pairs: RopePairs | None
     plain_rope: bool
-    why_rebuild: str | None
+    attention: Understanding
 
 
 @dataclass
@@ -72,7 +71,7 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
         DataError: the model's keys or values are not finite.
     """
     modules = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "config")]
-    with understanding(modules) as why_rebuild:
+    with understanding(modules) as understood:
         cache, records = _run(model, sites)
     recipes: dict[int, SiteRecipe] = {}
     for site in sites:
@@ -90,7 +89,7 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
             rope=_rope(model, site, record.call) if rotated else None,
             pairs=find_pairs(keys, record.call.cos) if rotated else None,  # type: ignore[arg-type]
             plain_rope=rotated and _is_plain(keys, layer.keys, record.call),
-            why_rebuild=why_rebuild(site.module),
+            attention=understood(site.module),
         )
     return recipes
 
