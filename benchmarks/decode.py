@@ -104,7 +104,7 @@ def memory(tokens: int, batch: int, settings: Settings) -> int:
 
 
 def set_up(tokens: int, batch: int, settings: Settings) -> tuple[dict[str, Method], dict[str, Row]]:
-    """The methods, ready and checked, and what is known of each so far; those that are skipped are in the latter only."""
+    """The methods, ready and checked, and what is known of each; skipped ones are only in the latter."""
     known, ready, rows = methods(settings.backend), {}, {}
     for kind in KINDS:
         names = [name for name in settings.names if known[name][0] == kind]

@@ -158,7 +158,7 @@ class Problem:
         return SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)
 
     def meant(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the last sequence, the token to come included, in fp32: (1, kv_heads, tokens, head_dim)."""
+        """Keys and values of the last sequence in fp32, the token to come included: (1, kv_heads, tokens, dim)."""
         return self.rebuilt(*self._last_row)
 
     def rebuilt(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
