@@ -61,7 +61,7 @@ class Settings:
     backend: str
     names: tuple[str, ...]
     budget: float = 0.4
-    least: int = 5
+    least: int = 3
     most: int = 64
 
     def to_dict(self) -> dict[str, Any]:

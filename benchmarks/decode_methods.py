@@ -185,7 +185,7 @@ class Quantized(TransformersSdpa):
 
 
 def _without_search(quantizer: Any) -> Any:
-    """hqq's quantiser without its search for better zero points: minutes of a prefill, and the same bytes to read."""
+    """The quantiser of hqq without its search for better zero points: minutes of a prefill, and as many bytes to read."""
     return type("Quantizer", (quantizer,), {"quantize": partial(quantizer.quantize, optimize=False)})
 
 

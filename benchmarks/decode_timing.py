@@ -47,7 +47,8 @@ def take_turns(
             evenly spread.
         least, most: repeats.
     """
-    warm = {name: min(stopwatch.seconds(call) for _ in range(2)) for name, call in calls.items()}
+    warm = {name: stopwatch.seconds(call) for name, call in calls.items()}
+    warm |= {name: stopwatch.seconds(call) for name, call in calls.items() if warm[name] < budget}
     repeats = {name: min(most, max(least, int(budget / max(second, 1e-9)))) for name, second in warm.items()}
     rounds = max(repeats.values(), default=0)
     found: dict[str, list[float]] = {name: [] for name in calls}

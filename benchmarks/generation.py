@@ -239,7 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common = {"device": asked.device, "backend": asked.backend, "kv_heads": asked.kv_heads}
     settings = Settings(**common)
     if asked.quick:
-        settings = Settings(**(common | {"kv_heads": 4}), hidden=128, layers=2, heads=4, vocabulary=128, steps=2, rounds=2)
+        settings = Settings(
+            **(common | {"kv_heads": 4}), hidden=128, layers=2, heads=4, vocabulary=128, steps=2, rounds=2
+        )
         asked.lengths = [128]
     path = asked.out or (ROOT / "outputs" / "generation-quick.json" if asked.quick else RESULTS)
     results, ours = read_results(path), asdict(settings) | {"threads": torch.get_num_threads()}
