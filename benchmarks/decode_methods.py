@@ -109,8 +109,12 @@ class BestUncompressed(Method):
         token, at = self.problem.token, self._length
         self._keys[:, :, at : at + 1], self._values[:, :, at : at + 1] = token.keys, token.values
         self._length += 1
+        return self.attend_again()
+
+    def attend_again(self) -> Tensor:
+        """The attention call alone."""
         keys, values = (part[:, :, : self._length] for part in (self._keys, self._values))
-        return self._attend(token.query, keys, values)
+        return self._attend(self.problem.token.query, keys, values)
 
     def nbytes(self) -> int:
         return self._keys.nbytes + self._values.nbytes
@@ -185,7 +189,7 @@ class Quantized(TransformersSdpa):
 
 
 def _without_search(quantizer: Any) -> Any:
-    """The quantiser of hqq without its search for better zero points: minutes of a prefill, and as many bytes to read."""
+    """The quantiser of hqq without its search for better zero points, which only a prefill pays for."""
     return type("Quantizer", (quantizer,), {"quantize": partial(quantizer.quantize, optimize=False)})
 
 

@@ -27,24 +27,28 @@ COLOUR_OF = {SDPA: 0, BEST: 0, QUANTIZED: 5, DENSE: 3, "joint": 1, "grouped": 4,
 
 
 def write_report(decode: dict[str, Any], generated: dict[str, Any], page: Path = PAGE) -> None:
-    """Fill the page, and draw the figures beside it."""
+    """Fill the page, and draw the figure beside it. What was measured on a GPU has its own place."""
     if not decode["rows"]:
         raise SystemExit("nothing was measured yet; run benchmarks/decode.py first")
-    parts = [measured_on(decode["environment"], "decode"), _settings(decode)]
     is_gpu = decode["settings"]["device"] == "cuda"
+    script, figure = ("gpu", "decode-speed-gpu.png") if is_gpu else ("decode", "decode-speed.png")
+    parts = [measured_on(decode["environment"], script), _settings(decode)]
     parts.append((gpu_goals(decode) if is_gpu else cpu_goals(decode, generated)).markdown())
     parts += [table.markdown() for table in tables(decode)]
-    fill_page(page, "decode", "\n\n".join(parts))
-    if generated["rows"]:
+    if generated["rows"] and is_gpu:
+        parts.append(generation.table(generated).markdown())
+    elif generated["rows"]:
         text = f"{measured_on(generated['environment'], 'generation')}\n\n{generation.table(generated).markdown()}"
         fill_page(page, "generation", text)
     try:
         import matplotlib
     except ImportError:
-        print("no figures: matplotlib is not installed")
-        return
-    with matplotlib.rc_context(STYLE):
-        draw(decode, page.parent / "figures" / "decode-speed.png")
+        print("no figure: matplotlib is not installed")
+    else:
+        with matplotlib.rc_context(STYLE):
+            draw(decode, page.parent / "figures" / figure)
+        parts.append(f"![Time and bytes over the cached tokens](figures/{figure})")
+    fill_page(page, script, "\n\n".join(parts))
 
 
 def _settings(decode: dict[str, Any]) -> str:
@@ -102,9 +106,15 @@ def _panels(above: Any, below: Any, decode: dict[str, Any], batch: int, is_gpu: 
         ax.set(xscale="log", yscale="log")
         ax.set_xticks(ticks, [f"{tokens // 1024}K" for tokens in ticks])
         ax.xaxis.minorticks_off()
-    sizes = [2**power for power in range(20, 36, 2)]
-    below.set_yticks(sizes, [f"{size >> 20} MiB" if size < 2**30 else f"{size >> 30} GiB" for size in sizes])
+    held = [m["nbytes"] for row in decode["rows"].values() for m in row.get("methods", {}).values() if m.get("nbytes")]
+    sizes = [2**power for power in range(16, 38, 2) if min(held) / 2 <= 2**power <= 2 * max(held)]
+    below.set_yticks(sizes, [_size(size) for size in sizes])
     below.yaxis.minorticks_off()
+
+
+def _size(size: int) -> str:
+    shift, unit = next((shift, unit) for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if size >> shift)
+    return f"{size >> shift} {unit}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
