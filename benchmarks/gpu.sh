@@ -58,11 +58,11 @@ tests=()
 for folder in tests/attention tests/quantization; do [ -d "$folder" ] && tests+=("$folder"); done
 if has pytest hypothesis && [ ${#tests[@]} -gt 0 ]; then
     # Without the plugins and the strictness of pyproject.toml, which is for the tested versions.
-    TAIL=15 step tests 110 "$python" -m pytest -q -m gpu -p no:cacheprovider -o addopts= -o filterwarnings=default \
+    TAIL=15 step tests 90 "$python" -m pytest -q -m gpu -p no:cacheprovider -o addopts= -o filterwarnings=default \
         --import-mode=importlib "${tests[@]}"
 else
     echo "pytest or hypothesis is missing: the correctness section of gpu.py stands in for the tests"
 fi
-step gpu 270 "$python" benchmarks/gpu.py "$out" --seconds "${SWEEP_SECONDS:-180}" ${GPU_ARGS:-}
-step generation 90 "$python" benchmarks/generation.py --out "$out/generation.json" ${GENERATION_ARGS:-"--lengths" 1024 16384 65536}
+step gpu 250 "$python" benchmarks/gpu.py "$out" --seconds "${SWEEP_SECONDS:-170}" ${GPU_ARGS:-}
+step generation 80 "$python" benchmarks/generation.py --out "$out/generation.json" ${GENERATION_ARGS:-"--lengths" 1024 16384 65536}
 exit $status
