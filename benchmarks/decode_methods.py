@@ -97,6 +97,7 @@ class BestUncompressed(Method):
         self._length = tokens
         candidates = {
             "bmm over grouped heads": self._bmm,
+            "bmm over the whole buffers": self._whole,
             "sdpa, query heads as queries": self._packed_sdpa,
             "a product per kv head" if problem.device.type == "cpu" else "sdpa, enable_gqa": (
                 self._loop if problem.device.type == "cpu" else self._gqa
@@ -122,14 +123,21 @@ class BestUncompressed(Method):
     def _bmm(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         grouped = (query * self.problem.logits.scaling).view(-1, query.shape[1] // keys.shape[1], query.shape[3])
         scores = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2))
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = torch.softmax(scores, dim=-1)
         return torch.bmm(weights, values.flatten(0, 1)).view_as(query)
+
+    def _whole(self, query: Tensor, keys: Tensor, _values: Tensor) -> Tensor:
+        """As `_bmm`, on packed matrices: room that is not filled yet is computed too, and gets no weight."""
+        grouped = (query * self.problem.logits.scaling).view(-1, query.shape[1] // keys.shape[1], query.shape[3])
+        scores = torch.bmm(grouped, self._keys.flatten(0, 1).transpose(1, 2))
+        scores[..., keys.shape[2] :] = -torch.inf
+        return torch.bmm(torch.softmax(scores, dim=-1), self._values.flatten(0, 1)).view_as(query)
 
     def _loop(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """As `_bmm`, which on a CPU first copies matrices that are not packed together in memory."""
         grouped = (query * self.problem.logits.scaling).view(-1, query.shape[1] // keys.shape[1], query.shape[3])
         scores = torch.stack([torch.mm(q, k.T) for q, k in zip(grouped, keys.flatten(0, 1), strict=True)])
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = torch.softmax(scores, dim=-1)
         parts = [torch.mm(w, v) for w, v in zip(weights, values.flatten(0, 1), strict=True)]
         return torch.stack(parts).view_as(query)
 

@@ -48,7 +48,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "commuting, 4 bits": {"key_factors": "commuting", "k_bits": 4, "v_bits": 4},
     "joint, rebuild": {},
 }
-AGREEMENT = 0.1  # of logits: attention on latents against rebuilt keys and values, in bfloat16
+CHECKED = 200  # tokens of the prompt that outputs are checked on
+TOLERANCE = 0.05  # of logits in bfloat16, root mean square over that of the reference's
 
 
 class Wrong(Exception):
@@ -128,10 +129,27 @@ class Runner:
         self.model = copy.deepcopy(base)
         self.cache: Any = None
         self.token: Tensor | None = None
+        self.adapter: cskv.CSKVAdapter | None = None
         if name != UNCOMPRESSED:
             config = config_of(name, settings.kv_heads * settings.hidden // settings.heads)
-            attention = "rebuild" if name.endswith("rebuild") else settings.backend
-            cskv.attach(self.model, adapter(self.model, config), attention=attention)
+            self.adapter = adapter(self.model, config)
+            self.attention = "rebuild" if name.endswith("rebuild") else settings.backend
+            cskv.attach(self.model, self.adapter, attention=self.attention)
+
+    def error(self, ids: Tensor) -> float:
+        """How far the last token's logits are from those with attention as the reference computes it."""
+        if self.adapter is None:
+            return 0.0
+        own = self._last_logits(ids)
+        cskv.detach(self.model)
+        with cskv.attach(self.model, self.adapter, attention="reference"):
+            expected = self._last_logits(ids)
+        cskv.attach(self.model, self.adapter, attention=self.attention)
+        return float((own - expected).norm() / expected.norm())
+
+    def _last_logits(self, ids: Tensor) -> Tensor:
+        _, cache = forward(self.model, ids[:, :-1])
+        return forward(self.model, ids[:, -1:], cache)[0].float()
 
     def prefill(self, prompt: Tensor) -> float:
         """Fill a fresh cache; seconds."""
@@ -149,22 +167,20 @@ class Runner:
         return clock(self.model.device) - began
 
 
-def check(runners: dict[str, Runner]) -> None:
-    """Attention on latents gives the logits that rebuilding them gives.
+def check(runners: dict[str, Runner]) -> dict[str, float]:
+    """The error of every method's logits, after a short prompt.
 
     Raises:
-        Wrong: it does not.
+        Wrong: it is larger than rounding explains.
     """
-    if not {"joint", "joint, rebuild"} <= set(runners):
-        return
-    ids = torch.randint(3, 100, (1, 200), generator=torch.Generator().manual_seed(1))
-    found = []
-    for name in ("joint", "joint, rebuild"):
-        _, cache = forward(runners[name].model, ids[:, :-1])
-        found.append(forward(runners[name].model, ids[:, -1:], cache)[0].float())
-    error = float((found[0] - found[1]).norm() / found[1].norm())
-    if not error <= AGREEMENT:
-        raise Wrong(f"logits on latents are {error:.3g} off those on rebuilt keys and values, at most {AGREEMENT:g}")
+    ids = torch.randint(3, 100, (1, CHECKED), generator=torch.Generator().manual_seed(1))
+    errors = {name: runner.error(ids) for name, runner in runners.items()}
+    for name, error in errors.items():
+        if not error <= TOLERANCE:
+            raise Wrong(
+                f"{name}: logits are {error:.3g} off the reference's, at most {TOLERANCE:g}; nothing is reported"
+            )
+    return errors
 
 
 def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], settings: Settings) -> Row:
@@ -177,11 +193,11 @@ def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], s
     prompt = torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(0))
     ready = runners()
     with torch.inference_mode():
-        check(ready)
+        errors = check(ready)
         for name, runner in ready.items():
             seconds = runner.prefill(prompt)
             runner.decode(2)
-            row["methods"][name] = {"prefill_seconds": seconds, "nbytes": _nbytes(runner)}
+            row["methods"][name] = {"error": errors[name], "prefill_seconds": seconds, "nbytes": _nbytes(runner)}
         found: dict[str, list[float]] = {name: [] for name in ready}
         for _ in range(settings.rounds):
             for name, runner in ready.items():

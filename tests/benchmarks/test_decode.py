@@ -162,13 +162,14 @@ def test_generation_decodes_on_every_cache(tmp_path):
 
 
 def test_generation_on_wrong_logits_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generation, "AGREEMENT", 0.0)
+    monkeypatch.setattr(generation, "TOLERANCE", 0.0)
     assert generation.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "generation.json")]) == 1
     assert "wrong output, refused" in capsys.readouterr().err
 
 
 def test_the_gpu_run_needs_no_gpu_to_be_tried(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "BATCHES", (1,))
+    monkeypatch.setattr(gpu, "ODD_SIZES", ((3, 129),))
     assert gpu.main([str(tmp_path), "--device", "cpu", "--dry"]) == 0
     found = json.loads((tmp_path / "decode.json").read_text())
     assert set(found["rows"]) == {"1 x 128", "1 x 256", "8 x 256"}
