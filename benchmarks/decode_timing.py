@@ -41,17 +41,20 @@ def take_turns(
     """Seconds of every call, A B C A B C, so that a drift of the machine meets all alike.
 
     Args:
-        calls: by name.
+        calls: by name; each has been made before.
         stopwatch: what measures one.
         budget: seconds that each call may take in all, between `least` and `most` repeats. Slow ones sit out rounds,
-            evenly spread.
+            evenly spread. The first round only warms up, but counts for calls that use up the budget in it.
         least, most: repeats.
     """
-    warm = {name: stopwatch.seconds(call) for name, call in calls.items()}
-    warm |= {name: stopwatch.seconds(call) for name, call in calls.items() if warm[name] < budget}
-    repeats = {name: min(most, max(least, int(budget / max(second, 1e-9)))) for name, second in warm.items()}
+    first = {name: stopwatch.seconds(call) for name, call in calls.items()}
+    found = {name: [seconds] if seconds >= budget else [] for name, seconds in first.items()}
+    warm = {name: seconds if found[name] else stopwatch.seconds(calls[name]) for name, seconds in first.items()}
+    repeats = {
+        name: min(most, max(least, int(budget / max(seconds, 1e-9)))) - len(found[name])
+        for name, seconds in warm.items()
+    }
     rounds = max(repeats.values(), default=0)
-    found: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds):
         for name, call in calls.items():
             if (index + 1) * repeats[name] // rounds > index * repeats[name] // rounds:
