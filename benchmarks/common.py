@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cskv.atomic import write_text
 from cskv.evaluation.environment import environment
@@ -27,13 +25,28 @@ def measure_missing(path: Path, results: dict[str, Any], jobs: Mapping[str, Call
     todo = [name for name in jobs if name not in results["rows"]]
     if todo:
         results["environment"] = environment().to_dict()
+    for name in _with_bar(todo):
+        results["rows"][name] = jobs[name]()
+        write_text(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def _with_bar(names: Sequence[str]) -> Iterator[str]:
+    """The names, one after the other, with a bar where rich is installed and a line each where it is not."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Left
+    except ImportError:
+        for index, name in enumerate(names, start=1):
+            print(f"{index}/{len(names)} {name}", file=sys.stderr, flush=True)
+            yield name
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(todo))
-        for name in todo:
+    with Progress(*columns, TextColumn("left"), Left(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(names))
+        for name in names:
             progress.update(task, description=name)
-            results["rows"][name] = jobs[name]()
-            write_text(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
+            yield name
             progress.advance(task)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import BFloat16, Float, Int, UInt8
 from torch import Tensor
 
 from cskv.quantization.grid import Grid, dequantise
+from cskv.workspace import Workspace
 
 
 @runtime_checkable
@@ -32,8 +33,15 @@ class Latents(Protocol):
     def rank(self) -> int:
         """Latents per token."""
 
-    def read(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "batch tokens rank"]:
-        """The latents of a range of tokens, in the dtype in which they were appended."""
+    def read(
+        self, start: int = 0, stop: int | None = None, workspace: Workspace | None = None
+    ) -> Float[Tensor, "batch tokens rank"]:
+        """The latents of a range of tokens, in the dtype in which they were appended.
+
+        Args:
+            start, stop: the range; None reads to the end.
+            workspace: where packed latents are unpacked; the result is valid until it is used again.
+        """
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,9 @@ class PlainLatents:
     def rank(self) -> int:
         return self.tokens.shape[2]
 
-    def read(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "batch tokens rank"]:
+    def read(
+        self, start: int = 0, stop: int | None = None, workspace: Workspace | None = None
+    ) -> Float[Tensor, "batch tokens rank"]:
         return self.tokens[:, start:stop]
 
 
@@ -94,7 +104,9 @@ class PackedLatents:
     def rank(self) -> int:
         return self.grid.rank
 
-    def read(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "batch tokens rank"]:
+    def read(
+        self, start: int = 0, stop: int | None = None, workspace: Workspace | None = None
+    ) -> Float[Tensor, "batch tokens rank"]:
         payload, scales, minima, rows = self.payload[:, start:stop], self.scales, self.minima, self.token_block
         size = self.grid.block_tokens
         if rows is not None:
@@ -103,7 +115,7 @@ class PackedLatents:
             scales, minima = (part[:, start // size :] for part in (scales, minima))
         else:
             rows = torch.arange(start, start + payload.shape[1], device=payload.device) // size
-        return dequantise(payload, scales, minima, self.grid, rows).to(self.dtype)
+        return dequantise(payload, scales, minima, self.grid, rows, self.dtype, workspace)
 
 
 @dataclass(frozen=True)

@@ -85,3 +85,17 @@ def test_batch_changes_reach_old_and_new_rows() -> None:
     buffer.append(torch.zeros(3, 1, 3))
     assert torch.equal(buffer.tokens[:, :2], first[[1, 1, 0]])
     assert torch.equal(buffer.tokens[:, 2], torch.zeros(3, 3))
+
+
+def test_a_buffer_with_room_moves_only_beyond_it() -> None:
+    buffer = TokenBuffer(room=100)
+    buffer.append(rows(0, 30))
+    address = buffer.tokens.data_ptr()
+    assert buffer.nbytes() == 2 * 100 * 3 * 4
+    buffer.append(rows(30, 70))
+    buffer.crop(10)
+    buffer.append(rows(10, 90))
+    assert buffer.tokens.data_ptr() == address
+    assert torch.equal(buffer.tokens, rows(0, 100))
+    buffer.append(rows(100, 1))
+    assert torch.equal(buffer.tokens, rows(0, 101))

@@ -44,6 +44,17 @@ def test_full_rank_says_what_the_plain_model_says(run: Run, model_folder: Path, 
     assert report["prompt_tokens"] == len(PROMPT.encode())
 
 
+@pytest.mark.parametrize("attention", ["torch", "reference", "rebuild"])
+def test_any_attention_says_the_same(run: Run, model_folder: Path, full_rank: Path, attention: str) -> None:
+    options = ["--adapter", full_rank, "--prompt", PROMPT, "--max-new-tokens", 20, "--attention", attention]
+    assert last_json(run("generate", *options))["text"] == expected_text(model_folder, 20)
+
+
+def test_unknown_attention_is_one_line(run: Run, full_rank: Path) -> None:
+    options = ["--adapter", full_rank, "--prompt", PROMPT, "--attention", "flash"]
+    assert "expected one of auto, triton, torch, reference" in mistake(run("generate", *options))
+
+
 def test_bytes_are_those_of_the_tensors(run: Run, model_folder: Path) -> None:
     options = ["--model-path", model_folder, "--prompt", PROMPT, "--max-new-tokens", 20]
     report = last_json(

@@ -33,6 +33,14 @@ LONGROPE = {
     "short_factor": [1.0] * 8,
     "long_factor": [2.0 + 0.25 * i for i in range(8)],
 }
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "sliding_window": 12,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96,
+    "global_head_dim": 16,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-mha": ("Llama", {"num_key_value_heads": 4}),
@@ -55,12 +63,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
     "glm4": ("Glm4", {}),
+    "cohere2": ("Cohere2", {"num_hidden_layers": 4, "sliding_window": 12}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 12,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "gemma4": ("Gemma4Text", GEMMA4),
 }
+UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4-shared": ("Gemma4Text", GEMMA4 | {"num_hidden_layers": 12, "num_kv_shared_layers": 6}),
+}
+for _families in (FAMILIES, UNUSUAL):  # older releases lack some
+    for _name in [name for name, (kind, _) in _families.items() if not hasattr(transformers, f"{kind}Config")]:
+        del _families[_name]
 
 
 def tiny_model(family: str, **changes: Any) -> nn.Module:
     """A random model whose norms and biases are random too, so that a forgotten one shows."""
-    name, special = FAMILIES[family]
+    name, special = (FAMILIES | UNUSUAL)[family]
     config_class = getattr(transformers, f"{name}Config")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(**(SHAPE | special | changes))).eval()

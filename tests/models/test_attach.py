@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     DynamicCache,
     GenerationConfig,
     LlamaConfig,
@@ -12,6 +14,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import cskv
 from cskv import CacheError, CSKVConfig, CSKVError, UnsupportedModelError
@@ -32,6 +36,7 @@ def test_detaching_restores_the_model_bitwise() -> None:
     attachment.detach()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(PROMPT).logits, logits)
 
 
@@ -171,4 +176,55 @@ def test_bf16_models_attach_and_generate() -> None:
             return_dict_in_generate=True,
         )
     layer = output_cache(outputs).layers[0]
-    assert layer.store._k.read(0, 4).dtype == torch.bfloat16
+    assert layer.store._k.view(4).read().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_room_for_a_cache_is_made_once(bits: int) -> None:
+    model = tiny_model("llama")
+    adapter = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=4, k_bits=bits, v_bits=bits))
+    settings = {"max_new_tokens": 60, "min_new_tokens": 60, "pad_token_id": 0, "return_dict_in_generate": True}
+    with cskv.attach(model, adapter), torch.no_grad():
+        expected = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **settings)
+    with cskv.attach(model, adapter, max_cache_len=120), torch.no_grad():
+        outputs = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **settings)
+    assert torch.equal(outputs.sequences, expected.sequences)
+    layer = output_cache(outputs).layers[0]
+    buffer = layer.store._k._tokens if bits == 16 else layer.store._k._payload
+    assert buffer._storage.shape[1] == 120
+    assert layer.table._buffers[0]._storage.shape[1] == 120
+
+
+def test_what_is_asked_of_attention_and_room_is_checked() -> None:
+    model = tiny_model("llama")
+    adapter = truncated_adapter(model, CSKVConfig())
+    with pytest.raises(
+        cskv.ConfigError, match="attention is 'flash'; expected one of auto, triton, torch, reference, rebuild"
+    ):
+        cskv.attach(model, adapter, attention="flash")
+    with pytest.raises(cskv.ConfigError, match="max_cache_len is 0"):
+        cskv.attach(model, adapter, max_cache_len=0)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_other_attention_is_rebuilt_for_and_said() -> None:
+    model = tiny_model("llama")
+    expected = model.generate(PROMPT, max_new_tokens=8, pad_token_id=0, attention_mask=torch.ones_like(PROMPT))
+    AttentionInterface.register("someones_own", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register("someones_own", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.config._attn_implementation = "someones_own"
+    with pytest.warns(UserWarning, match="2 of 2 layers are rebuilt.*'someones_own', not eager or sdpa"):
+        attachment = cskv.attach(model, full_rank_adapter(model, CSKVConfig(1.0, 1.0, window=0, group=4)))
+    with attachment:
+        got = model.generate(PROMPT, max_new_tokens=8, pad_token_id=0, attention_mask=torch.ones_like(PROMPT))
+    assert torch.equal(got, expected)
+
+
+def test_a_model_that_is_switched_to_other_attention_meanwhile_keeps_its_answer_and_its_choice() -> None:
+    model = tiny_model("llama")
+    expected = model.generate(PROMPT, max_new_tokens=8, pad_token_id=0, attention_mask=torch.ones_like(PROMPT))
+    with cskv.attach(model, full_rank_adapter(model, CSKVConfig(1.0, 1.0, window=0, group=4))):
+        model.set_attn_implementation("eager")
+        got = model.generate(PROMPT, max_new_tokens=8, pad_token_id=0, attention_mask=torch.ones_like(PROMPT))
+    assert torch.equal(got, expected)
+    assert model.config._attn_implementation == "eager"

@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 import cskv
 from cskv.models.compat import cache_kwarg, output_cache
 from cskv.models.layer import CSKVLayer
-from tests.models.families import FAMILIES, full_rank_adapter, tiny_model
+from tests.models.families import FAMILIES, UNUSUAL, full_rank_adapter, tiny_model
 
 NEW_TOKENS = 14
 PROMPT = torch.tensor([[5, 9, 33, 71, 12, 8, 5, 9, 33, 40, 77, 3, 18, 5, 9, 33, 71, 60, 21, 7, 5, 9, 33]])
@@ -95,6 +95,29 @@ def test_full_rank_changes_no_token(name: str, mode: Callable[[nn.Module], Tenso
     expected = mode(tiny_model(name))
     model = tiny_model(name)
     with cskv.attach(model, full_rank_adapter(model, cskv.CSKVConfig(1.0, 1.0, window=3, group=4))):
+        assert torch.equal(mode(model), expected)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("attention", ["rebuild", "reference"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_nor_does_it_with_another_attention(name: str, attention: str, mode: Callable[[nn.Module], Tensor]) -> None:
+    expected = mode(tiny_model(name))
+    model = tiny_model(name)
+    adapter = full_rank_adapter(model, cskv.CSKVConfig(1.0, 1.0, window=3, group=4))
+    with cskv.attach(model, adapter, attention=attention):
+        assert torch.equal(mode(model), expected)
+
+
+@pytest.mark.skipif(not UNUSUAL, reason="this release of transformers has no Gemma4")
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
+def test_a_layer_whose_keys_others_read_too_is_rebuilt_and_says_so(mode: Callable[[nn.Module], Tensor]) -> None:
+    expected = mode(tiny_model("gemma4-shared"))
+    model = tiny_model("gemma4-shared")
+    adapter = full_rank_adapter(model, cskv.CSKVConfig(1.0, 1.0, window=3, group=4))
+    with pytest.warns(UserWarning, match="model.layers.5.self_attn, another layer reads its keys and values too"):
+        attachment = cskv.attach(model, adapter)
+    with attachment:
         assert torch.equal(mode(model), expected)
 
 

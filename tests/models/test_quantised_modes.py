@@ -31,8 +31,8 @@ SETTINGS = {
 class ReadBackLatents(PlainStore):
     """What is packed, kept as the floats that it is read as."""
 
-    def __init__(self, grid: Grid | None) -> None:
-        super().__init__()
+    def __init__(self, grid: Grid | None, room: int = 0) -> None:
+        super().__init__(room)
         self._grid = grid
 
     def append(self, latents: Tensor) -> None:

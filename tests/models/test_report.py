@@ -141,7 +141,7 @@ def test_16k_tokens_of_an_8b_model_are_held_in_5_percent_of_the_bytes() -> None:
     assert FIVE_PERCENT.k_rank(1024) == FIVE_PERCENT.v_rank(1024) == 164
     adapter = cskv.CSKVAdapter(FIVE_PERCENT, layers, cskv.BaseModelInfo.from_model(model))
     model.to(torch.bfloat16).config._attn_implementation = "attend_to_oneself"
-    with cskv.attach(model, adapter), torch.no_grad():
+    with cskv.attach(model, adapter, attention="rebuild"), torch.no_grad():
         cache = output_cache(model.model(torch.randint(0, 64, (1, 16384)), use_cache=True))
     held, report = sum(storages(cache).values()), cskv.cache_report(cache, model)
     uncompressed = 16384 * 2 * 1024 * 2 * 4  # tokens, K and V, kv_dim, bytes, layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +14,7 @@ from cskv.attention.rules import Logits, Rope, ToHeads
 from cskv.errors import ConfigError
 from cskv.factorization.factors import LayerFactors
 from cskv.view import View
+from cskv.workspace import Workspace
 
 BACKENDS = ("triton", "torch", "reference")  # in the order in which one falls back to the next
 AUTO = "auto"
@@ -28,6 +29,7 @@ def attention(
     *,
     value_heads: ToHeads | None = None,
     backend: str = AUTO,
+    workspace: Workspace | None = None,
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
     """Attend to sealed tokens by their latents, and to the newest exactly.
 
@@ -41,6 +43,7 @@ def attention(
         value_heads: from rebuilt channels, (batch, tokens, kv_dim), to values, (batch, kv_heads, tokens, head_dim),
             where a family normalises values. None absorbs the up-projection.
         backend: "auto" (Triton on a GPU where it is installed, else torch), "triton", "torch" or "reference".
+        workspace: scratch tensors to use again from step to step.
 
     Returns:
         The output of every head, in the query's dtype.
@@ -49,7 +52,7 @@ def attention(
         ConfigError: an unknown backend.
     """
     for name in _candidates(backend, query):
-        function, refusal = _backend(name)
+        function, refusal = _backend(name, workspace)
         reason = refusal(query, view, factors, rope, logits, value_heads)
         if reason is None:
             return function(query, view, factors, rope, logits, value_heads).to(query.dtype)
@@ -57,10 +60,11 @@ def attention(
     raise AssertionError("the reference refuses nothing")
 
 
-def check_backend(backend: str) -> None:
-    """Raises ConfigError for a name that is none of "auto" and `BACKENDS`."""
-    if backend not in (AUTO, *BACKENDS):
-        raise ConfigError(f"the attention backend is {backend!r}; expected one of {', '.join((AUTO, *BACKENDS))}")
+def check_backend(backend: str, *others: str) -> None:
+    """Raises ConfigError for a name that is none of "auto", `BACKENDS` and `others`."""
+    known = (AUTO, *BACKENDS, *others)
+    if backend not in known:
+        raise ConfigError(f"attention is {backend!r}; expected one of {', '.join(known)}")
 
 
 def _candidates(backend: str, query: Tensor) -> tuple[str, ...]:
@@ -70,12 +74,14 @@ def _candidates(backend: str, query: Tensor) -> tuple[str, ...]:
     return BACKENDS[BACKENDS.index(backend) :]
 
 
-def _backend(name: str) -> tuple[Callable[..., Tensor], Callable[..., str | None]]:
+def _backend(name: str, workspace: Workspace | None) -> tuple[Callable[..., Tensor], Callable[..., str | None]]:
     if name == "triton":
         from cskv.attention import fused
 
         return fused.attention, fused.refusal
-    return {"torch": tiled.attention, "reference": reference.attention}[name], lambda *_: None
+    if name == "torch":
+        return partial(tiled.attention, workspace=workspace), lambda *_: None
+    return reference.attention, lambda *_: None
 
 
 @cache

@@ -32,9 +32,7 @@ class Partial(NamedTuple):
         ours, theirs = (self.most - most).exp_(), (other.most - most).exp_()
         return Partial(most, self.total * ours + other.total * theirs, self.sums * ours + other.sums * theirs)
 
-    def result(
-        self, sinks: Float[Tensor, " q_heads"] | None = None
-    ) -> Float[Tensor, "batch q_heads new channels"]:
+    def result(self, sinks: Float[Tensor, " q_heads"] | None = None) -> Float[Tensor, "batch q_heads new channels"]:
         """The weighted mean, once all parts are joined. Sinks are logits that give nothing."""
         if sinks is None:
             return self.sums / self.total

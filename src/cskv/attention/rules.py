@@ -18,8 +18,8 @@ class Rope:
 
     Attributes:
         cos, sin: of the sealed tokens, or None where keys are only normalised.
-        heads: `heads(channels, cos, sin)`, from (batch, tokens, kv_dim) to (batch, kv_heads, tokens, head_dim), with cos
-            and sin of the same tokens.
+        heads: `heads(channels, cos, sin)`, from (batch, tokens, kv_dim) to (batch, kv_heads, tokens, head_dim), with
+            cos and sin of the same tokens.
         is_plain: whether `heads` is x * cos + rotate_half(x) * sin on the first rotary_dim channels of every head and
             nothing else, so that a kernel can do it.
     """
@@ -37,16 +37,40 @@ class Rope:
         cos, sin = (None if part is None else part[:, start:stop] for part in (self.cos, self.sin))
         return self.heads(channels, cos, sin)
 
+    def rotated(
+        self,
+        heads: Float[Tensor, "batch kv_heads tokens head_dim"],
+        start: int,
+        out: Float[Tensor, "batch kv_heads tokens head_dim"],
+    ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
+        """The plain rotation of sealed tokens from `start` on, into `out`: no tensor of the size of `heads` is made."""
+        if self.cos is None or self.sin is None:
+            raise ValueError("there is no rotation")
+        rotary, stop = self.cos.shape[-1], start + heads.shape[2]
+        half = rotary // 2
+        cos, sin = self.cos[:, None, start:stop], self.sin[:, None, start:stop]
+        first, second = heads[..., :half], heads[..., half:rotary]
+        if torch.compiler.is_compiling():  # it fuses this, and cannot trace products written into a part of a tensor
+            turned = (
+                first * cos[..., :half] - second * sin[..., :half],
+                second * cos[..., half:] + first * sin[..., half:],
+            )
+            return torch.cat([*turned, heads[..., rotary:]], dim=-1)
+        torch.mul(first, cos[..., :half], out=out[..., :half]).addcmul_(second, sin[..., :half], value=-1)
+        torch.mul(second, cos[..., half:], out=out[..., half:rotary]).addcmul_(first, sin[..., half:])
+        out[..., rotary:] = heads[..., rotary:]
+        return out
+
 
 @dataclass(frozen=True)
 class Logits:
-    """From products of queries and keys to logits: cap(scaling * q k) + mask, with cap(x) = softcap * tanh(x / softcap).
+    """From products of queries and keys to logits: cap(scaling * q k) + mask, cap(x) = softcap * tanh(x / softcap).
 
     Attributes:
         scaling: mostly head_dim ** -0.5.
         softcap: None for no capping (Gemma2 has 50).
-        mask: which tokens of both branches, the sealed ones first, a query reads: True where it does, or a number that is
-            added. None lets every query read all tokens up to its own, the newest being the queries' own.
+        mask: which tokens of both branches, the sealed ones first, a query reads: True where it does, or a number that
+            is added. None lets every query read all tokens up to its own, the newest being the queries' own.
         sinks: a further logit per query head that takes weight and gives nothing (GPT-OSS).
     """
 

@@ -11,6 +11,7 @@ Tiles are joined by log-sum-exp, and so is the exact branch. The longest tensor 
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 from cskv.attention.partial import Partial
 from cskv.attention.rules import Logits, Rope, ToHeads, causal_mask
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.view import Latents, PlainLatents, View
+from cskv.view import Latents, PackedLatents, View
+from cskv.workspace import Workspace
 
-SCORES = 2**20  # numbers in the scores of a tile
-REBUILT = 2**22  # numbers in the rebuilt keys or unpacked latents of a tile: 8 MB in bfloat16, about a core's cache
+SCORES = 2**19  # numbers in the scores of a tile
+REBUILT = 2**21  # numbers in a tile's rebuilt keys, and in its unpacked latents: what was fastest on two cores
 LEAST_TILE = 64
 
 
@@ -34,48 +36,66 @@ def attention(
     rope: Rope | None,
     logits: Logits,
     value_heads: ToHeads | None = None,
+    workspace: Workspace | None = None,
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
     """What `cskv.attention.dispatch.attention` computes, in the query's dtype with sums in fp32."""
+    workspace = Workspace() if workspace is None else workspace
     parts = [exact(query, view, logits)]
     if view.k is not None and view.v is not None:
-        keys = _Absorbed(query, factors.k) if rope is None else _Rebuilt(query, factors.k, rope)
+        keys = _Absorbed(query, factors.k) if rope is None else _Rebuilt(query, factors.k, rope, workspace)
         values = Summed(query, factors.v) if value_heads is None else _RebuiltValues(query, factors.v, value_heads)
-        parts.append(values.expanded(_sealed(query, view.k, view.v, keys, values, logits)))
+        parts.append(values.expanded(_sealed(query, view, keys, values, logits, workspace)))
     return reduce(Partial.joined, parts).result(logits.sinks).to(query.dtype)
 
 
 def exact(query: Tensor, view: View, logits: Logits) -> Partial:
     """The exact branch."""
-    scores = logits.of(per_head(query, view.keys.transpose(2, 3)).float(), view.sealed)
+    scores = logits.of(_wide(per_head(query, view.keys.transpose(2, 3))), view.sealed)
     if logits.mask is None and query.shape[2] > 1:
         reads = causal_mask(query.shape[2], view.keys.shape[2], query.device)
         scores.masked_fill_(~reads, torch.finfo(scores.dtype).min)
     most, total, weights = _weights(scores)
-    return Partial(most, total, per_head(weights.to(view.values.dtype), view.values).float())
+    return Partial(most, total, _wide(per_head(weights.to(view.values.dtype), view.values)))
 
 
 def _sealed(
-    query: Tensor, k: Latents, v: Latents, keys: _Absorbed | _Rebuilt, values: Summed | _RebuiltValues, logits: Logits
+    query: Tensor,
+    view: View,
+    keys: _Absorbed | _Rebuilt,
+    values: Summed | _RebuiltValues,
+    logits: Logits,
+    workspace: Workspace,
 ) -> Partial:
     """The compressed branch, with sums as `values` gives them."""
-    parts: Partial | None = None
-    tile = _tile(query, k, v, keys, values)
+    k, v, parts = view.k, view.v, None
+    if k is None or v is None:
+        raise ValueError("the view has no compressed branch")
+    tile = _tile(query, (k, v), max(keys.width, values.width))
     for start in range(0, k.length, tile):
         stop = min(start + tile, k.length)
-        scores = logits.of(keys.scores(k.read(start, stop), start), start)
+        scores = logits.of(keys.scores(k.read(start, stop, workspace), start), start)
         most, total, weights = _weights(scores)
-        part = Partial(most, total, values.sums(weights, v.read(start, stop)))
+        part = Partial(most, total, values.sums(weights, v.read(start, stop, workspace)))
         parts = part if parts is None else parts.joined(part)
     return parts  # type: ignore[return-value]
 
 
-def _tile(query: Tensor, k: Latents, v: Latents, keys: object, values: object) -> int:
-    """Tokens per tile: the most that keep its scores, and what is rebuilt or unpacked, within bounds."""
+def _tile(query: Tensor, latents: tuple[Latents, Latents], rebuilt: int) -> int:
+    """Tokens per tile: the most that keep its scores, and what is rebuilt or unpacked, within bounds.
+
+    Blocks of packed latents are not cut, so that they are unpacked as blocks.
+    """
     batch, heads, new, _ = query.shape
-    widths = [keys.width if isinstance(keys, _Rebuilt) else 0, values.width if isinstance(values, _RebuiltValues) else 0]
-    widths += [0 if isinstance(latents, PlainLatents) else latents.rank for latents in (k, v)]
-    tile = min(SCORES // (batch * heads * new), REBUILT // max(batch * max(widths), 1))
-    return max(LEAST_TILE, tile // LEAST_TILE * LEAST_TILE)
+    packed = [part for part in latents if isinstance(part, PackedLatents)]
+    width = max(rebuilt, *(2 * part.rank for part in packed), 1)
+    tile = min(SCORES // (batch * heads * new), REBUILT // (batch * width))
+    step = math.lcm(LEAST_TILE, *(part.grid.block_tokens for part in packed))
+    return max(1, tile // step) * step
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype of logits and sums: fp32, or fp64 where all is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _weights(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,35 +115,47 @@ def per_head(rows: Tensor, matrices: Tensor) -> Tensor:
 class _Absorbed:
     """Keys as linear functions of their latents: the query takes the up-projection."""
 
+    width = 0  # numbers per token that are rebuilt
+
     def __init__(self, query: Tensor, factors: Factors) -> None:
         self._shape, self._groups = query.shape[:3], factors.groups
         head_dim = query.shape[3]
         self._query = _to_groups(per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), factors.groups)
         self._bias: Tensor | None = None
         if factors.bias is not None:
-            self._bias = per_head(query, factors.bias.view(1, -1, head_dim, 1)).float()
+            self._bias = _wide(per_head(query, factors.bias.view(1, -1, head_dim, 1)))
 
     def scores(self, latents: Tensor, _start: int) -> Tensor:
         parts = zip(self._query, latents.chunk(self._groups, dim=2), strict=True)
-        products = [torch.bmm(query, part.transpose(1, 2)) for query, part in parts]
-        scores = _from_groups(products, self._shape).float()
+        products = [_by_row(query, part.transpose(1, 2)) for query, part in parts]
+        scores = _wide(_from_groups(products, self._shape))
         return scores if self._bias is None else scores.add_(self._bias)
 
 
 class _Rebuilt:
     """Keys that are rotated, or normalised, after they were rebuilt."""
 
-    def __init__(self, query: Tensor, factors: Factors, rope: Rope) -> None:
+    def __init__(self, query: Tensor, factors: Factors, rope: Rope, workspace: Workspace) -> None:
         self.width = factors.kv_dim
-        self._query, self._factors, self._rope = query, factors, rope
+        self._query, self._factors, self._rope, self._workspace = query, factors, rope, workspace
 
     def scores(self, latents: Tensor, start: int) -> Tensor:
-        keys = self._rope.keys(self._factors.expand(latents), start)
-        return per_head(self._query, keys.transpose(2, 3)).float()
+        shape = (*latents.shape[:2], self.width)
+        channels = self._factors.expand(latents, self._workspace.take("channels", shape, latents.dtype, latents.device))
+        return _wide(per_head(self._query, self._keys(channels, start).transpose(2, 3)))
+
+    def _keys(self, channels: Tensor, start: int) -> Tensor:
+        if not self._rope.is_plain:
+            return self._rope.keys(channels, start).contiguous()  # products with strided matrices are many times slower
+        heads = channels.unflatten(-1, (-1, self._query.shape[3])).transpose(1, 2)
+        keys = self._workspace.take("keys", tuple(heads.shape), heads.dtype, heads.device)
+        return self._rope.rotated(heads, start, keys)
 
 
 class Summed:
     """Values as linear functions of their latents: weights are summed with these."""
+
+    width = 0
 
     def __init__(self, query: Tensor, factors: Factors) -> None:
         self._shape, self._head_dim, self._factors = query.shape[:3], query.shape[3], factors
@@ -134,14 +166,14 @@ class Summed:
             latents.chunk(self._factors.groups, dim=2),
             strict=True,
         )
-        return _from_groups([torch.bmm(rows, part) for rows, part in parts], self._shape).float()
+        return _wide(_from_groups([_by_row(rows, part) for rows, part in parts], self._shape))
 
     def expanded(self, part: Partial) -> Partial:
         up = self._factors.up.unflatten(0, (-1, self._head_dim)).transpose(1, 2)[None]
-        sums = per_head(part.sums.to(up.dtype), up).float()
+        sums = _wide(per_head(part.sums.to(up.dtype), up))
         if self._factors.bias is not None:
             bias = self._factors.bias.view(1, -1, 1, self._head_dim)
-            sums = sums + per_head(part.total.to(bias.dtype), bias).float()
+            sums = sums + _wide(per_head(part.total.to(bias.dtype), bias))
         return Partial(part.most, part.total, sums)
 
 
@@ -154,10 +186,18 @@ class _RebuiltValues:
 
     def sums(self, weights: Tensor, latents: Tensor) -> Tensor:
         values = self._heads(self._factors.expand(latents))
-        return per_head(weights.to(values.dtype), values).float()
+        return _wide(per_head(weights.to(values.dtype), values))
 
     def expanded(self, part: Partial) -> Partial:
         return part
+
+
+def _by_row(rows: Tensor, matrices: Tensor) -> Tensor:
+    """(batch, a, b) times (batch, b, c), where each matrix is a part of a larger one."""
+    if not rows.is_cpu:
+        return torch.bmm(rows, matrices)
+    # A batched product would first copy matrices that are not packed together in memory.
+    return torch.stack([torch.mm(row, matrix) for row, matrix in zip(rows, matrices, strict=True)])
 
 
 def _to_groups(rows: Tensor, groups: int) -> list[Tensor]:

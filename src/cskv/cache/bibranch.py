@@ -59,14 +59,17 @@ class BiBranchStore:
         group: tokens are sealed in groups of this many.
         k_grid, v_grid: on which latents are packed when they are sealed; None keeps them as they come. The tokens of a
             block divide `group`.
+        room: tokens that there is room for from the first sealing on; more make it grow as usual.
     """
 
-    def __init__(self, window: int, group: int, k_grid: Grid | None = None, v_grid: Grid | None = None) -> None:
+    def __init__(
+        self, window: int, group: int, k_grid: Grid | None = None, v_grid: Grid | None = None, room: int = 0
+    ) -> None:
         self.window = window
         self.group = group
         self.grids = (k_grid, v_grid)
         self.ranks: tuple[int, int] | None = None
-        self._k, self._v = latent_store(k_grid), latent_store(v_grid)
+        self._k, self._v = latent_store(k_grid, room), latent_store(v_grid, room)
         self._recent: _Recent | None = None
 
     @property

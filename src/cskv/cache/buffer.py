@@ -15,9 +15,13 @@ class TokenBuffer:
     """Rows of (batch, tokens, channels), appended at the end of the token axis.
 
     Appending writes into spare room; only a full buffer is copied, into one that is 1/16 longer.
+
+    Args:
+        room: tokens that there is room for from the first append on, so that no copy is made before there are more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 0) -> None:
+        self._room = room
         self._storage: Tensor | None = None
         self.length = 0
 
@@ -32,7 +36,7 @@ class TokenBuffer:
         """Append (batch, new tokens, channels)."""
         end = self.length + rows.shape[1]
         if self._storage is None or end > self._storage.shape[1]:
-            self._reallocate(_capacity(end), rows)
+            self._reallocate(self._room if end <= self._room else _capacity(end), rows)
         self._storage[:, self.length : end] = rows  # type: ignore[index]
         self.length = end
 
@@ -41,8 +45,8 @@ class TokenBuffer:
         self.length = min(self.length, length)
         # Half a growth step of tolerance: guesses that are appended and cropped at every step must not reallocate.
         tolerated = _capacity(self.length) + max(LEAST_SLACK, self.length // GROWTH) // 2
-        if self._storage is not None and self._storage.shape[1] > tolerated:
-            self._reallocate(_capacity(self.length), self._storage)
+        if self._storage is not None and self._storage.shape[1] > max(tolerated, self._room):
+            self._reallocate(max(_capacity(self.length), self._room), self._storage)
 
     def clear(self) -> None:
         """Forget everything, storage included."""

@@ -75,10 +75,14 @@ class LatentStore(Protocol):
 
 
 class PlainStore:
-    """Latents in the dtype in which they come."""
+    """Latents in the dtype in which they come.
 
-    def __init__(self) -> None:
-        self._tokens = TokenBuffer()
+    Args:
+        room: tokens that there is room for from the start.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        self._tokens = TokenBuffer(room)
 
     @property
     def length(self) -> int:
@@ -113,11 +117,13 @@ class PackedStore:
 
     Args:
         grid: widths and blocks.
+        room: tokens that there is room for from the start.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, room: int = 0) -> None:
         self.grid = grid
-        self._payload, self._scales, self._minima = TokenBuffer(), TokenBuffer(), TokenBuffer()
+        blocks = -(-room // grid.block_tokens)
+        self._payload, self._scales, self._minima = TokenBuffer(room), TokenBuffer(blocks), TokenBuffer(blocks)
         self._starts: list[int] = []  # the first token of every row of blocks
         self._rows: Tensor | None = None
         self._dtype = torch.float32
@@ -182,6 +188,6 @@ class PackedStore:
         return LatentBytes(payload, scales + rows, minima, sum(slacks))
 
 
-def latent_store(grid: Grid | None) -> LatentStore:
+def latent_store(grid: Grid | None, room: int = 0) -> LatentStore:
     """An empty store: packed on the grid, or plain without one."""
-    return PlainStore() if grid is None else PackedStore(grid)
+    return PlainStore(room) if grid is None else PackedStore(grid, room)

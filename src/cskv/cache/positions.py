@@ -20,9 +20,13 @@ class PositionTable:
 
     The layers of one cache share a table. Only its owner, the first compressed layer, appends to it and crops, reorders
     or moves it, so that each change happens once.
+
+    Args:
+        room: tokens that there is room for from the start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 0) -> None:
+        self._room = room
         self._buffers: list[TokenBuffer] = []
 
     @property
@@ -33,7 +37,7 @@ class PositionTable:
     def append(self, rows: tuple[Tensor, ...]) -> None:
         """Append one tensor (positions: (batch or 1, new)) or two (cos, sin: (batch or 1, new, rotary_dim))."""
         if not self._buffers:
-            self._buffers = [TokenBuffer() for _ in rows]
+            self._buffers = [TokenBuffer(self._room) for _ in rows]
         for buffer, row in zip(self._buffers, rows, strict=True):
             row = row.to(torch.int32)[..., None] if not row.is_floating_point() else row
             if buffer.length and buffer.tokens.shape[0] != row.shape[0]:

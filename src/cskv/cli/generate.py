@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from cskv.adapter import CSKVAdapter
     from cskv.data.lines import LinesCase
 
 INPUT, SAMPLING = "Input", "Decoding"
@@ -49,6 +48,14 @@ CacheImplementation = Annotated[
         rich_help_panel=SAMPLING,
     ),
 ]
+Attention = Annotated[
+    str,
+    typer.Option(
+        "--attention",
+        help="What reads old tokens: auto, triton, torch or reference read latents; rebuild makes keys and values.",
+        rich_help_panel=SAMPLING,
+    ),
+]
 UseOrigin = Annotated[
     bool,
     typer.Option("--use-origin-model", help="The uncompressed baseline.", rich_help_panel=opt.COMPRESSION),
@@ -73,6 +80,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 100,
     temperature: Temperature = 0.0,
     cache_implementation: CacheImplementation = None,
+    attention: Attention = "auto",
     k_density: opt.KDensity = 0.2,
     v_density: opt.VDensity = 0.2,
     use_asvd: opt.UseAsvd = None,
@@ -149,7 +157,11 @@ def generate(
     model = load_model(base, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
     if use_init_params and not use_origin_model:
         compressor = wanted.initial(model, base)
-    result = _run(model, tokenizer, compressor, input_ids, max_new_tokens, temperature, cache_implementation, seed)
+    if compressor is not None:
+        import cskv
+
+        cskv.attach(model, compressor, attention=attention)
+    result = _run(model, tokenizer, input_ids, max_new_tokens, temperature, cache_implementation, seed)
     if expected is not None:
         from cskv.data.lines import score
 
@@ -204,7 +216,6 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> torch.Tensor:
 def _run(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    compressor: CSKVAdapter | None,
     input_ids: torch.Tensor,
     max_new_tokens: int,
     temperature: float,
@@ -223,8 +234,6 @@ def _run(
             f"max-new-tokens is {max_new_tokens} and temperature {temperature}; expected at least 1 and at least 0"
         )
     set_seed(seed)
-    if compressor is not None:
-        cskv.attach(model, compressor)
     kwargs: dict[str, Any] = {"do_sample": temperature > 0}
     kwargs |= {"temperature": temperature} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}
     kwargs |= {"cache_implementation": cache_implementation} if cache_implementation else {}

@@ -53,8 +53,16 @@ class Factors:
         """The latents of a layer's input."""
         return torch.nn.functional.linear(x, self.down, self.down_bias)
 
-    def expand(self, latents: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch kv_dim"]:
-        """The channels rebuilt from latents."""
+    def expand(
+        self, latents: Float[Tensor, "*batch rank"], out: Float[Tensor, "*batch kv_dim"] | None = None
+    ) -> Float[Tensor, "*batch kv_dim"]:
+        """The channels rebuilt from latents, into `out` if it is given (without gradients then)."""
+        if out is not None:
+            for rows, up, channels in zip(
+                latents.chunk(self.groups, -1), self.up.chunk(self.groups), out.chunk(self.groups, -1), strict=True
+            ):
+                channels.copy_(rows @ up.T) if self.groups > 1 else torch.matmul(rows, up.T, out=channels)
+            return out if self.bias is None else out.add_(self.bias)
         if self.groups == 1:
             return torch.nn.functional.linear(latents, self.up, self.bias)
         parts = torch.einsum(

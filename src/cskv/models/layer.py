@@ -1,7 +1,8 @@
 """The compressed layer of a transformers cache: a `DynamicLayer` whose old tokens exist only as latents.
 
 The attention module's pre-hook stages the latents of the new tokens (`stage`); the model then calls `update` with their
-true keys and values, and gets back what its queries attend to: old tokens rebuilt for this call, and the exact window.
+true keys and values, and gets back what its queries attend to: the exact window, and old tokens rebuilt for this call
+where the attention function cannot read their latents.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from cskv.cache.bibranch import BiBranchStore
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
+from cskv.models.attending import MOST_NEW, Call
 from cskv.quantization.grid import Grid
 
 Grids = tuple[Grid | None, Grid | None]
@@ -32,11 +34,13 @@ class Staged:
         positions: what the shared table stores of them, or None if another layer has stored it or keys are not rotated.
         rebuild: from latents of sealed tokens, (batch, sealed, rank) each, to their keys and values,
             (batch, kv_heads, sealed, head_dim).
+        call: where the attention function will look for what to attend to; None where that is the model's own.
     """
 
     latents: Callable[[Tensor], tuple[Tensor, Tensor]]
     positions: tuple[Tensor, ...] | None
     rebuild: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    call: Call | None = None
 
 
 class CSKVLayer(DynamicLayer):
@@ -47,15 +51,24 @@ class CSKVLayer(DynamicLayer):
         grids: on which key and value latents are packed, or None each.
         table: the positions shared by the layers of one cache, or None where keys are not rotated.
         owns_table: whether this layer is the one that appends to the table and reorders or crops it.
+        room: tokens that there is room for from the start.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False  # nothing can be allocated before the ranks are seen
 
-    def __init__(self, window: int, group: int, grids: Grids, table: PositionTable | None, owns_table: bool) -> None:
+    def __init__(
+        self,
+        window: int,
+        group: int,
+        grids: Grids,
+        table: PositionTable | None,
+        owns_table: bool,
+        room: int = 0,
+    ) -> None:
         super().__init__()
-        self.store = BiBranchStore(window, group, *grids)
+        self.store = BiBranchStore(window, group, *grids, room=room)
         self.table = table
         self.owns_table = owns_table
         self._staged: Staged | None = None
@@ -65,7 +78,9 @@ class CSKVLayer(DynamicLayer):
         self._staged = staged
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append new tokens and return all keys and values that their queries attend to.
+        """Append new tokens and return the keys and values that their queries attend to.
+
+        Those are all, or the exact ones alone where our attention function reads the latents itself.
 
         Args:
             key_states, value_states: (batch, kv_heads, new, head_dim), after norm and RoPE.
@@ -88,6 +103,9 @@ class CSKVLayer(DynamicLayer):
             raise CacheError(f"{v_latents.shape[1]} tokens were staged, {key_states.shape[2]} came; start a new cache")
         view = self.store.append(k_latents, v_latents, key_states, value_states)
         if view.k is None or view.v is None:
+            return view.keys, view.values
+        if staged.call is not None and key_states.shape[2] <= MOST_NEW:
+            staged.call.view = view
             return view.keys, view.values
         keys, values = staged.rebuild(view.k.read(), view.v.read())
         return torch.cat([keys, view.keys], dim=2), torch.cat([values, view.values], dim=2)

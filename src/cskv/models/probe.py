@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from cskv.attention.rules import Rope as Rotation
 from cskv.errors import DataError, UnsupportedModelError
 from cskv.factorization.commuting import RopePairs
 from cskv.models.call import AttentionCall, CallReader
 from cskv.models.compat import cache_kwarg
 from cskv.models.frozen import frozen
+from cskv.models.logits import Understanding, understanding
 from cskv.models.pairs import find_pairs
 from cskv.models.recipe import NormStyle, Recipe, RopeStyle, rotation_of
 from cskv.models.rope import Rope, find_rope
@@ -41,6 +43,8 @@ class SiteRecipe:
         keys, values: the recipes of either, as found.
         rope: how cos and sin of old tokens are had again; None where the keys are not rotated.
         pairs: the channels of a head that RoPE turns together; None where the keys are not rotated.
+        plain_rope: whether keys are rotated by halves of their first channels, and not normalised.
+        attention: what is known of the layer's attention function.
     """
 
     queries: Recipe
@@ -48,6 +52,8 @@ class SiteRecipe:
     values: Recipe
     rope: Rope | None
     pairs: RopePairs | None
+    plain_rope: bool
+    attention: Understanding
 
 
 @dataclass
@@ -64,7 +70,9 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
         UnsupportedModelError: a layer's keys or values match no recipe.
         DataError: the model's keys or values are not finite.
     """
-    cache, records = _run(model, sites)
+    modules = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "config")]
+    with understanding(modules) as understood:
+        cache, records = _run(model, sites)
     recipes: dict[int, SiteRecipe] = {}
     for site in sites:
         record = records[site.layer_idx]
@@ -80,6 +88,8 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
             values,
             rope=_rope(model, site, record.call) if rotated else None,
             pairs=find_pairs(keys, record.call.cos) if rotated else None,  # type: ignore[arg-type]
+            plain_rope=rotated and _is_plain(keys, layer.keys, record.call),
+            attention=understood(site.module),
         )
     return recipes
 
@@ -139,6 +149,15 @@ def _key_candidates(site: AttentionSite, call: AttentionCall) -> Iterator[Recipe
 def _value_candidates(site: AttentionSite) -> Iterator[Recipe]:
     for norm, style in _norms(site.module, VALUE_NORMS):
         yield Recipe(site.head_dim, norm, style)
+
+
+def _is_plain(recipe: Recipe, heads: Tensor, call: AttentionCall) -> bool:
+    """Whether a recipe rotates as kernels do, tried on some heads."""
+    if recipe.norm_style is not NormStyle.NONE or call.cos is None or call.sin is None:
+        return False
+    plain = Rotation(call.cos, call.sin, recipe.heads).rotated(heads, 0, torch.empty_like(heads))
+    expected = recipe.rotated(heads, call.cos, call.sin)
+    return bool((plain - expected).abs().max() <= TOLERANCE.get(heads.dtype, 3e-2) * expected.abs().max())
 
 
 def _queries(site: AttentionSite, keys: Recipe) -> Recipe:

@@ -13,7 +13,6 @@ The model's own attention function does the work, so soft-capping and attention 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,9 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cskv.adapter import CSKVAdapter
 from cskv.config import CSKVConfig
@@ -33,6 +29,7 @@ from cskv.factorization.factors import Factors
 from cskv.models.call import AttentionCall, CallReader
 from cskv.models.checkpointing import checkpointed_layers
 from cskv.models.frozen import frozen
+from cskv.models.interface import Original, Switch
 from cskv.models.probe import SiteRecipe, probe
 from cskv.models.sites import AttentionSite, find_sites
 from cskv.quantization.fake import read_back
@@ -67,17 +64,12 @@ def compressed_reading(
     """
     sites = find_sites(model)
     recipes = recipes or probe(model, sites)
-    configs = {id(site.module.config): site.module.config for site in sites}.values()
-    implementations = [(config, config._attn_implementation) for config in configs]
     mask = lru_cache(maxsize=1)(partial(_mask, adapter.config))  # one for all layers: the backward pass keeps it
     with ExitStack() as stack:
         for site in sites:
             hook = _ReadingHook(site, recipes[site.layer_idx], adapter, only, mask)
             stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        for config, implementation in implementations:
-            _register(implementation)
-            config._attn_implementation = _name(implementation)
-            stack.callback(setattr, config, "_attn_implementation", implementation)
+        stack.callback(Switch((site.module for site in sites), NAME, _attend).back)
         if checkpointed:
             again = partial(_again, model, adapter, recipes, only)
             stack.enter_context(checkpointed_layers(model, sites, again))
@@ -146,32 +138,15 @@ class _ReadingHook:
         return factors.expand(read_back(latents, self._adapter.grid(self._site.layer_idx, kind))).to(x.dtype)
 
 
-def _name(implementation: str | None) -> str:
-    # No "sdpa" or "flash" in the name: transformers looks for those substrings.
-    return NAME if implementation == "sdpa" else f"{NAME}_{(implementation or 'eager').replace('flash', 'fl')}"
-
-
-def _register(implementation: str | None) -> None:
-    implementation = implementation or "eager"
-    if _name(implementation) in ALL_ATTENTION_FUNCTIONS:
-        return
-
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        rebuilt: _Rebuilt | None = kwargs.pop(KWARG, None)
-        if rebuilt is not None:
-            mask = rebuilt.mask(query.shape[2], query.device, query.dtype)
-            key = torch.cat([rebuilt.keys(key), key], dim=2)
-            value = torch.cat([rebuilt.values(value), value], dim=2)
-        return _original(module, implementation)(module, query, key, value, mask, **kwargs)
-
-    AttentionInterface.register(_name(implementation), attend)
-    AttentionMaskInterface.register(_name(implementation), ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-
-
-def _original(module: nn.Module, implementation: str) -> Callable[..., Any]:
-    if implementation in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    return sys.modules[type(module).__module__].eager_attention_forward
+def _attend(
+    original: Original, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> Any:
+    rebuilt: _Rebuilt | None = kwargs.pop(KWARG, None)
+    if rebuilt is not None:
+        mask = rebuilt.mask(query.shape[2], query.device, query.dtype)
+        key = torch.cat([rebuilt.keys(key), key], dim=2)
+        value = torch.cat([rebuilt.values(value), value], dim=2)
+    return original(module, query, key, value, mask, **kwargs)
 
 
 def _mask(config: CSKVConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import BFloat16, Float, Int, UInt8
+from jaxtyping import BFloat16, Float, UInt8
 from torch import Tensor
 
 from cskv.errors import ConfigError
 from cskv.quantization.packing import WIDTHS, pack, row_bytes, unpack
+from cskv.workspace import Workspace
 
 PARAMETER_DTYPE = torch.bfloat16
 
@@ -137,33 +137,62 @@ def dequantise(
     minima: BFloat16[Tensor, "batch token_blocks channel_blocks"],
     grid: Grid,
     token_block: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    workspace: Workspace | None = None,
 ) -> Float[Tensor, "batch tokens rank"]:
-    """Read latents from the grid, in fp32.
+    """Read latents from the grid: minimum + scale * code in fp32, rounded once to `dtype`.
 
     Args:
         payload, scales, minima: as `quantise` gave them, or rows of them.
         grid: the same.
         token_block: (tokens,) the row of `scales` and `minima` that holds for each token; None counts blocks of
             `grid.block_tokens` from the first token on.
+        dtype: any floating dtype.
+        workspace: where the result and all on the way to it are made; the result is valid until it is used again.
     """
-    channel_block = _channel_blocks(grid, payload.device)
-    codes = [unpack(payload[..., own], bits, channels.stop - channels.start) for bits, channels, own in grid.runs()]
-    values = torch.cat(codes, dim=-1).float()
-    scale, minimum = (part[..., channel_block].float() for part in (scales, minima))
-    size = grid.block_tokens
-    if token_block is None and payload.shape[1] % size == 0:  # whole blocks: a view of each, and no row for every token
+    workspace = Workspace() if workspace is None else workspace
+    # In bfloat16, codes and parameters are exact and addcmul computes in fp32 inside: the same result from half the
+    # bytes.
+    computed = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    tokens, size = payload.shape[1], grid.block_tokens
+    values = _codes(payload, grid, computed, workspace)
+    if token_block is None and tokens % size == 0:
         blocks = values.unflatten(1, (-1, size))
-        blocks.mul_(scale[:, : blocks.shape[1], None]).add_(minimum[:, : blocks.shape[1], None])
-        return values
-    if token_block is None:
-        token_block = torch.arange(payload.shape[1], device=payload.device) // size
-    return values.mul_(scale[:, token_block]).add_(minimum[:, token_block])
+        scales, minima = scales[:, : tokens // size], minima[:, : tokens // size]
+    else:
+        token_block = torch.arange(tokens, device=payload.device) // size if token_block is None else token_block
+        blocks = values[:, :, None]
+        scales, minima = scales[:, token_block], minima[:, token_block]
+    scale = _by_channel(scales, grid, computed, workspace, "scale")
+    minimum = _by_channel(minima, grid, computed, workspace, "minimum")
+    torch.addcmul(minimum[:, :, None], blocks, scale[:, :, None], out=blocks)
+    return values.to(dtype)
 
 
-@lru_cache(maxsize=1024)
-def _channel_blocks(grid: Grid, device: torch.device) -> Int[Tensor, " rank"]:
-    """The channel block of every channel, on a device: made once, not at every step."""
-    return torch.tensor(grid.block_of, device=device)
+def _codes(payload: Tensor, grid: Grid, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+    """The code of every latent, (batch, tokens, rank), as a number of `dtype`."""
+    shape = (*payload.shape[:2], grid.rank)
+    codes = workspace.take("codes", shape, torch.uint8, payload.device)
+    for bits, channels, own in grid.runs():
+        unpack(payload[..., own], bits, channels.stop - channels.start, out=codes[..., channels])
+    return workspace.take("values", shape, dtype, payload.device).copy_(codes)
+
+
+def _by_channel(parameters: Tensor, grid: Grid, dtype: torch.dtype, workspace: Workspace, name: str) -> Tensor:
+    """The parameters of channel blocks, (batch, rows, channel_blocks), repeated for every channel of each."""
+    if grid.channel_blocks == grid.rank:
+        return parameters.to(dtype)
+    repeated = workspace.take(name, (*parameters.shape[:2], grid.rank), dtype, parameters.device)
+    size, block = grid.block_channels, 0
+    for _, channels, _ in grid.runs():
+        whole, rest = divmod(channels.stop - channels.start, size)
+        own = repeated[..., channels]
+        if whole:
+            own[..., : whole * size].unflatten(-1, (whole, size)).copy_(parameters[..., block : block + whole, None])
+        if rest:
+            own[..., whole * size :] = parameters[..., block + whole, None]
+        block += whole + bool(rest)
+    return repeated
 
 
 def to_blocks(values: Float[Tensor, "batch tokens channels"], grid: Grid) -> Float[Tensor, "batch rows columns block"]:

@@ -45,17 +45,23 @@ def pack(codes: UInt8[Tensor, "*rows channels"], bits: int) -> UInt8[Tensor, "*r
     return torch.cat(parts, dim=-1)
 
 
-def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int, channels: int) -> UInt8[Tensor, "*rows channels"]:
-    """The inverse of `pack`, for as many channels as were packed."""
-    sizes = [-(-channels * width // 8) for width in planes(bits)]
-    codes, shift = None, 0
-    for width, plane in zip(planes(bits), packed.split(sizes, dim=-1), strict=True):
-        part = _unpack_plane(plane, width, channels)
-        codes = part if codes is None else codes | (part << shift)
-        shift += width
-    if codes is None:
+def unpack(
+    packed: UInt8[Tensor, "*rows bytes"],
+    bits: int,
+    channels: int,
+    out: UInt8[Tensor, "*rows channels"] | None = None,
+) -> UInt8[Tensor, "*rows channels"]:
+    """The inverse of `pack`, for as many channels as were packed, into `out` if it is given."""
+    if bits not in WIDTHS:
         raise ValueError(f"bits is {bits}; expected 1 to 8")
-    return codes
+    if out is None:
+        out = packed.new_empty((*packed.shape[:-1], channels))
+    start = shift = 0
+    for width in planes(bits):
+        size = -(-channels * width // 8)
+        _unpack_plane(packed[..., start : start + size], width, shift, out)
+        start, shift = start + size, shift + width
+    return out
 
 
 def _pack_plane(codes: Tensor, width: int) -> Tensor:
@@ -68,8 +74,20 @@ def _pack_plane(codes: Tensor, width: int) -> Tensor:
     return packed
 
 
-def _unpack_plane(packed: Tensor, width: int, channels: int) -> Tensor:
-    if width == 8:
-        return packed
-    mask = (1 << width) - 1
-    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, width)], dim=-1)[..., :channels]
+def _unpack_plane(packed: Tensor, width: int, shift: int, out: Tensor) -> None:
+    """Put a plane's codes into the bits of `out` from `shift` on. The plane at 0 overwrites what was there."""
+    size, mask = packed.shape[-1], (1 << width) - 1
+    for index in range(8 // width):
+        own = out[..., index * size : (index + 1) * size]
+        source = packed[..., : own.shape[-1]]
+        if not own.shape[-1]:
+            continue
+        part = own if shift == 0 else torch.empty_like(own)
+        if torch.compiler.is_compiling():  # it cannot trace results written into a part of a tensor
+            part.copy_(source >> index * width)
+        else:
+            torch.bitwise_right_shift(source, index * width, out=part)
+        if (index + 1) * width < 8:
+            part &= mask
+        if shift:
+            own |= part << shift

@@ -1,0 +1,199 @@
+"""What the decode benchmark attends to: one layer's random latents and factors, and the keys and values that they mean.
+
+Keys and values are made from latents, so that the uncompressed methods and ours read the same ones up to rounding, and
+one softmax in fp32 is the truth for all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from cskv.attention.rules import Logits, Rope
+from cskv.cache.positions import PositionTable
+from cskv.factorization.factors import Factors, LayerFactors
+from cskv.models.rope import FixedRope
+from cskv.quantization.grid import Grid
+
+KINDS = ("joint", "grouped", "commuting")
+GROUPS = 4  # of kv heads, in "grouped"
+WINDOW = GROUP = 32
+ROOM = 256  # tokens that may be appended
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention layer, 8B-shaped unless told otherwise.
+
+    Attributes:
+        q_heads, kv_heads, head_dim: of the layer.
+        density: share of the channels that is kept.
+    """
+
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    density: float = 0.2
+
+    @property
+    def kv_dim(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def rank(self, kind: str) -> int:
+        """Latents per token: a whole number per group, and whole pairs where factors commute with RoPE."""
+        parts = {"grouped": GROUPS, "commuting": 2}.get(kind, 1)
+        return round(self.density * self.kv_dim) // parts * parts
+
+    def config(self) -> LlamaConfig:
+        """Of a model with one such layer."""
+        return LlamaConfig(
+            hidden_size=self.q_heads * self.head_dim,
+            num_hidden_layers=1,
+            num_attention_heads=self.q_heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=131_072,
+            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        )
+
+
+def rotate(heads: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Llama's RoPE on (batch, kv_heads, tokens, head_dim)."""
+    if cos is None or sin is None:
+        raise ValueError("there is no rotation")
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+class Positions:
+    """Cos and sin of a layer's tokens, as the library makes them once per forward for all layers."""
+
+    def __init__(self, shape: Shape, tokens: int, like: Tensor) -> None:
+        embedding = LlamaRotaryEmbedding(shape.config()).to(like.device)
+        self._rope, self._table, self._like = FixedRope(embedding), PositionTable(), like
+        self._table.append((torch.arange(tokens + ROOM, device=like.device)[None],))
+        self.cos, self.sin = self.make(tokens + ROOM)
+        self._head_dim = shape.head_dim
+
+    def make(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin of the first tokens, made anew."""
+        return self._rope.cos_sin(self._table.read(length), self._like)
+
+    def rope(self, sealed: int) -> Rope:
+        """How keys that were rebuilt from latents are rotated."""
+        return Rope(self.cos[:, :sealed], self.sin[:, :sealed], self.heads, is_plain=True)
+
+    def heads(self, channels: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """From rebuilt channels to rotated keys."""
+        return rotate(channels.unflatten(-1, (-1, self._head_dim)).transpose(1, 2), cos, sin)
+
+    def nbytes(self) -> int:
+        """Of cos and sin."""
+        return self.cos.nbytes + self.sin.nbytes
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a layer is given in a decode step: query, keys and values after RoPE, and latents."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    k_latents: Tensor
+    v_latents: Tensor
+
+
+class Problem:
+    """`tokens` cached tokens of `batch` sequences, and one more to come.
+
+    Attributes:
+        token: the one to come; every step appends it again, which changes no timing.
+        factors, logits, positions: of the layer.
+        keys, values, k_latents, v_latents: of the cached tokens; let go by `forget` once all caches are filled.
+    """
+
+    def __init__(
+        self, kind: str, shape: Shape, tokens: int, batch: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> None:
+        self.kind, self.shape, self.tokens, self.batch, self.dtype, self.device = (
+            kind,
+            shape,
+            tokens,
+            batch,
+            dtype,
+            device,
+        )
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self.logits = Logits(shape.head_dim**-0.5)
+        self.factors = LayerFactors(self._factors(kind), self._factors(kind if kind != "commuting" else "joint"))
+        self.positions = Positions(shape, tokens, torch.empty(0, dtype=dtype, device=device))
+        k, v = (self._normal(batch, tokens + 1, part.rank) for part in (self.factors.k, self.factors.v))
+        keys, values = self._rotated(self._heads(self.factors.k, k)), self._heads(self.factors.v, v)
+        query = self._normal(batch, shape.q_heads, 1, shape.head_dim)
+        parts = keys[:, :, tokens:], values[:, :, tokens:], k[:, tokens:], v[:, tokens:]
+        self.token = Token(query, *(part.clone() for part in parts))
+        self._last_row = k[-1:].clone(), v[-1:].clone()
+        self.keys, self.values = keys[:, :, :tokens], values[:, :, :tokens]
+        self.k_latents, self.v_latents = k[:, :tokens], v[:, :tokens]
+
+    def forget(self) -> None:
+        """Let go of what only filling caches needs."""
+        del self.keys, self.values, self.k_latents, self.v_latents
+
+    def grids(self, bits: int) -> tuple[Grid | None, Grid | None]:
+        """KIVI's layout of few-bit latents; none at 16 bits."""
+        if bits == 16:
+            return None, None
+        k, v = self.factors.k.rank, self.factors.v.rank
+        return Grid.uniform(k, bits, (GROUP, 1)), Grid.uniform(v, bits, (1, 32))
+
+    def stub(self) -> SimpleNamespace:
+        """What transformers' attention functions ask of a module."""
+        groups = self.shape.q_heads // self.shape.kv_heads
+        return SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)
+
+    def meant(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last sequence in fp32, the token to come included: (1, kv_heads, tokens, dim)."""
+        return self.rebuilt(*self._last_row)
+
+    def rebuilt(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values from latents of the first tokens, in fp32."""
+        factors = self.factors.to(dtype=torch.float32)
+        return self._rotated(self._heads(factors.k, k.float())), self._heads(factors.v, v.float())
+
+    def softmax(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Plain attention of the last sequence's query in fp32, (q_heads, head_dim)."""
+        query = self.token.query[-1].float().view(self.shape.kv_heads, -1, self.shape.head_dim)
+        weights = torch.softmax(query @ keys[0].float().transpose(1, 2) * self.logits.scaling, dim=-1)
+        return (weights @ values[0].float()).flatten(0, 1)
+
+    def _rotated(self, heads: Tensor) -> Tensor:
+        """Commuting factors rebuild keys that are rotated already."""
+        if self.kind == "commuting":
+            return heads
+        length = heads.shape[2]
+        cos, sin = (part[:, :length].to(heads.dtype) for part in (self.positions.cos, self.positions.sin))
+        return rotate(heads, cos, sin)
+
+    def _heads(self, factors: Factors, latents: Tensor) -> Tensor:
+        channels = factors.expand(latents)
+        return channels.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2).contiguous()
+
+    def _factors(self, kind: str) -> Factors:
+        """Orthogonal up-projections that give channels of variance 1. Latents are drawn, so `down` only has a shape."""
+        rank, groups, kv_dim = self.shape.rank(kind), GROUPS if kind == "grouped" else 1, self.shape.kv_dim
+        blocks = []
+        for _ in range(groups):
+            shape = (kv_dim // groups, rank // groups)
+            noise = torch.randn(shape, generator=self._generator, device=self.device)
+            blocks.append(torch.linalg.qr(noise).Q * (shape[0] / shape[1]) ** 0.5)
+        down = torch.zeros(rank, 1, dtype=self.dtype, device=self.device)
+        return Factors(down, torch.cat(blocks).to(self.dtype))
+
+    def _normal(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self._generator, device=self.device, dtype=self.dtype)

@@ -1,0 +1,133 @@
+"""Tables, figures and goals of `decode.py`'s and `generation.py`'s results, into docs/decode-speed.md.
+
+python benchmarks/decode_report.py        # reads results/decode.json and results/generation.json
+python benchmarks/decode_report.py --decode RUN/decode.json --generation RUN/generation.json --page PAGE.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import generation
+from common import fill_page, measured_on, read_results
+from decode import RESULTS
+from decode_goals import cpu_goals, gpu_goals
+from decode_methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA, methods
+from decode_tables import batches, measured, median, tables
+
+from cskv.atomic import write_atomically
+from cskv.plots import COLOURS, MARKERS, STYLE
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "decode-speed.md"
+COLOUR_OF = {SDPA: 0, BEST: 0, QUANTIZED: 5, DENSE: 3, "joint": 1, "grouped": 4, "commuting": 2}
+
+
+def write_report(decode: dict[str, Any], generated: dict[str, Any], page: Path = PAGE) -> None:
+    """Fill the page, and draw the figure beside it. What was measured on a GPU has its own place."""
+    if not decode["rows"]:
+        raise SystemExit("nothing was measured yet; run benchmarks/decode.py first")
+    is_gpu = decode["settings"]["device"] == "cuda"
+    script, figure = ("gpu", "decode-speed-gpu.png") if is_gpu else ("decode", "decode-speed.png")
+    parts = [measured_on(decode["environment"], script), _settings(decode)]
+    parts.append((gpu_goals(decode) if is_gpu else cpu_goals(decode, generated)).markdown())
+    parts += [table.markdown() for table in tables(decode)]
+    if generated["rows"] and is_gpu:
+        parts.append(generation.table(generated).markdown())
+    elif generated["rows"]:
+        text = f"{measured_on(generated['environment'], 'generation')}\n\n{generation.table(generated).markdown()}"
+        fill_page(page, "generation", text)
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: matplotlib is not installed")
+    else:
+        with matplotlib.rc_context(STYLE):
+            draw(decode, page.parent / "figures" / figure)
+        parts.append(f"![Time and bytes over the cached tokens](figures/{figure})")
+    fill_page(page, script, "\n\n".join(parts))
+
+
+def _settings(decode: dict[str, Any]) -> str:
+    shape, settings = decode["settings"]["shape"], decode["settings"]
+    return (
+        f"{shape['q_heads']} query heads, {shape['kv_heads']} kv heads, head_dim {shape['head_dim']}, "
+        f"{settings['dtype']}, {100 * (1 - shape['density']):.0f} % of the channels left out."
+    )
+
+
+def draw(decode: dict[str, Any], path: Path) -> None:
+    """Time (above) and bytes (below) over the length, a column per batch size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = batches(decode)
+    figure = Figure(figsize=(4.4 * len(columns) + 0.6, 8.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
+    is_gpu = decode["settings"]["device"] == "cuda"
+    for column, batch in enumerate(columns):
+        _panels(axes[0][column], axes[1][column], decode, batch, is_gpu)
+        axes[0][column].set_title(f"batch {batch}")
+        axes[1][column].set_xlabel("cached tokens")
+    axes[0][0].set_ylabel("a step, milliseconds" if is_gpu else f"a step's time / {SDPA}'s\nat the shortest length")
+    axes[1][0].set_ylabel("bytes allocated")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(columns) > 1 else 2, frameon=False)
+    figure.suptitle("One layer's decode step, and its cache")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _panels(above: Any, below: Any, decode: dict[str, Any], batch: int, is_gpu: bool) -> None:
+    rows = measured(decode, batch)
+    unit = 1e-3 if is_gpu else median(rows[0], SDPA) or 1.0
+    for name in methods():
+        own = [row for row in rows if median(row, name) is not None]
+        if name == POSITIONS or not own:
+            continue
+        kind, packed = name.removesuffix(", 4 bits"), name.endswith("4 bits") and name != QUANTIZED
+        index = COLOUR_OF[kind]
+        style = {
+            "color": COLOURS[index],
+            "marker": MARKERS[index] if name != BEST else "x",
+            "linestyle": "--" if packed or name == BEST else "-",
+            "markersize": 5,
+            "linewidth": 1.5,
+        }
+        lengths = [row["tokens"] for row in own]
+        above.plot(lengths, [(median(row, name) or 0.0) / unit for row in own], label=name, **style)
+        below.plot(lengths, [row["methods"][name]["nbytes"] for row in own], **style)
+    ticks = [row["tokens"] for row in rows]
+    for ax in (above, below):
+        ax.set(xscale="log", yscale="log")
+        ax.set_xticks(ticks, [f"{tokens // 1024}K" for tokens in ticks])
+        ax.xaxis.minorticks_off()
+    held = [m["nbytes"] for row in decode["rows"].values() for m in row.get("methods", {}).values() if m.get("nbytes")]
+    sizes = [2**power for power in range(16, 38, 2) if min(held) / 2 <= 2**power <= 2 * max(held)]
+    below.set_yticks(sizes, [_size(size) for size in sizes])
+    below.yaxis.minorticks_off()
+
+
+def _size(size: int) -> str:
+    shift, unit = next((shift, unit) for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if size >> shift)
+    return f"{size >> shift} {unit}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page and print the goals."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decode", type=Path, default=RESULTS)
+    parser.add_argument("--generation", type=Path, default=generation.RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE, help="with the markers that are filled")
+    asked = parser.parse_args(arguments)
+    decode, generated = read_results(asked.decode), read_results(asked.generation)
+    write_report(decode, generated, asked.page)
+    (gpu_goals(decode) if decode["settings"]["device"] == "cuda" else cpu_goals(decode, generated)).print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Greedy decoding end to end on compressed caches and an uncompressed one: tokens per second after a real prefill.
+
+    python benchmarks/generation.py            # measures what is missing in results/generation.json, prints a table
+    python benchmarks/generation.py --quick    # a tiny model and short prompts, into outputs/
+
+The model is the bundled one's shape scaled up, with random weights in bfloat16: heads of 64 channels, as many kv heads
+as query heads (or fewer, with `--kv-heads`), three times the width in the MLP. Factors are random too: they have the
+shapes of real ones, which is all that speed depends on. Every cache has a model of its own, so that all stay attached
+and take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from common import Row, measure_missing, read_results
+from decode_tables import Table
+from decode_timing import summary
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import cskv
+from cskv.evaluation.forward import clock, forward
+from cskv.factorization.commuting import RopePairs, commuting_factors
+from cskv.models.report import cache_report
+from cskv.models.sites import find_sites
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "generation.json"
+UNCOMPRESSED = "uncompressed, sdpa"
+METHODS: dict[str, dict[str, Any]] = {
+    UNCOMPRESSED: {},
+    "joint": {},
+    "joint, 4 bits": {"k_bits": 4, "v_bits": 4},
+    "commuting": {"key_factors": "commuting"},
+    "commuting, 4 bits": {"key_factors": "commuting", "k_bits": 4, "v_bits": 4},
+    "joint, rebuild": {},
+}
+CHECKED = 200  # tokens of the prompt that outputs are checked on
+TOLERANCE = 0.05  # of logits in bfloat16, root mean square over that of the reference's
+
+
+class Wrong(Exception):
+    """Logits are not what they should be: nothing may be reported."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The model, and how long each cache decodes.
+
+    Attributes:
+        hidden, layers, heads, kv_heads, vocabulary: of the model.
+        steps, rounds: tokens of a stretch, and stretches; caches take turns with stretches.
+        backend: what attends to latents.
+    """
+
+    hidden: int = 1024
+    layers: int = 4
+    heads: int = 16
+    kv_heads: int = 16
+    vocabulary: int = 11_264
+    steps: int = 16
+    rounds: int = 4
+    device: str = "cpu"
+    backend: str = "auto"
+
+    def model(self) -> LlamaForCausalLM:
+        """Random weights, fixed seed."""
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=3 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.hidden // self.heads,
+            max_position_embeddings=131_072,
+            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        )
+        config._attn_implementation = "sdpa"
+        return LlamaForCausalLM(config).to(device=self.device, dtype=torch.bfloat16).eval()
+
+
+def adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAdapter:
+    """Random factors of the ranks that `config` asks for."""
+    generator, layers = torch.Generator().manual_seed(2), {}
+    for site in find_sites(model):
+        pair = []
+        for projection, rank in ((site.k, config.k_rank(site.kv_dim)), (site.v, config.v_rank(site.kv_dim))):
+            noise = torch.randn(site.kv_dim, rank, generator=generator)
+            basis = torch.linalg.qr(noise).Q
+            pair.append(cskv.Factors(basis.T @ projection.weight.detach().float().cpu(), basis))
+        if config.key_factors == "commuting":
+            pair[0] = _commuting(site.kv_dim, site.head_dim, config.k_rank(site.kv_dim), generator)
+        layers[site.layer_idx] = cskv.LayerFactors(*pair)
+    return cskv.CSKVAdapter(config, layers, cskv.BaseModelInfo.from_model(model))
+
+
+def _commuting(kv_dim: int, head_dim: int, rank: int, generator: torch.Generator) -> cskv.Factors:
+    noise = torch.randn(kv_dim, kv_dim, generator=generator, dtype=torch.float64)
+    half = torch.arange(head_dim // 2)
+    pairs = RopePairs(half, half + head_dim // 2, torch.empty(0, dtype=torch.long))
+    return commuting_factors(noise @ noise.T / kv_dim, pairs, rank // 2 * 2)
+
+
+def config_of(name: str, kv_dim: int) -> cskv.CSKVConfig:
+    """80 % of the channels are left out; a whole number of pairs is kept, so that all methods have the same ranks."""
+    density = round(0.2 * kv_dim) // 2 * 2 / kv_dim
+    return cskv.CSKVConfig(k_density=density, v_density=density, init="pca", **METHODS[name])
+
+
+class Runner:
+    """One method's model and the cache that it decodes on."""
+
+    def __init__(self, name: str, base: nn.Module, settings: Settings) -> None:
+        self.model = copy.deepcopy(base)
+        self.cache: Any = None
+        self.token: Tensor | None = None
+        self.adapter: cskv.CSKVAdapter | None = None
+        if name != UNCOMPRESSED:
+            config = config_of(name, settings.kv_heads * settings.hidden // settings.heads)
+            self.adapter = adapter(self.model, config)
+            self.attention = "rebuild" if name.endswith("rebuild") else settings.backend
+            cskv.attach(self.model, self.adapter, attention=self.attention)
+
+    def error(self, ids: Tensor) -> float:
+        """How far the last token's logits are from those with attention as the reference computes it."""
+        if self.adapter is None:
+            return 0.0
+        own = self._last_logits(ids)
+        cskv.detach(self.model)
+        with cskv.attach(self.model, self.adapter, attention="reference"):
+            expected = self._last_logits(ids)
+        cskv.attach(self.model, self.adapter, attention=self.attention)
+        return float((own - expected).norm() / expected.norm())
+
+    def _last_logits(self, ids: Tensor) -> Tensor:
+        _, cache = forward(self.model, ids[:, :-1])
+        return forward(self.model, ids[:, -1:], cache)[0].float()
+
+    def prefill(self, prompt: Tensor) -> float:
+        """Fill a fresh cache; seconds."""
+        began = clock(self.model.device)
+        logits, self.cache = forward(self.model, prompt, last_only=True)
+        self.token = logits.argmax(-1)
+        return clock(self.model.device) - began
+
+    def decode(self, steps: int) -> float:
+        """Decode greedily on the cache; seconds."""
+        began = clock(self.model.device)
+        for _ in range(steps):
+            logits, self.cache = forward(self.model, self.token, self.cache, last_only=True)
+            self.token = logits.argmax(-1)
+        return clock(self.model.device) - began
+
+
+def check(runners: dict[str, Runner]) -> dict[str, float]:
+    """The error of every method's logits, after a short prompt.
+
+    Raises:
+        Wrong: it is larger than rounding explains.
+    """
+    ids = torch.randint(3, 100, (1, CHECKED), generator=torch.Generator().manual_seed(1))
+    errors = {name: runner.error(ids) for name, runner in runners.items()}
+    for name, error in errors.items():
+        if not error <= TOLERANCE:
+            raise Wrong(
+                f"{name}: logits are {error:.3g} off the reference's, at most {TOLERANCE:g}; nothing is reported"
+            )
+    return errors
+
+
+def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], settings: Settings) -> Row:
+    """A row: all methods after a prompt of one length.
+
+    Raises:
+        Wrong: a method's logits are.
+    """
+    row: Row = {"tokens": tokens, "batch": batch, "methods": {}}
+    prompt = torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    ready = runners()
+    with torch.inference_mode():
+        errors = check(ready)
+        for name, runner in ready.items():
+            seconds = runner.prefill(prompt)
+            runner.decode(2)
+            row["methods"][name] = {"error": errors[name], "prefill_seconds": seconds, "nbytes": _nbytes(runner)}
+        found: dict[str, list[float]] = {name: [] for name in ready}
+        for _ in range(settings.rounds):
+            for name, runner in ready.items():
+                found[name].append(batch * settings.steps / runner.decode(settings.steps))
+    for name, speeds in found.items():
+        row["methods"][name]["tokens_per_second"] = summary(speeds)
+        ready[name].cache = None
+    gc.collect()
+    return row
+
+
+def _nbytes(runner: Runner) -> int:
+    return cache_report(runner.cache, runner.model).total_bytes
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Speed and bytes over the uncompressed cache's; on a GPU, tokens per second too."""
+    rows = sorted(results["rows"].values(), key=lambda row: (row["batch"], row["tokens"]))
+    cells = []
+    for name in METHODS:
+        shown = []
+        for row in rows:
+            own, base = row["methods"].get(name), row["methods"][UNCOMPRESSED]
+            if own is None:
+                shown.append("")
+                continue
+            speed, other = own["tokens_per_second"]["median"], base["tokens_per_second"]["median"]
+            absolute = f", {speed:.0f}/s" if results["settings"]["device"] == "cuda" else ""
+            shown.append(f"{speed / other:.2f}x{absolute} ({own['nbytes'] / base['nbytes']:.0%})")
+        cells.append((name, *shown))
+    title = f"Tokens per second over {UNCOMPRESSED} (bytes over its bytes)"
+    return Table(title, ("cache", *(f"batch {row['batch']}, {row['tokens']}" for row in rows)), tuple(cells))
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16_384], help="tokens of the prompt")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--kv-heads", type=int, default=16, help="of 16 query heads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", default="auto", help="what attends to latents: auto, triton, torch, reference")
+    parser.add_argument("--threads", type=int, help="of PyTorch; all cores when not given")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, prompts of 128 tokens")
+    parser.add_argument("--out", type=Path, help="the results file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is missing and print the table."""
+    asked = parsed(arguments)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    common = {"device": asked.device, "backend": asked.backend, "kv_heads": asked.kv_heads}
+    settings = Settings(**common)
+    if asked.quick:
+        settings = Settings(
+            **(common | {"kv_heads": 4}), hidden=128, layers=2, heads=4, vocabulary=128, steps=2, rounds=2
+        )
+        asked.lengths = [128]
+    path = asked.out or (ROOT / "outputs" / "generation-quick.json" if asked.quick else RESULTS)
+    results, ours = read_results(path), asdict(settings) | {"threads": torch.get_num_threads()}
+    if results.setdefault("settings", ours) != ours:
+        print(f"{path} was measured with other settings: {results['settings']}; give another --out", file=sys.stderr)
+        return 2
+    base: list[dict[str, Runner]] = []
+
+    def runners() -> dict[str, Runner]:
+        if not base:
+            model, names = settings.model(), [name for name in METHODS if name in (UNCOMPRESSED, *asked.methods)]
+            base.append({name: Runner(name, model, settings) for name in names})
+        return base[0]
+
+    cells = [(batch, tokens) for batch in asked.batches for tokens in asked.lengths]
+    jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, runners, settings) for batch, tokens in cells}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        measure_missing(path, results, jobs)
+    except Wrong as wrong:
+        print(f"wrong output, refused: {wrong}", file=sys.stderr)
+        return 1
+    table(results).print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""How a layer's logits become weights, found by experiment: what its attention function is told, and what it heeds.
+
+Attention functions take whatever a family passes on: scaling, soft-capping, sinks, and more in families to come. While
+the probe's tokens go through the model, every call is repeated by the reference; where that gives the same output, the
+arguments are understood, and the same layer may be attended to on its latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cskv.attention import reference
+from cskv.attention.rules import Logits
+from cskv.factorization.factors import Factors, LayerFactors
+from cskv.models.interface import Original, Switch
+from cskv.view import View
+
+PREFIX = "cskv_probe"
+UNDERSTOOD = frozenset({"sdpa", "eager"})  # whose masks are None, or say of every query and key what is read
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+UNUSED = LayerFactors(*(Factors(torch.empty(1, 1), torch.empty(1, 1)) for _ in "kv"))  # nothing is sealed
+
+
+@dataclass(frozen=True)
+class Understanding:
+    """What is known of a layer's attention.
+
+    Attributes:
+        ignored: arguments that its function is given and does not heed (sdpa and soft-capping, before it refused that).
+        why_rebuild: why old keys and values must be rebuilt for it; None where our function can stand in.
+    """
+
+    ignored: frozenset[str] = frozenset()
+    why_rebuild: str | None = None
+
+
+def logits_of(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any], ignored: frozenset[str]) -> Logits:
+    """What an attention function is told, as transformers' families say it, but for what it ignores."""
+    scaling = kwargs.get("scaling")
+    return Logits(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=None if "softcap" in ignored else kwargs.get("softcap"),
+        mask=mask,
+        sinks=None if "s_aux" in ignored else kwargs.get("s_aux"),
+    )
+
+
+@contextmanager
+def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], Understanding]]:
+    """Watch one forward without a past; then, ask what is known of a module's attention.
+
+    Old keys and values must be rebuilt where its attention is none of `UNDERSTOOD`, where the reference gives another
+    output, and where another layer reads this layer's keys and values too.
+    """
+    ignored: dict[int, frozenset[str] | None] = {}
+    readers: dict[int, set[int]] = {}
+    held: list[Tensor] = []  # so that no address is used twice
+
+    def check(
+        original: Original, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> Any:
+        result = original(module, query, key, value, mask, **kwargs)
+        held.append(key)
+        readers.setdefault(key.data_ptr(), set()).add(id(module))
+        ignored[id(module)] = _ignored(result[0], query, key, value, mask, kwargs)
+        return result
+
+    def understood(module: nn.Module) -> Understanding:
+        if id(module) not in ignored:
+            implementation = module.config._attn_implementation
+            return Understanding(
+                why_rebuild=f"its attention is {implementation!r}, not {' or '.join(sorted(UNDERSTOOD))}"
+            )
+        found = ignored[id(module)]
+        if found is None:
+            return Understanding(why_rebuild="its attention function does more than is understood")
+        if any(len(group) > 1 for group in readers.values() if id(module) in group):
+            return Understanding(found, "another layer reads its keys and values too")
+        return Understanding(found)
+
+    switch = Switch(modules, PREFIX, lambda *args, **kwargs: _current[-1](*args, **kwargs), only=UNDERSTOOD)
+    _current.append(check)
+    try:
+        yield understood
+    finally:
+        _current.pop()
+        switch.back()
+
+
+_current: list[Callable[..., Any]] = []  # registered functions stay; what they do belongs to the forward under way
+
+
+@torch.no_grad()
+def _ignored(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> frozenset[str] | None:
+    """Which arguments the function did not heed, by the reference that comes closest; None if none comes close."""
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
+        return None
+    mask = None if mask is None else mask[..., : key.shape[2]]
+    given = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    choices = [frozenset(some) for count in range(len(given) + 1) for some in combinations(given, count)]
+    errors = {}
+    for ignored in choices:
+        logits = logits_of(query, mask, kwargs, ignored)
+        ours = reference.attention(query, View(key, value), UNUSED, None, logits).transpose(1, 2)
+        if ours.shape != output.shape:
+            return None
+        errors[ignored] = float((ours.to(output.dtype) - output).abs().max())
+    closest = min(choices, key=lambda choice: errors[choice])
+    tolerance = TOLERANCE.get(output.dtype, 3e-2) * float(output.abs().max())
+    return closest if errors[closest] <= max(tolerance, torch.finfo(torch.float32).tiny) else None

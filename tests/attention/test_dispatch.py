@@ -1,0 +1,49 @@
+"""Which backend does the work, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cskv
+from cskv.attention import dispatch, reference, tiled
+from cskv.attention.dispatch import attention
+from tests.attention.problems import Problem
+
+PROBLEM = Problem()
+
+
+def attend(backend: str) -> torch.Tensor:
+    p = PROBLEM
+    return attention(p.query(), p.view(), p.factors(), p.rope(), p.logits(), backend=backend)
+
+
+def test_auto_on_a_cpu_is_torch_and_silent() -> None:
+    p = PROBLEM
+    expected = tiled.attention(p.query(), p.view(), p.factors(), p.rope(), p.logits())
+    assert torch.equal(attend("auto"), expected)
+    assert torch.equal(attend("torch"), expected)
+
+
+def test_the_reference_can_be_asked_for() -> None:
+    p = PROBLEM
+    assert torch.equal(attend("reference"), reference.attention(p.query(), p.view(), p.factors(), p.rope(), p.logits()))
+
+
+def test_an_unknown_backend_is_one_line() -> None:
+    with pytest.raises(cskv.ConfigError, match="attention is 'flash'; expected one of auto, triton, torch, reference"):
+        attend("flash")
+
+
+def test_what_a_backend_cannot_do_falls_to_the_next_and_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch._say_once.cache_clear()
+    backend = dispatch._backend
+    monkeypatch.setattr(
+        dispatch,
+        "_backend",
+        lambda name, *rest: (None, lambda *_: "it is Tuesday") if name == "torch" else backend(name, *rest),
+    )
+    with pytest.warns(UserWarning, match="by reference, not torch: it is Tuesday"):
+        first = attend("torch")
+    assert torch.equal(first, attend("torch"))  # and no second warning, which would be an error here
+    dispatch._say_once.cache_clear()
