@@ -42,8 +42,12 @@ def attention(
     workspace = Workspace() if workspace is None else workspace
     parts = [exact(query, view, logits)]
     if view.k is not None and view.v is not None:
-        keys = _Absorbed(query, factors.k) if rope is None else _Rebuilt(query, factors.k, rope, workspace)
-        values = Summed(query, factors.v) if value_heads is None else _RebuiltValues(query, factors.v, value_heads)
+        keys = _Absorbed(query, factors.k, workspace) if rope is None else _Rebuilt(query, factors.k, rope, workspace)
+        values = (
+            Summed(query, factors.v, workspace)
+            if value_heads is None
+            else _RebuiltValues(query, factors.v, value_heads)
+        )
         parts.append(values.expanded(_sealed(query, view, keys, values, logits, workspace)))
     return reduce(Partial.joined, parts).result(logits.sinks).to(query.dtype)
 
@@ -117,8 +121,8 @@ class _Absorbed:
 
     width = 0  # numbers per token that are rebuilt
 
-    def __init__(self, query: Tensor, factors: Factors) -> None:
-        self._shape, self._groups = query.shape[:3], factors.groups
+    def __init__(self, query: Tensor, factors: Factors, workspace: Workspace) -> None:
+        self._shape, self._groups, self._workspace = query.shape[:3], factors.groups, workspace
         head_dim = query.shape[3]
         self._query = _to_groups(per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), factors.groups)
         self._bias: Tensor | None = None
@@ -126,9 +130,14 @@ class _Absorbed:
             self._bias = _wide(per_head(query, factors.bias.view(1, -1, head_dim, 1)))
 
     def scores(self, latents: Tensor, _start: int) -> Tensor:
-        parts = zip(self._query, latents.chunk(self._groups, dim=2), strict=True)
-        products = [_by_row(query, part.transpose(1, 2)) for query, part in parts]
-        scores = _wide(_from_groups(products, self._shape))
+        batch, heads, new = self._shape
+        shape = (batch, heads * new, latents.shape[1])
+        products = self._workspace.take("products", shape, latents.dtype, latents.device)
+        parts = zip(self._query, latents.chunk(self._groups, dim=2), products.chunk(self._groups, dim=1), strict=True)
+        for query, part, out in parts:
+            _multiply(query, part.transpose(1, 2), out)
+        scores = _copied(products, torch.promote_types(products.dtype, torch.float32), self._workspace, "scores")
+        scores = scores.view(batch, heads, new, -1)
         return scores if self._bias is None else scores.add_(self._bias)
 
 
@@ -157,16 +166,18 @@ class Summed:
 
     width = 0
 
-    def __init__(self, query: Tensor, factors: Factors) -> None:
-        self._shape, self._head_dim, self._factors = query.shape[:3], query.shape[3], factors
+    def __init__(self, query: Tensor, factors: Factors, workspace: Workspace) -> None:
+        self._head_dim, self._factors, self._workspace = query.shape[3], factors, workspace
 
     def sums(self, weights: Tensor, latents: Tensor) -> Tensor:
-        parts = zip(
-            _to_groups(weights.to(latents.dtype), self._factors.groups),
-            latents.chunk(self._factors.groups, dim=2),
-            strict=True,
-        )
-        return _wide(_from_groups([_by_row(rows, part) for rows, part in parts], self._shape))
+        batch, heads, new, _ = weights.shape
+        groups = self._factors.groups
+        weights = _copied(weights, latents.dtype, self._workspace, "weights").flatten(1, 2)
+        sums = latents.new_empty(batch, heads * new, latents.shape[2] // groups)
+        parts = zip(weights.chunk(groups, dim=1), latents.chunk(groups, dim=2), sums.chunk(groups, dim=1), strict=True)
+        for rows, part, out in parts:
+            _multiply(rows, part, out)
+        return _wide(sums).view(batch, heads, new, -1)
 
     def expanded(self, part: Partial) -> Partial:
         up = self._factors.up.unflatten(0, (-1, self._head_dim)).transpose(1, 2)[None]
@@ -192,20 +203,24 @@ class _RebuiltValues:
         return part
 
 
-def _by_row(rows: Tensor, matrices: Tensor) -> Tensor:
+def _multiply(rows: Tensor, matrices: Tensor, out: Tensor) -> None:
     """(batch, a, b) times (batch, b, c), where each matrix is a part of a larger one."""
     if not rows.is_cpu:
-        return torch.bmm(rows, matrices)
+        out.copy_(torch.bmm(rows, matrices))
+        return
     # A batched product would first copy matrices that are not packed together in memory.
-    return torch.stack([torch.mm(row, matrix) for row, matrix in zip(rows, matrices, strict=True)])
+    for row, matrix, product in zip(rows, matrices, out, strict=True):
+        if torch.compiler.is_compiling():
+            product.copy_(torch.mm(row, matrix))
+        else:
+            torch.mm(row, matrix, out=product)
+
+
+def _copied(x: Tensor, dtype: torch.dtype, workspace: Workspace, name: str) -> Tensor:
+    """In another dtype, in scratch memory; itself if it has that dtype."""
+    return x if x.dtype == dtype else workspace.take(name, tuple(x.shape), dtype, x.device).copy_(x)
 
 
 def _to_groups(rows: Tensor, groups: int) -> list[Tensor]:
     """(batch, q_heads, new, a) as one (batch, rows, a) for each group of heads."""
     return [part.flatten(1, 2) for part in rows.chunk(groups, dim=1)]
-
-
-def _from_groups(parts: list[Tensor], shape: torch.Size) -> Tensor:
-    """The inverse of `_to_groups`, for (batch, q_heads, new)."""
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return joined.view(*shape, -1)
