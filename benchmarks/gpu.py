@@ -1,4 +1,4 @@
-"""What decoding reaches on a GPU: correctness, copy bandwidth, the goals' points, graph replays, a profile, the sweep.
+"""What decoding reaches on a GPU: correctness, copy bandwidth, the goals, graph replays, plans, a profile, the sweep.
 
     benchmarks/gpu.sh OUT        # all of it in one call, tests and generation too
 
@@ -27,6 +27,7 @@ from decode_methods import BEST, Ours, methods
 from decode_problem import Shape
 from decode_tables import print_tables
 from decode_timing import Stopwatch, summary
+from gpu_tuning import fastest, tuning
 
 from cskv.atomic import write_text
 from cskv.evaluation.environment import environment
@@ -39,8 +40,8 @@ COPIED = 2**30  # bytes
 class Run:
     """One call's results, written after every section."""
 
-    def __init__(self, out: Path, settings: Settings, deadline: float) -> None:
-        self.out, self.settings, self.deadline = out, settings, deadline
+    def __init__(self, out: Path, settings: Settings, deadline: float, tuning_seconds: float) -> None:
+        self.out, self.settings, self.deadline, self.tuning_seconds = out, settings, deadline, tuning_seconds
         out.mkdir(parents=True, exist_ok=True)
         where = environment().to_dict()
         self.found: dict[str, Any] = {"environment": where, "errors": {}, "seconds": {}}
@@ -190,6 +191,10 @@ def everything(run: Run, goal_tokens: int, lengths: Sequence[int], copied: int) 
     for batch in GOAL_BATCHES:
         with run.section(f"attention calls, batch {batch}"):
             run.decode["attention_calls"][f"{batch} x {goal_tokens}"] = attention_calls(run, batch, goal_tokens)
+    if device.type == "cuda" and run.settings.backend in ("auto", "triton"):
+        with run.section("plans"):
+            run.found["plans"] = tuning(run.settings, 1, goal_tokens, run.tuning_seconds)
+            print(*fastest(run.found["plans"]), sep="\n")
     with run.section("profile"):
         write_text(run.out / "profile.txt", profile(run, 1, goal_tokens))
     for batch in BATCHES:
@@ -206,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a folder")
     parser.add_argument("--seconds", type=float, default=200.0, help="after which no further length is begun")
+    parser.add_argument("--tuning-seconds", type=float, default=50.0, help="for other plans of the Triton kernels")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="auto", help="what attends to latents: auto, triton, torch, reference")
     parser.add_argument("--dry", action="store_true", help="a tiny layer and short lengths, to see that all of it runs")
@@ -216,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = Shape(8, 4, 32) if asked.dry else Shape()
     budget = {"budget": 0.02, "least": 2, "most": 3} if asked.dry else {"budget": 0.2}
     settings = Settings(shape, torch.bfloat16, torch.device(asked.device), asked.backend, tuple(methods()), **budget)
-    run = Run(asked.out, settings, time.monotonic() + asked.seconds)
+    run = Run(asked.out, settings, time.monotonic() + asked.seconds, asked.tuning_seconds)
     lengths, goal_tokens = ((128, 256), 256) if asked.dry else (LENGTHS, GOAL_TOKENS)
     everything(run, goal_tokens, lengths, COPIED // 1024 if asked.dry else COPIED)
     if run.wrong:

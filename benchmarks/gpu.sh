@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh OUT_DIR
 #
-# Kernel tests, copy bandwidth, the goals' points, graph replays, a profile, the sweep, and generation end to end. Needs
+# Kernel tests, copy bandwidth, the goals' points, graph replays, plans of the kernels, a profile, the sweep, and generation end to end. Needs
 # torch and transformers, no network and no installation. What a plain environment lacks is left out with a line.
 # PYTHON=python3.12 picks the interpreter.
 set -uo pipefail
@@ -63,6 +63,6 @@ if has pytest hypothesis && [ ${#tests[@]} -gt 0 ]; then
 else
     echo "pytest or hypothesis is missing: the correctness section of gpu.py stands in for the tests"
 fi
-step gpu 250 "$python" benchmarks/gpu.py "$out" --seconds "${SWEEP_SECONDS:-170}" ${GPU_ARGS:-}
+step gpu 290 "$python" benchmarks/gpu.py "$out" --seconds "${SWEEP_SECONDS:-210}" ${GPU_ARGS:-}
 step generation 80 "$python" benchmarks/generation.py --out "$out/generation.json" ${GENERATION_ARGS:-"--lengths" 1024 16384 65536}
 exit $status

@@ -99,3 +99,16 @@ def test_a_buffer_with_room_moves_only_beyond_it() -> None:
     assert torch.equal(buffer.tokens, rows(0, 100))
     buffer.append(rows(100, 1))
     assert torch.equal(buffer.tokens, rows(0, 101))
+
+
+def test_rows_of_a_gpu_start_at_multiples_of_the_bytes_asked_for(monkeypatch) -> None:
+    """5 channels of 4 bytes become 8; what is held and what is told stay as they were."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    buffer = TokenBuffer(gpu_row_bytes=32)
+    for start, count in ((0, 7), (7, 30)):
+        buffer.append(rows(start, count, channels=5))
+    assert torch.equal(buffer.tokens, rows(0, 37, channels=5))
+    assert buffer.tokens.stride() == (buffer._storage.shape[1] * 8, 8, 1)
+    assert buffer.nbytes() - buffer.slack_nbytes() == 2 * 37 * 5 * 4
+    buffer.crop(3)
+    assert torch.equal(buffer.tokens, rows(0, 3, channels=5))

@@ -82,7 +82,7 @@ def plan(shapes: Shapes, multiprocessors: int) -> Plan:
     wide = shapes.rotated or tile * max(key_block, value_block) >= WIDE_TILE
     of_a_split = shapes.batch * shapes.groups * row_blocks * -(-shapes.value_rank // value_block)
     whole = Plan(block_rows, row_blocks, tile, key_block, value_block, 1, tiles * tile, 8 if wide else 4, 2)
-    return _split(whole, shapes.tokens, -(-PROGRAMS * multiprocessors // of_a_split))
+    return split(whole, shapes.tokens, -(-PROGRAMS * multiprocessors // of_a_split))
 
 
 def smaller(plan: Plan, tokens: int) -> Plan | None:
@@ -90,20 +90,20 @@ def smaller(plan: Plan, tokens: int) -> Plan | None:
     if plan.stages > 1:
         return replace(plan, stages=plan.stages - 1)
     if plan.tile > LEAST:
-        return _split(replace(plan, tile=plan.tile // 2), tokens, plan.splits)
+        return split(replace(plan, tile=plan.tile // 2), tokens, plan.splits)
     return None
+
+
+def split(plan: Plan, tokens: int, splits: int) -> Plan:
+    """At most `splits` ranges of whole tiles, none of them empty."""
+    tiles = -(-tokens // plan.tile)
+    of_each = -(-tiles // max(1, min(splits, tiles)))
+    return replace(plan, splits=-(-tiles // of_each), split_tokens=of_each * plan.tile)
 
 
 def padded(size: int) -> int:
     """The power of two that a block of a kernel needs for so many."""
     return max(LEAST, 1 << (size - 1).bit_length())
-
-
-def _split(plan: Plan, tokens: int, splits: int) -> Plan:
-    """At most `splits` ranges of whole tiles, none of them empty."""
-    tiles = -(-tokens // plan.tile)
-    of_each = -(-tiles // max(1, min(splits, tiles)))
-    return replace(plan, splits=-(-tiles // of_each), split_tokens=of_each * plan.tile)
 
 
 def _block_rows(shapes: Shapes) -> int:

@@ -18,10 +18,14 @@ class TokenBuffer:
 
     Args:
         room: tokens that there is room for from the first append on, so that no copy is made before there are more.
+        gpu_row_bytes: on a GPU, tokens start at multiples of so many bytes, which loads of that width need. The bytes
+            between them are slack.
     """
 
-    def __init__(self, room: int = 0) -> None:
+    def __init__(self, room: int = 0, gpu_row_bytes: int = 1) -> None:
         self._room = room
+        self._gpu_row_bytes = gpu_row_bytes
+        self._channels = 0
         self._storage: Tensor | None = None
         self.length = 0
 
@@ -30,14 +34,15 @@ class TokenBuffer:
         """(batch, length, channels): a view of what has been appended."""
         if self._storage is None:
             raise RuntimeError("the buffer is empty")
-        return self._storage[:, : self.length]
+        return self._storage[:, : self.length, : self._channels]
 
     def append(self, rows: Tensor) -> None:
         """Append (batch, new tokens, channels)."""
         end = self.length + rows.shape[1]
         if self._storage is None or end > self._storage.shape[1]:
+            self._channels = rows.shape[2]
             self._reallocate(self._room if end <= self._room else _capacity(end), rows)
-        self._storage[:, self.length : end] = rows  # type: ignore[index]
+        self._storage[:, self.length : end, : self._channels] = rows  # type: ignore[index]
         self.length = end
 
     def crop(self, length: int) -> None:
@@ -66,14 +71,21 @@ class TokenBuffer:
         """Bytes allocated beyond the tokens held."""
         if self._storage is None:
             return 0
-        batch, _, channels = self._storage.shape
-        return self.nbytes() - batch * self.length * channels * self._storage.element_size()
+        held = self._storage.shape[0] * self.length * self._channels
+        return self.nbytes() - held * self._storage.element_size()
 
     def _reallocate(self, capacity: int, like: Tensor) -> None:
-        larger = torch.empty((like.shape[0], capacity, like.shape[2]), dtype=like.dtype, device=like.device)
+        row = _row(self._channels, like.element_size(), self._gpu_row_bytes if like.is_cuda else 1)
+        larger = torch.empty((like.shape[0], capacity, row), dtype=like.dtype, device=like.device)
         if self._storage is not None:
             larger[:, : self.length] = self._storage[:, : self.length]
         self._storage = larger
+
+
+def _row(channels: int, itemsize: int, multiple: int) -> int:
+    """Channels that a row needs to be a multiple of so many bytes long."""
+    step = max(1, multiple // itemsize)
+    return -(-channels // step) * step
 
 
 def _capacity(length: int) -> int:

@@ -18,6 +18,8 @@ from cskv.cache.buffer import TokenBuffer
 from cskv.quantization.grid import Grid, quantise
 from cskv.view import Latents, PackedLatents, PlainLatents
 
+GPU_ROW_BYTES = 32  # a sector of memory: rows of any rank are loaded 16 bytes at a time, and in whole sectors
+
 
 @dataclass(frozen=True)
 class LatentBytes:
@@ -82,7 +84,7 @@ class PlainStore:
     """
 
     def __init__(self, room: int = 0) -> None:
-        self._tokens = TokenBuffer(room)
+        self._tokens = TokenBuffer(room, GPU_ROW_BYTES)
 
     @property
     def length(self) -> int:
