@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from cskv.attention import fused
 from cskv.attention import kernels as attention_kernels
-from cskv.attention.rules import Logits, Rope
+from cskv.attention.rules import Logits, RMSNorm, Rope
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.quantization import fused as quantization_fused
 from cskv.quantization import kernels as quantization_kernels
@@ -53,7 +53,7 @@ class Compiled:
         print(self.kernel.__name__, compiled.metadata.shared)
 
 
-def step(rank: int, packed: bool, rotated: bool) -> None:
+def step(rank: int, packed: bool, rotated: bool, normalised: bool = False) -> None:
     """One step of an 8B model's layer."""
     values, exact = torch.zeros(1, 4000, rank).bfloat16(), torch.zeros(1, 8, 32, 128).bfloat16()
     k = v = PlainLatents(values)
@@ -62,7 +62,8 @@ def step(rank: int, packed: bool, rotated: bool) -> None:
         k, v = (PackedLatents(*quantise(values, grid), grid, torch.bfloat16) for grid in grids)
     factors = Factors(torch.zeros(rank, 8).bfloat16(), torch.zeros(1024, rank).bfloat16())
     angles = torch.zeros(1, 4000, 128).bfloat16()
-    rope = Rope(angles, angles, lambda channels, *_: channels, is_plain=True) if rotated else None
+    norm = RMSNorm(torch.ones(128).bfloat16(), 1e-6) if normalised else None
+    rope = Rope(angles, angles, lambda channels, *_: channels, is_plain=True, norm=norm) if rotated else None
     query = torch.zeros(1, 32, 1, 128).bfloat16()
     fused.attention(query, View(exact, exact, k, v), LayerFactors(factors, factors), rope, Logits(128**-0.5))
 
@@ -80,4 +81,5 @@ if __name__ == "__main__":
     step(205, packed=False, rotated=True)
     step(1024, packed=False, rotated=True)
     step(52, packed=True, rotated=True)
+    step(208, packed=False, rotated=True, normalised=True)
     quantization_fused.quantise(torch.zeros(1, 32, 205).bfloat16(), Grid.uniform(205, 4, (32, 1)))

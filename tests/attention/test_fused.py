@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cskv.attention import dispatch, reference, tiled
 from cskv.attention.plan import Plan
-from cskv.attention.rules import Logits, Rope
+from cskv.attention.rules import Logits, RMSNorm, Rope
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.quantization.grid import Grid, quantise
 from cskv.view import Latents, PackedLatents, PlainLatents, View
@@ -62,6 +62,7 @@ class Case:
     k: Grid | None = None
     v: Grid | None = None
     token_block: bool = False
+    norm: bool = False
     dtype: torch.dtype = torch.float32
 
 
@@ -103,7 +104,8 @@ def make(case: Case) -> Made:
     if case.rotary_dim is not None:
         # Halves that differ, which no family has: they show which half of a channel pair is read.
         angles = normal(case.batch, case.sealed, case.rotary_dim).float() * 3
-        rope = plain_rope(angles.cos().to(case.dtype), angles.sin().to(case.dtype), case.head_dim)
+        norm = RMSNorm(1 + 0.3 * normal(case.head_dim), 1e-2) if case.norm else None
+        rope = plain_rope(angles.cos().to(case.dtype), angles.sin().to(case.dtype), case.head_dim, norm)
     mask = mask_of(case, length)
     sinks = normal(q_heads) if case.sinks else None
     query = normal(case.batch, case.new, q_heads, case.head_dim).transpose(1, 2)
@@ -124,17 +126,19 @@ def latents(values: Tensor, grid: Grid | None, case: Case) -> Latents:
     return PackedLatents(*joined, grid, case.dtype, torch.cat(rows).to(DEVICE))
 
 
-def plain_rope(cos: Tensor, sin: Tensor, head_dim: int) -> Rope:
+def plain_rope(cos: Tensor, sin: Tensor, head_dim: int, norm: RMSNorm | None = None) -> Rope:
     def heads(channels: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         assert cos is not None
         assert sin is not None
         x = channels.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        if norm is not None:
+            x = x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
         cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         first, second = turned.chunk(2, dim=-1)
         return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
-    return Rope(cos, sin, heads, is_plain=True)
+    return Rope(cos, sin, heads, is_plain=True, norm=norm)
 
 
 def mask_of(case: Case, length: int) -> Tensor | None:
@@ -174,6 +178,10 @@ CASES = {
     "rotated": Case(sealed=500, rotary_dim=16, batch=2),
     "many tokens": Case(sealed=1000, rotary_dim=16, ranks=(41, 41), bias=True),
     "partly rotated": Case(rotary_dim=8, bias=True, batch=2),
+    "normalised": Case(rotary_dim=16, norm=True, batch=2, bias=True),
+    "normalised, partly rotated": Case(rotary_dim=8, norm=True, heads=(8, 4), groups=2, k=grid(28, 4, 32, 1)),
+    "normalised, head of no power of two": Case(rotary_dim=20, head_dim=40, heads=(2, 2), norm=True),
+    "bfloat16, normalised": Case(sealed=300, dtype=torch.bfloat16, rotary_dim=16, norm=True),
     "head of no power of two": Case(rotary_dim=20, head_dim=40, heads=(2, 2)),
     "one kv head": Case(heads=(6, 1), new=3, sealed=100),
     "one kv head, rotated": Case(heads=(6, 1), new=3, rotary_dim=16),
@@ -245,7 +253,7 @@ def test_nothing_sealed() -> None:
 
 
 REFUSED = {
-    "rotate keys, and nothing else": Case(rotary_dim=16),
+    "normalise keys by head and rotate them by halves": Case(rotary_dim=16),
     "rotate pairs": Case(rotary_dim=5),
     "more than 128 per kv head": Case(new=65, recent=65),
     "16 or 32 bits": Case(dtype=torch.float64),
@@ -259,8 +267,8 @@ REFUSED = {
 def test_says_what_it_refuses(reason: str) -> None:
     made, value_heads = make(REFUSED[reason]), None
     query, factors, rope = made.query, made.factors, made.rope
-    if rope is not None and reason == "rotate keys, and nothing else":
-        rope, reason = replace(rope, is_plain=False), "rotate keys"
+    if rope is not None and reason.startswith("normalise keys"):
+        rope, reason = replace(rope, is_plain=False), "normalise keys"
     if reason == "differ in dtype":
         query = query.half()
     if reason == "groups of keys":

@@ -63,3 +63,23 @@ def test_a_switch_leaves_what_somebody_else_set() -> None:
     model.config._attn_implementation = "eager"
     switch.back()
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("family", "plain", "normalised"),
+    [
+        ("llama", True, False),
+        ("phi3", True, False),
+        ("stablelm", True, False),
+        ("glm4", False, False),
+        ("qwen3", True, True),
+        ("gemma3", True, True),
+        ("olmo2", False, False),
+    ],
+)
+def test_what_kernels_can_do_to_rebuilt_keys_is_known(family: str, plain: bool, normalised: bool) -> None:
+    """GLM4 rotates neighbouring channels, and OLMo2 normalises across heads."""
+    model = tiny_model(family)
+    for recipe in probe(model, find_sites(model)).values():
+        assert recipe.plain_rope == plain
+        assert (recipe.key_norm is not None) == normalised

@@ -56,7 +56,7 @@ def test_bits_are_those_of_the_grid(
 ) -> None:  # fmt: skip
     grid = Grid(widths, *block)
     latents = torch.randn(batch, tokens, grid.rank, generator=torch.Generator().manual_seed(seed))
-    check(((latents + offset) * scale).to(dtype), grid)
+    check(((latents + offset) * scale).clamp(-6e4, 6e4).to(dtype), grid)  # finite in fp16
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -7.3, 1e4, 1e-8, -1e-8, 1e30, -1e-42, 1e-42])

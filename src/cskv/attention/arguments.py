@@ -19,13 +19,13 @@ def keys_arguments(query: Tensor, factors: Factors, rope: Rope | None) -> dict[s
     """The query, absorbed or as it is, and what rebuilds keys."""
     head_dim, bias = query.shape[3], factors.bias
     of_query: Tensor | None = None
-    up, cos, sin = None, None, None
+    up, cos, sin, norm = None, None, None, None
     if rope is None:
         if bias is not None:
             of_query = per_head(query, bias.view(1, -1, head_dim, 1)).float().contiguous()
         query = per_head(query, factors.up.unflatten(0, (-1, head_dim))[None])
     else:
-        up = _aligned(factors.up)
+        up, norm = _aligned(factors.up), rope.norm
         cos, sin = (_by_sequence(part, query.shape[0]) for part in (rope.cos, rope.sin))
     rows = _rows_contiguous(query.flatten(1, 2))
     return {
@@ -35,6 +35,8 @@ def keys_arguments(query: Tensor, factors: Factors, rope: Rope | None) -> dict[s
         "key_bias": None if rope is None or bias is None else bias.contiguous(),
         "cos": cos,
         "sin": sin,
+        "key_norm": norm.weight.contiguous() if norm is not None else None,
+        "norm_eps": norm.eps if norm is not None else 0.0,
         "query_batch": rows.stride(0),
         "query_row": rows.stride(1),
         "up_row": 0 if up is None else up.stride(0),
@@ -47,6 +49,7 @@ def keys_arguments(query: Tensor, factors: Factors, rope: Rope | None) -> dict[s
         "ROTARY_DIM": 0 if cos is None else cos.shape[-1],
         "HALF": padded(head_dim // 2),
         "HAS_BIAS": bias is not None,
+        "HAS_NORM": norm is not None,
     }
 
 

@@ -72,7 +72,7 @@ def refusal(
     if value_heads is not None:
         return "its kernels do not normalise values"
     if rope is not None and (not rope.is_plain or rope.cos is None or rope.sin is None):
-        return "its kernels rotate keys, and do nothing else to them"
+        return "its kernels normalise keys by head and rotate them by halves, and do nothing else to them"
     if rope is not None and rope.cos is not None and (query.shape[3] % 2 or rope.cos.shape[-1] % 2):
         return f"its kernels rotate pairs of channels, and got {rope.cos.shape[-1]} of {query.shape[3]}"
     head_rows = query.shape[2] * query.shape[1] // view.keys.shape[1]

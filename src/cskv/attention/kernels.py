@@ -89,18 +89,18 @@ def _block_rows(token, token_ok, rows, BLOCK_TOKENS: tl.constexpr, HAS_ROWS: tl.
 @triton.jit(do_not_specialize=["tokens", "split_tokens", "lines", "mask_batch", "mask_head", "mask_new", "mask_token"])
 @no_type_check
 def partials(
-    query, query_bias, up, key_bias, cos, sin, mask,
+    query, query_bias, up, key_bias, key_norm, cos, sin, mask,
     k_data, k_scales, k_minima, k_rows, k_table, v_data, v_scales, v_minima, v_rows, v_table,
     most_out, total_out, sums_out,
     tokens, split_tokens, lines, groups, rows, new, head_rows, block_rows, row_blocks, key_rank, value_rank,
-    scaling, softcap,
+    scaling, softcap, norm_eps,
     query_batch, query_row, up_row, cos_batch, cos_token, sin_batch, sin_token,
     mask_batch, mask_head, mask_new, mask_token,
     k_batch, k_token, k_parameter_batch, k_parameter_row, v_batch, v_token, v_parameter_batch, v_parameter_row,
     K_PLANES: tl.constexpr, K_BLOCK_TOKENS: tl.constexpr, K_HAS_ROWS: tl.constexpr,
     V_PLANES: tl.constexpr, V_BLOCK_TOKENS: tl.constexpr, V_HAS_ROWS: tl.constexpr,
     ROTATED: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, KEY_BLOCKS: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, ELEMENT: tl.constexpr, EMULATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -200,6 +200,11 @@ def partials(
                 if HAS_BIAS:
                     k_lo += tl.load(key_bias + channels + lo, mask=half_ok, other=0.0).to(tl.float32)[None, :]
                     k_hi += tl.load(key_bias + channels + hi, mask=half_ok, other=0.0).to(tl.float32)[None, :]
+                if HAS_NORM:
+                    squares = tl.sum(k_lo * k_lo, 1) + tl.sum(k_hi * k_hi, 1)
+                    inverse = tl.rsqrt(squares / HEAD_DIM + norm_eps)[:, None]
+                    k_lo *= inverse * tl.load(key_norm + lo, mask=half_ok, other=0.0).to(tl.float32)[None, :]
+                    k_hi *= inverse * tl.load(key_norm + hi, mask=half_ok, other=0.0).to(tl.float32)[None, :]
                 turned_lo = _rounded(k_lo * cos_lo.to(tl.float32) - k_hi * sin_lo.to(tl.float32), ELEMENT, EMULATED)
                 turned_hi = _rounded(k_hi * cos_hi.to(tl.float32) + k_lo * sin_hi.to(tl.float32), ELEMENT, EMULATED)
                 query_ok = (row_ok & (row // head_rows == head))[:, None] & half_ok[None, :]

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 ToHeads = Callable[[Tensor], Tensor]
+
+
+class RMSNorm(NamedTuple):
+    """x * rsqrt(mean of x squared + eps) * weight, over the channels of a head."""
+
+    weight: Float[Tensor, " head_dim"]
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -20,14 +28,16 @@ class Rope:
         cos, sin: of the sealed tokens, or None where keys are only normalised.
         heads: `heads(channels, cos, sin)`, from (batch, tokens, kv_dim) to (batch, kv_heads, tokens, head_dim), with
             cos and sin of the same tokens.
-        is_plain: whether `heads` is x * cos + rotate_half(x) * sin on the first rotary_dim channels of every head and
-            nothing else, so that a kernel can do it.
+        is_plain: whether `heads` is x * cos + rotate_half(x) * sin on the first rotary_dim channels of every head,
+            after `norm` if there is one, and nothing else, so that a kernel can do it.
+        norm: see there.
     """
 
     cos: Float[Tensor, "#batch sealed rotary_dim"] | None
     sin: Float[Tensor, "#batch sealed rotary_dim"] | None
     heads: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
     is_plain: bool = False
+    norm: RMSNorm | None = None
 
     def keys(
         self, channels: Float[Tensor, "batch tokens kv_dim"], start: int
@@ -43,7 +53,7 @@ class Rope:
         start: int,
         out: Float[Tensor, "batch kv_heads tokens head_dim"],
     ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
-        """The plain rotation of sealed tokens from `start` on, into `out`: no tensor of the size of `heads` is made."""
+        """The plain rotation alone, of sealed tokens from `start` on, into `out`, without a tensor as large."""
         if self.cos is None or self.sin is None:
             raise ValueError("there is no rotation")
         rotary, stop = self.cos.shape[-1], start + heads.shape[2]

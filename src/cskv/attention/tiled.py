@@ -154,7 +154,7 @@ class _Rebuilt:
         return _wide(per_head(self._query, self._keys(channels, start).transpose(2, 3)))
 
     def _keys(self, channels: Tensor, start: int) -> Tensor:
-        if not self._rope.is_plain:
+        if not self._rope.is_plain or self._rope.norm is not None:
             return self._rope.keys(channels, start).contiguous()  # products with strided matrices are many times slower
         heads = channels.unflatten(-1, (-1, self._query.shape[3])).transpose(1, 2)
         keys = self._workspace.take("keys", tuple(heads.shape), heads.dtype, heads.device)

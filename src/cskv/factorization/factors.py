@@ -58,10 +58,7 @@ class Factors:
     ) -> Float[Tensor, "*batch kv_dim"]:
         """The channels rebuilt from latents, into `out` if it is given (without gradients then)."""
         if out is not None:
-            for rows, up, channels in zip(
-                latents.chunk(self.groups, -1), self.up.chunk(self.groups), out.chunk(self.groups, -1), strict=True
-            ):
-                channels.copy_(rows @ up.T) if self.groups > 1 else torch.matmul(rows, up.T, out=channels)
+            self._expand_into(out, latents)
             return out if self.bias is None else out.add_(self.bias)
         if self.groups == 1:
             return torch.nn.functional.linear(latents, self.up, self.bias)
@@ -69,6 +66,18 @@ class Factors:
             "...gr,gcr->...gc", latents.unflatten(-1, (self.groups, -1)), self.up.unflatten(0, (self.groups, -1))
         )
         return parts.flatten(-2) if self.bias is None else parts.flatten(-2) + self.bias
+
+    def _expand_into(self, out: Tensor, latents: Tensor) -> None:
+        """Without the bias. A row of the batch at a time: rows of a cache are not packed together in memory."""
+        if self.groups > 1:
+            parts = zip(latents.chunk(self.groups, -1), self.up.chunk(self.groups), out.chunk(self.groups, -1))
+            for rows, up, channels in parts:
+                channels.copy_(rows @ up.T)
+        elif latents.ndim == 3 and latents.is_cpu and not torch.compiler.is_compiling():
+            for rows, channels in zip(latents, out, strict=True):
+                torch.mm(rows, self.up.T, out=channels)
+        else:
+            torch.matmul(latents, self.up.T, out=out)
 
     @classmethod
     def grouped(cls, parts: Sequence[Factors]) -> Factors:

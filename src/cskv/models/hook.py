@@ -7,6 +7,7 @@ stages the latents there, and gives the module what our attention function will 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from cskv.adapter import CSKVAdapter
 from cskv.attention.dispatch import attention
-from cskv.attention.rules import Logits, Rope
+from cskv.attention.rules import Logits, RMSNorm, Rope
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
 from cskv.factorization.factors import LayerFactors
@@ -148,7 +149,15 @@ class SiteHook:
         if self._commuting or is_linear:  # commuting ones were rotated, and normalised, when they were cached
             return None
         cos, sin = self._shared.sealed_rope(self._site.layer_idx, layer, self._recipe.rope, sealed, x)
-        return Rope(cos, sin, recipe.heads, self._recipe.plain_rope)
+        return Rope(cos, sin, recipe.heads, self._recipe.plain_rope, self._norm(x))
+
+    def _norm(self, x: Tensor) -> RMSNorm | None:
+        """The norm of rebuilt keys where the layer computes, copied once."""
+        norm = self._recipe.key_norm
+        if norm is not None and (norm.weight.device != x.device or norm.weight.dtype != x.dtype):
+            norm = RMSNorm(norm.weight.to(x.device, x.dtype), norm.eps)
+            self._recipe = replace(self._recipe, key_norm=norm)
+        return norm
 
     def _factors_for(self, x: Tensor) -> LayerFactors:
         """The factors where and as the layer computes. Copied once: the base model's placement is only known here."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from cskv.attention.rules import RMSNorm
 from cskv.attention.rules import Rope as Rotation
 from cskv.errors import DataError, UnsupportedModelError
 from cskv.factorization.commuting import RopePairs
@@ -43,7 +44,8 @@ class SiteRecipe:
         keys, values: the recipes of either, as found.
         rope: how cos and sin of old tokens are had again; None where the keys are not rotated.
         pairs: the channels of a head that RoPE turns together; None where the keys are not rotated.
-        plain_rope: whether keys are rotated by halves of their first channels, and not normalised.
+        plain_rope: whether keys are rotated by halves of their first channels, after a norm over each head or none.
+        key_norm: that norm, as a kernel can do it.
         attention: what is known of the layer's attention function.
     """
 
@@ -53,6 +55,7 @@ class SiteRecipe:
     rope: Rope | None
     pairs: RopePairs | None
     plain_rope: bool
+    key_norm: RMSNorm | None
     attention: Understanding
 
 
@@ -89,6 +92,7 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
             rope=_rope(model, site, record.call) if rotated else None,
             pairs=find_pairs(keys, record.call.cos) if rotated else None,  # type: ignore[arg-type]
             plain_rope=rotated and _is_plain(keys, layer.keys, record.call),
+            key_norm=_head_norm(keys, layer.keys) if rotated else None,
             attention=understood(site.module),
         )
     return recipes
@@ -152,12 +156,31 @@ def _value_candidates(site: AttentionSite) -> Iterator[Recipe]:
 
 
 def _is_plain(recipe: Recipe, heads: Tensor, call: AttentionCall) -> bool:
-    """Whether a recipe rotates as kernels do, tried on some heads."""
-    if recipe.norm_style is not NormStyle.NONE or call.cos is None or call.sin is None:
+    """Whether a recipe normalises and rotates as kernels do, tried on some heads."""
+    if call.cos is None or call.sin is None or not _is_kernel_norm(recipe, heads):
         return False
     plain = Rotation(call.cos, call.sin, recipe.heads).rotated(heads, 0, torch.empty_like(heads))
     expected = recipe.rotated(heads, call.cos, call.sin)
     return bool((plain - expected).abs().max() <= TOLERANCE.get(heads.dtype, 3e-2) * expected.abs().max())
+
+
+def _is_kernel_norm(recipe: Recipe, heads: Tensor) -> bool:
+    return recipe.norm_style is NormStyle.NONE or _head_norm(recipe, heads) is not None
+
+
+@torch.no_grad()
+def _head_norm(recipe: Recipe, heads: Tensor) -> RMSNorm | None:
+    """The norm over each head as a weight and an epsilon, if it is one of that kind: tried on some heads."""
+    norm = recipe.norm
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if recipe.norm_style is not NormStyle.PER_HEAD or norm is None or not isinstance(eps, float):
+        return None
+    ones = norm(torch.ones_like(heads[:1, :1, :1, :])).flatten()
+    found = RMSNorm(ones * (1 + eps) ** 0.5, eps)
+    normalised = heads * (heads.square().mean(-1, keepdim=True) + eps).rsqrt() * found.weight
+    expected = norm(heads)
+    tolerance = TOLERANCE.get(heads.dtype, 3e-2) * float(expected.abs().max())
+    return found if float((normalised - expected).abs().max()) <= tolerance else None
 
 
 def _queries(site: AttentionSite, keys: Recipe) -> Recipe:
