@@ -19,7 +19,7 @@ class Environment:
         cores: the cores this process may run on.
         threads: the threads PyTorch computes with.
         accelerator: the name of the first GPU, or None.
-        python, torch, transformers, cskv: versions.
+        python, torch, transformers, triton, cskv: versions.
         date: UTC, ISO 8601, to the second.
     """
 
@@ -30,6 +30,7 @@ class Environment:
     python: str
     torch: str
     transformers: str
+    triton: str
     cskv: str
     date: str
 
@@ -50,6 +51,7 @@ def environment() -> Environment:
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=_version("transformers"),
+        triton=_version("triton"),
         cskv=_version("cskv"),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )

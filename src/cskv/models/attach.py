@@ -87,6 +87,7 @@ def attach(
         attention: what attends to old tokens. "auto", "triton", "torch" and "reference" read their latents (see
             `cskv.attention.dispatch`); "rebuild" makes their keys and values in full at every step, for the model's own
             attention function. Layers whose attention is not sdpa or eager, or is not understood, do that too.
+            Attention on latents has no weights to return (`output_attentions`); "rebuild" has.
         max_cache_len: tokens that every new cache has room for from its first sealing on, so that none is ever copied
             to grow; a longer one grows as usual. None grows by a sixteenth whenever a cache is full.
 
