@@ -101,7 +101,7 @@ def _panels(above: Any, below: Any, decode: dict[str, Any], batch: int, is_gpu: 
         lengths = [row["tokens"] for row in own]
         above.plot(lengths, [(median(row, name) or 0.0) / unit for row in own], label=name, **style)
         below.plot(lengths, [row["methods"][name]["nbytes"] for row in own], **style)
-    ticks = [row["tokens"] for row in rows]
+    ticks = sorted({row["tokens"] for row in decode["rows"].values() if "methods" in row})  # the axes are shared
     for ax in (above, below):
         ax.set(xscale="log", yscale="log")
         ax.set_xticks(ticks, [f"{tokens // 1024}K" for tokens in ticks])
