@@ -12,7 +12,7 @@ import typer
 from cskv.cli.common import EXIT_MISTAKE, command, emit
 
 OPTIONAL = {
-    "triton": "fused attention and packing on a GPU; it comes with PyTorch for CUDA",
+    "triton": "fused attention and packing on a GPU: PyTorch for CUDA brings it, or pip install 'cskv[gpu]'",
     "matplotlib": "cskv analyze draws with it: pip install 'cskv[plots]'",
     "datasets": "hub datasets for calibration and training: pip install 'cskv[data]'",
     "wonderwords": "LongEval lines records: pip install 'cskv[data]'",
