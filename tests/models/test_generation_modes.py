@@ -177,3 +177,18 @@ def test_pipeline_uses_the_compressed_cache() -> None:
     expected = generator(prompt, generation_config=settings)
     with cskv.attach(model, full_rank_adapter(model, cskv.CSKVConfig(1.0, 1.0, window=0, group=4))):
         assert generator(prompt, generation_config=settings) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma4"])
+@pytest.mark.parametrize("new", [1, 64, 65, 90])
+def test_pieces_of_any_length_read_the_past(name: str, new: int) -> None:
+    """Up to 64 tokens attend to latents; for more, old keys and values are rebuilt."""
+    tokens = torch.randint(3, 96, (2, 60 + new), generator=torch.Generator().manual_seed(4))
+    model = tiny_model(name)
+    with torch.no_grad():
+        expected = model(tokens).logits[:, 60:]
+        with cskv.attach(model, full_rank_adapter(model, cskv.CSKVConfig(1.0, 1.0, window=3, group=4))):
+            cache = {cache_kwarg(model): DynamicCache(config=model.config)}
+            model(tokens[:, :60], **cache)
+            got = model(tokens[:, 60:], **cache).logits
+    assert (got - expected).abs().max() < 2e-3 * expected.abs().max()

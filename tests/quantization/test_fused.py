@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cskv.quantization.grid import Grid, quantise, quantise_by_torch
+from cskv.quantization import dispatch
+from cskv.quantization.grid import Grid, quantise
 from tests.interpreter import mend_interpreter
 
 pytest.importorskip("triton")
@@ -34,7 +35,7 @@ def _full_new_memory() -> Iterator[None]:
 
 def check(latents: Tensor, grid: Grid) -> None:
     made = fused.quantise(latents.to(DEVICE), grid)
-    for part, true in zip(made, quantise_by_torch(latents, grid)):
+    for part, true in zip(made, quantise(latents, grid)):
         assert part.dtype == true.dtype
         assert torch.equal(part.cpu(), true)
 
@@ -77,11 +78,11 @@ def test_rows_that_are_not_contiguous() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("block", [(32, 1), (1, 32), (1, 205)])
-def test_the_grid_takes_the_kernels_on_a_gpu(block: tuple[int, int]) -> None:
+def test_sealing_takes_the_kernels_on_a_gpu(block: tuple[int, int]) -> None:
     latents = torch.randn(2, 4096, 205, generator=torch.Generator().manual_seed(0)).bfloat16()
     grid = Grid.uniform(205, 3, block)
     for part, by_torch, true in zip(
-        quantise(latents.cuda(), grid), quantise_by_torch(latents.cuda(), grid), quantise_by_torch(latents, grid)
+        dispatch.quantise(latents.cuda(), grid), quantise(latents.cuda(), grid), quantise(latents, grid)
     ):
         assert torch.equal(part.cpu(), true)
         assert torch.equal(by_torch.cpu(), true)

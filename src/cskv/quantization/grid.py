@@ -110,16 +110,6 @@ def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantis
         latents: any floating dtype; computed in fp32.
         grid: of the same rank.
     """
-    if latents.is_cuda:
-        from cskv.quantization import fused
-
-        if fused.installed():
-            return Quantised(*fused.quantise(latents, grid))
-    return quantise_by_torch(latents, grid)
-
-
-def quantise_by_torch(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantised:
-    """What `quantise` computes, on any device."""
     payload, scales, minima = [], [], []
     for bits, channels, _ in grid.runs():
         blocks = to_blocks(latents[..., channels].float(), grid)

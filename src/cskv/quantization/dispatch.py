@@ -1,0 +1,19 @@
+"""Sealing latents: by Triton kernels on a GPU where Triton is installed, by torch elsewhere. The bits are the same."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from cskv.quantization import grid as by_torch
+from cskv.quantization.grid import Grid, Quantised
+
+
+def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantised:
+    """What `cskv.quantization.grid.quantise` computes."""
+    if latents.is_cuda:
+        from cskv.quantization import fused
+
+        if fused.installed():
+            return Quantised(*fused.quantise(latents, grid))
+    return by_torch.quantise(latents, grid)
