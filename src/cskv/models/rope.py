@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cskv.errors import UnsupportedModelError
 
+PIECE = 1024  # tokens whose cos and sin are made at a time on a CPU
 # Scalings in which cos and sin are a function of the position alone (transformers' `rope_type`).
 FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 
@@ -62,6 +63,18 @@ class FixedRope:
 
     def cos_sin(self, rows: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
         (positions,) = rows
+        if not x.is_cpu or positions.shape[1] <= PIECE or torch.compiler.is_compiling():
+            return self._cos_sin(positions, x)
+        # Fresh memory for all of it, fp32 on the way, would cost a CPU more than the angles do.
+        pieces = positions.split(PIECE, dim=1)
+        first = self._cos_sin(pieces[0], x)
+        cos, sin = (part.new_empty(part.shape[0], positions.shape[1], part.shape[2]) for part in first)
+        for index, piece in enumerate(pieces):
+            own = slice(index * PIECE, index * PIECE + piece.shape[1])
+            cos[:, own], sin[:, own] = first if index == 0 else self._cos_sin(piece, x)
+        return cos, sin
+
+    def _cos_sin(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.embedding(x, positions.to(x.device), *self.extra)
         return cos, sin
 
