@@ -23,7 +23,7 @@ from tests.interpreter import mend_interpreter
 pytest.importorskip("triton")
 mend_interpreter()
 
-from cskv.attention import fused  # noqa: E402
+from cskv.attention import arguments, fused  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of the largest output, which is about 1. In 16 bits, absorbed queries, rebuilt keys and weights are each rounded once.
@@ -243,6 +243,14 @@ def test_a_step_can_be_captured() -> None:
     made.query.copy_(made.query.flip(1))
     graph.replay()
     assert torch.equal(captured, made.by(fused.attention))
+
+
+def test_factors_with_rows_further_apart_are_taken_as_they_are() -> None:
+    made = make(Case(rotary_dim=16, ranks=(13, 20)))
+    k = made.factors.k.aligned(16)
+    assert arguments.keys_arguments(made.query, k, made.rope)["up"].data_ptr() == k.up.data_ptr()
+    apart = replace(made, factors=LayerFactors(k, made.factors.v))
+    assert torch.equal(apart.by(fused.attention), made.by(fused.attention))
 
 
 def test_nothing_sealed() -> None:

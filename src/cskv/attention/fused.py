@@ -23,10 +23,9 @@ from cskv.attention.arguments import arithmetic_arguments, keys_arguments, mask_
 from cskv.attention.partial import Partial
 from cskv.attention.plan import Plan, Shapes, padded, plan, smaller
 from cskv.attention.rules import Logits, Rope, ToHeads
-from cskv.attention.tiled import Summed, exact
+from cskv.attention.tiled import exact, expanded
 from cskv.factorization.factors import LayerFactors
 from cskv.view import Latents, PackedLatents, PlainLatents, View
-from cskv.workspace import Workspace
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_HEAD_ROWS = 128  # beyond that keys would be rebuilt for every 64 rows again, where torch rebuilds them once
@@ -51,7 +50,7 @@ def attention(
     part = exact(query, view, logits)
     if view.k is not None and view.v is not None:
         sealed = _sealed(query, view.k, view.v, factors, rope, logits)
-        part = part.joined(Summed(query, factors.v, Workspace()).expanded(sealed))
+        part = part.joined(expanded(sealed, factors.v, query.shape[3]))
     return part.result(logits.sinks).to(query.dtype)
 
 

@@ -44,7 +44,7 @@ def attention(
     if view.k is not None and view.v is not None:
         keys = _Absorbed(query, factors.k, workspace) if rope is None else _Rebuilt(query, factors.k, rope, workspace)
         values = (
-            Summed(query, factors.v, workspace)
+            _Summed(query, factors.v, workspace)
             if value_heads is None
             else _RebuiltValues(query, factors.v, value_heads)
         )
@@ -66,7 +66,7 @@ def _sealed(
     query: Tensor,
     view: View,
     keys: _Absorbed | _Rebuilt,
-    values: Summed | _RebuiltValues,
+    values: _Summed | _RebuiltValues,
     logits: Logits,
     workspace: Workspace,
 ) -> Partial:
@@ -161,7 +161,7 @@ class _Rebuilt:
         return self._rope.rotated(heads, start, keys)
 
 
-class Summed:
+class _Summed:
     """Values as linear functions of their latents: weights are summed with these."""
 
     width = 0
@@ -180,12 +180,7 @@ class Summed:
         return _wide(sums).view(batch, heads, new, -1)
 
     def expanded(self, part: Partial) -> Partial:
-        up = self._factors.up.unflatten(0, (-1, self._head_dim)).transpose(1, 2)[None]
-        sums = _wide(per_head(part.sums.to(up.dtype), up))
-        if self._factors.bias is not None:
-            bias = self._factors.bias.view(1, -1, 1, self._head_dim)
-            sums = sums + _wide(per_head(part.total.to(bias.dtype), bias))
-        return Partial(part.most, part.total, sums)
+        return expanded(part, self._factors, self._head_dim)
 
 
 class _RebuiltValues:
@@ -219,6 +214,16 @@ def _multiply(rows: Tensor, matrices: Tensor, out: Tensor) -> None:
 def _copied(x: Tensor, dtype: torch.dtype, workspace: Workspace, name: str) -> Tensor:
     """In another dtype, in scratch memory; itself if it has that dtype."""
     return x if x.dtype == dtype else workspace.take(name, tuple(x.shape), dtype, x.device).copy_(x)
+
+
+def expanded(part: Partial, factors: Factors, head_dim: int) -> Partial:
+    """Sums of value latents as sums of values: U_v once per query head, and the bias as often as there is weight."""
+    up = factors.up.unflatten(0, (-1, head_dim)).transpose(1, 2)[None]
+    sums = _wide(per_head(part.sums.to(up.dtype), up))
+    if factors.bias is not None:
+        bias = factors.bias.view(1, -1, 1, head_dim)
+        sums = sums + _wide(per_head(part.total.to(bias.dtype), bias))
+    return Partial(part.most, part.total, sums)
 
 
 def _to_groups(rows: Tensor, groups: int) -> list[Tensor]:

@@ -164,7 +164,10 @@ class SiteHook:
         placed = self._placed
         if placed is None or placed.k.down.device != x.device or placed.k.down.dtype != x.dtype:
             with torch.no_grad():
-                placed = self._placed = self._factors.to(x.device, x.dtype)
+                placed = self._factors.to(x.device, x.dtype)
+                if x.is_cuda:
+                    placed = LayerFactors(placed.k.aligned(16), placed.v)
+                self._placed = placed
         return placed
 
     def _layer(self, cache: Cache) -> CSKVLayer:

@@ -74,7 +74,9 @@ def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], Un
 
     def understood(module: nn.Module) -> Understanding:
         if id(module) not in ignored:
-            implementation = module.config._attn_implementation
+            implementation = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
+            if implementation in UNDERSTOOD:
+                return Understanding(why_rebuild="it does not call transformers' attention interface")
             return Understanding(
                 why_rebuild=f"its attention is {implementation!r}, not {' or '.join(sorted(UNDERSTOOD))}"
             )
