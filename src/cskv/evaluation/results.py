@@ -1,0 +1,121 @@
+"""Results as data: one JSON file per run, written after every row, never overwritten by another run.
+
+    {
+      "format": "cskv-evaluation", "version": 1,
+      "settings":    {...},      everything that decides the figures
+      "model":       {"name", "type", "layers", "kv_dim", "parameters", "dtype", "fingerprint"},
+      "environment": {...},      machine, versions and date (`cskv.evaluation.environment`)
+      "methods":     {name: {...}},   what each method is
+      "rows":        [{...}, ...]
+    }
+
+A row is one method on one task with one seed:
+
+    method       a series of a figure, for instance "PCA" or "StreamingLLM"
+    budget       the share of the cache that the method is meant to keep, or null (uncompressed)
+    task, size   "lines" and lines, a needle task and tokens, "perplexity" or "agreement" and tokens
+    protocol     "in-prefill" or "context-first"; null for perplexity and agreement
+    seed
+    n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval   (lines and needles)
+    cells                      [{"depth", "n", "score"}, ...]                             (needles)
+    tokens, perplexity, nll    (perplexity)
+    tokens, top1, kl, positions    share of equal first choices, nats per token, and both over stretches of positions
+                                   [{"start", "stop", "top1", "kl"}, ...]                 (agreement)
+    cache        bytes that are really allocated after the prompt (`cskv.models.report.CacheReport`, with `ratio` and
+                 `bytes_per_token`)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cskv.atomic import write_text
+from cskv.errors import DataError
+
+FORMAT, VERSION = "cskv-evaluation", 1
+KEY = ("method", "budget", "task", "size", "protocol", "seed")
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One run's settings and rows.
+
+    Attributes:
+        path: its file.
+        settings, model, environment, methods, rows: see the module's docstring.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    environment: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    rows: list[Row]
+
+    def has(self, **key: Any) -> bool:
+        """Whether there is a row of these six values of `KEY`."""
+        return any(all(row[name] == key[name] for name in KEY) for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        """Add a row and write the file, atomically."""
+        self.rows.append(row)
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, atomically."""
+        fields = ("settings", "model", "environment", "methods", "rows")
+        content = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in fields}
+        write_text(self.path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a result file.
+
+    Raises:
+        DataError: there is none, or it is no result file of a version that is known here.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the results {path}: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path} is no result file; expected JSON that `cskv evaluate` wrote")
+    if content.get("version") != VERSION:
+        raise DataError(f"{path} is of version {content.get('version')!r}; this cskv reads version {VERSION}")
+    try:
+        run = Run(path, *(content[name] for name in ("settings", "model", "environment", "methods", "rows")))
+        missing = sorted({name for row in run.rows for name in KEY if name not in row})
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is no whole result file: {error} is missing or of another kind") from error
+    if missing:
+        raise DataError(f"rows of {path} lack {', '.join(missing)}; expected a file that `cskv evaluate` wrote")
+    return run
+
+
+def open_run(path: str | Path, settings: dict[str, Any], model: dict[str, Any], environment: dict[str, Any]) -> Run:
+    """Start a run, or go on with an interrupted one of the same settings and model.
+
+    Raises:
+        DataError: the file holds another run, which is never overwritten.
+    """
+    path = Path(path)
+    if not path.exists():
+        return Run(path, settings, model, environment, {}, [])
+    run = read_run(path)
+    ours, theirs = (
+        json.loads(json.dumps(values, sort_keys=True)) for values in (settings | model, run.settings | run.model)
+    )
+    if ours != theirs:
+        different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise DataError(
+            f"{path} holds a run of other settings ({', '.join(different)}); results are never overwritten: "
+            "give another --output"
+        )
+    run.environment = environment
+    return run
