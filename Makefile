@@ -2,9 +2,13 @@
 #
 #   make demo    install, then calibrate, train and generate on the bundled model; prints one table
 #   make test    install, then run the tests
+#   make test-lm-eval   install lm-evaluation-harness as well, then run the tests of docs/lm-eval.md
 #   make check   install, then lint, format, types and import layers
 #   make bench   install, then measure decoding speed (a quarter of an hour on two cores, on a quiet machine), and fill
 #                docs/decode-speed.md; what is measured already is kept. PEERS=1 installs hqq and quanto to compare with
+#   make results every cache method on the bundled model at 50 to 95 % (about two hours on two cores; what is measured
+#                already is kept), then hold it against docs/results and draw its page
+#   make test-kvpress   the tests that need kvpress, in an environment of its own with an older transformers
 #   make venv    install only
 #   make clean   remove the environment and everything that was built
 #
@@ -14,11 +18,13 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses=4
 PEERS ?=
+KVPRESS ?= .venv-kvpress
+RESULTS ?= outputs/results
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.cskv-installed
 
-.PHONY: venv check test demo bench clean
+.PHONY: venv check test test-kvpress test-lm-eval demo bench results clean
 
 venv: $(STAMP)
 
@@ -38,6 +44,11 @@ check: venv
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Not part of `test`: the harness brings forty packages. In an environment that has it, `test` runs these as well.
+test-lm-eval: venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lm-eval]'
+	$(BIN)/python -m pytest tests/harness $(PYTEST_ARGS)
+
 demo: venv
 	$(BIN)/python examples/demo.py
 
@@ -47,6 +58,24 @@ bench: venv
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/decode_report.py
 
+# kvpress takes transformers below 5.3, so it gets an environment of its own; the library runs with both.
+$(KVPRESS)/ready: pyproject.toml constraints-kvpress.txt scripts/install_torch.sh
+	test -x $(KVPRESS)/bin/python || $(PYTHON) -m venv $(KVPRESS)
+	scripts/install_torch.sh $(KVPRESS)/bin/python
+	$(KVPRESS)/bin/python -m pip install --quiet -c constraints-kvpress.txt -e '.[data]' kvpress pytest hypothesis beartype
+	touch $@
+
+test-kvpress: $(KVPRESS)/ready
+	$(KVPRESS)/bin/python -m pytest tests/baselines tests/evaluation
+
+results: venv $(KVPRESS)/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]'
+	$(BIN)/python benchmarks/results.py channels --out $(RESULTS)
+	$(KVPRESS)/bin/python benchmarks/results.py tokens --out $(RESULTS)
+	$(BIN)/python benchmarks/results.py ablations --out $(RESULTS)
+	$(BIN)/cskv report $(RESULTS)/evaluation.json $(RESULTS)/evaluation-tokens.json --out $(RESULTS)/report
+	$(BIN)/python benchmarks/results_check.py $(RESULTS)
+
 clean:
-	rm -rf $(VENV) build dist outputs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(KVPRESS) build dist outputs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests examples tinymodel -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,9 +17,9 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cskv.attention.dispatch import AUTO, attention
+from cskv.baselines.quantized import quantized_cache
 from cskv.cache.bibranch import BiBranchStore
 from cskv.errors import CSKVError
-from cskv.evaluation.peers import quantized_cache
 from cskv.models.storage import allocated_bytes
 from cskv.view import PackedLatents, View
 from cskv.workspace import Workspace

@@ -29,6 +29,7 @@ from common import measure_missing, read_results
 
 import cskv
 from cskv.adapter import CSKVAdapter
+from cskv.baselines.quantized import quantized_cache
 from cskv.calibration import calibrate
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
@@ -38,7 +39,6 @@ from cskv.demo.text import mixed_source
 from cskv.divergence import Divergence
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.evaluation.longeval import evaluate_lines
-from cskv.evaluation.peers import quantized_cache
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
 from cskv.initialisation import initialise

@@ -33,7 +33,9 @@ def test_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 2
     assert "BAD safetensors is missing" in result.stdout
     assert "BAD transformers 4.57.0" in result.stdout
-    assert "matplotlib is missing; cskv analyze draws with it: pip install 'cskv[plots]'" in result.stdout
+    assert (
+        "matplotlib is missing; cskv analyze and cskv report draw with it: pip install 'cskv[plots]'" in result.stdout
+    )
 
 
 def test_optional_packages_are_those_of_the_extras() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cskv.data import lines
+from cskv.errors import DataError
 
 pytest.importorskip("wonderwords")
 
@@ -69,3 +70,40 @@ def test_read_official_keeps_the_prompt(tmp_path: Path):
 )
 def test_score_reads_the_last_integer(output: str, right: bool):
     assert lines.score(output, 2416) is right
+
+
+def test_a_case_knows_its_context_question_and_depth():
+    case = lines.make_case(50, seed=2)
+    whole = case.as_case()
+    assert whole.prompt == case.prompt
+    assert whole.question.startswith("\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line ")
+    assert whole.answers == (str(case.expected),)
+    assert (whole.task, whole.size, whole.last_integer) == ("lines", 50, True)
+    line = whole.context[round(whole.depth * len(whole.context)) :]
+    assert line.startswith(f"line {case.key}: REGISTER_CONTENT is <{case.expected}>")
+
+
+def test_a_prompt_without_an_end_of_record_has_no_question_apart():
+    with pytest.raises(DataError, match="does not contain 'Now the record is over.'"):
+        lines.LinesCase("a prompt", 7, "a-b", 2).as_case()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "holds no LongEval case"),
+        ("{}\n", "row 1 of .* is no LongEval case .KeyError: 'random_idx'"),
+        (json.dumps(OFFICIAL_ROW) + "\n{", "row 2 of"),
+        (json.dumps({**OFFICIAL_ROW, "expected_number": "seven"}), "row 1 of .*ValueError"),
+    ],
+)
+def test_files_of_another_kind_are_refused(tmp_path, text, complaint):
+    path = tmp_path / "cases.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=complaint):
+        lines.read_official(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match="cannot read"):
+        lines.read_official(tmp_path / "none.jsonl")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,10 +50,11 @@ class Parrot(LlamaForCausalLM):
         self.replies = replies
         self._pending: list[list[int]] = []
 
+    @functools.wraps(LlamaForCausalLM.forward)
     def forward(self, input_ids=None, **kwargs):
         outputs = super().forward(input_ids=input_ids, **kwargs)
         if input_ids.shape[1] > 1:
-            self._pending = [list(self.replies[int(row[-1])]) for row in input_ids]
+            self._pending = [list(self.replies.get(int(row[-1]), [])) for row in input_ids]
         outputs.logits.zero_()
         for index, pending in enumerate(self._pending):
             outputs.logits[index, -1, pending.pop(0) if pending else 0] = 1.0

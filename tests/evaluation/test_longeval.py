@@ -7,7 +7,8 @@ import torch
 
 from cskv.data.lines import LinesCase, make_case
 from cskv.errors import DataError
-from cskv.evaluation.longeval import evaluate_lines, left_pad
+from cskv.evaluation.decoding import left_pad
+from cskv.evaluation.longeval import evaluate_lines
 from tests.evaluation.support import character_tokenizer, parrot, tiny_llama
 
 TOKENIZER = character_tokenizer()

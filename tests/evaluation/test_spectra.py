@@ -9,9 +9,11 @@ import torch
 from cskv.calibration import calibrate
 from cskv.errors import AdapterError, DataError
 from cskv.evaluation.spectra import (
+    COLUMNS,
     Spectrum,
     calibrated_spectra,
     moment_spectrum,
+    read_csv,
     summary_rows,
     weight_spectra,
     write_csv,
@@ -119,3 +121,32 @@ def test_summary_and_csv(tmp_path):
         "cumulative_energy": "0.8",
     }
     assert rows[4]["source"] == "calibrated"
+
+
+def test_a_table_of_spectra_is_read_back(tmp_path):
+    spectra = [Spectrum(0, "k", "weight", (3.0, 1.5, 0.0)), Spectrum(1, "v", "calibrated", (0.1,))]
+    assert read_csv(write_csv(spectra, tmp_path / "s.csv")) == spectra
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "holds no spectra; expected the columns layer, projection"),
+        ("a,b\n1,2\n", "holds no spectra"),
+        ("{header}\n", "holds no spectra"),
+        ("{header}\n0,k,weight,1,x,1,1\n", "line 2 of .* holds no singular value"),
+        ("{header}\n0,k,weight,1,nan,1,1\n", "line 2 of .* k, weight, nan"),
+        ("{header}\n0,q,weight,1,1,1,1\n", "line 2 of .* q, weight, 1"),
+        ("{header}\n0,k\n", "line 2 of .* holds no singular value"),
+    ],
+)
+def test_what_is_no_table_of_spectra_is_refused(tmp_path, content, complaint):
+    path = tmp_path / "s.csv"
+    path.write_text(content.replace("{header}", ",".join(COLUMNS)))
+    with pytest.raises(DataError, match=complaint):
+        read_csv(path)
+
+
+def test_a_missing_table_of_spectra_is_refused(tmp_path):
+    with pytest.raises(DataError, match="cannot read the spectra"):
+        read_csv(tmp_path / "absent.csv")

@@ -228,3 +228,19 @@ def test_a_model_that_is_switched_to_other_attention_meanwhile_keeps_its_answer_
         got = model.generate(PROMPT, max_new_tokens=8, pad_token_id=0, attention_mask=torch.ones_like(PROMPT))
     assert torch.equal(got, expected)
     assert model.config._attn_implementation == "eager"
+
+
+def test_attention_that_another_library_has_wrapped_goes_on_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kvpress wraps every registered attention function when it is imported, and passes dropout by position."""
+    model = tiny_model("llama")
+    adapter = truncated_adapter(model, CSKVConfig(window=4, group=8))
+    with cskv.attach(model, adapter):
+        expected = model.generate(PROMPT, max_new_tokens=4, pad_token_id=0)
+        name = model.config._attn_implementation
+        ours = ALL_ATTENTION_FUNCTIONS[name]
+
+        def wrapped(module, query, key, value, attention_mask, dropout, **kwargs):
+            return ours(module, query, key, value, attention_mask, dropout, **kwargs)
+
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, wrapped)
+        assert torch.equal(model.generate(PROMPT, max_new_tokens=4, pad_token_id=0), expected)

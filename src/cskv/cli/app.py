@@ -10,8 +10,11 @@ import typer
 from cskv.cli.analyze import analyze
 from cskv.cli.calibrate import calibrate
 from cskv.cli.doctor import doctor
+from cskv.cli.evaluate import evaluate
 from cskv.cli.generate import generate
 from cskv.cli.inspect import inspect
+from cskv.cli.lm_eval import PASS_ON, lm_eval
+from cskv.cli.report import report
 from cskv.cli.train import train
 
 
@@ -28,8 +31,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"token_normalize_func": dashes, "help_option_names": ["-h", "--help"]},
 )
-for command in (calibrate, train, generate, analyze, inspect, doctor):
+for command in (calibrate, train, generate, evaluate, report, analyze, inspect, doctor):
     app.command()(command)
+app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,9 +13,11 @@ from cskv.cli.common import EXIT_MISTAKE, command, emit
 
 OPTIONAL = {
     "triton": "fused attention and packing on a GPU: PyTorch for CUDA brings it, or pip install 'cskv[gpu]'",
-    "matplotlib": "cskv analyze draws with it: pip install 'cskv[plots]'",
+    "matplotlib": "cskv analyze and cskv report draw with it: pip install 'cskv[plots]'",
+    "jinja2": "cskv report writes its page with it: pip install 'cskv[plots]'",
     "datasets": "hub datasets for calibration and training: pip install 'cskv[data]'",
     "wonderwords": "LongEval lines records: pip install 'cskv[data]'",
+    "lm_eval": "cskv lm-eval runs lm-evaluation-harness: pip install 'cskv[lm-eval]'",
     "hqq": "transformers' quantised cache, to compare with: pip install 'cskv[peers]'",
     "optimum-quanto": "transformers' quantised cache, to compare with: pip install 'cskv[peers]'",
 }

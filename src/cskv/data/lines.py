@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from cskv.data.cases import Case
+from cskv.errors import DataError
+
 MAX_NUMBER = 50_000
 
 HEADER = (
@@ -22,7 +25,8 @@ HEADER = (
     "corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
     "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n"
 )
-QUESTION = "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number. "
+RECORD_END = "\nNow the record is over."
+QUESTION = RECORD_END + " Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number. "
 
 Entry = tuple[str, int]
 
@@ -35,6 +39,23 @@ class LinesCase:
     expected: int
     key: str
     num_lines: int
+
+    def as_case(self) -> Case:
+        """The same question, with the record and what is asked after it apart.
+
+        Raises:
+            DataError: the prompt does not say where the record ends.
+        """
+        end = self.prompt.rfind(RECORD_END)
+        if end < 0:
+            raise DataError(
+                f"the prompt that asks for line {self.key} does not contain {RECORD_END.strip()!r}, which LongEval "
+                "records end with; its question cannot be told from its context"
+            )
+        context, question = self.prompt[:end], self.prompt[end:]
+        place = context.find(f"line {self.key}: ")
+        depth = None if place < 0 else place / max(1, len(context))
+        return Case("lines", self.num_lines, context, question, (str(self.expected),), depth, last_integer=True)
 
 
 @lru_cache(maxsize=1)
@@ -61,7 +82,7 @@ def make_record(num_lines: int, rng: random.Random) -> list[Entry]:
     return [(key, rng.randint(1, MAX_NUMBER)) for key in keys]
 
 
-def line_text(key: str, number: int) -> str:
+def line_text(key: str, number: int | str) -> str:
     """One line of a record, with its newline."""
     return f"line {key}: REGISTER_CONTENT is <{number}>\n"
 
@@ -80,12 +101,27 @@ def make_case(num_lines: int, seed: int) -> LinesCase:
 
 
 def read_official(path: str | Path) -> list[LinesCase]:
-    """Read the cases of a published LongEval lines file (JSON lines), unchanged."""
+    """Read the cases of a published LongEval lines file (JSON lines), unchanged.
+
+    Raises:
+        DataError: the file cannot be read, holds no case, or a row is none.
+    """
     cases = []
-    for row in Path(path).read_text(encoding="utf-8").splitlines():
-        if row.strip():
-            case = json.loads(row)
-            cases.append(LinesCase(case["prompt"], case["expected_number"], case["random_idx"][0], case["num_lines"]))
+    try:
+        for row in Path(path).read_text(encoding="utf-8").splitlines():
+            if row.strip():
+                case = json.loads(row)
+                key, expected = case["random_idx"][0], int(case["expected_number"])
+                cases.append(LinesCase(str(case["prompt"]), expected, key, int(case["num_lines"])))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"row {len(cases) + 1} of {path} is no LongEval case ({type(error).__name__}: {error}); expected JSON "
+            "lines with prompt, expected_number, random_idx and num_lines"
+        ) from error
+    if not cases:
+        raise DataError(f"{path} holds no LongEval case; expected JSON lines, one case each")
     return cases
 
 

@@ -17,8 +17,9 @@ from cskv.demo.adapters import calibration, make_adapter
 from cskv.demo.measure import Example, Material, example, material, measure
 from cskv.demo.report import example_panel, results_table
 from cskv.demo.settings import EXAMPLE, VARIANTS, DemoSettings, Variant
-from cskv.demo.workspace import Workspace, fingerprint
+from cskv.demo.workspace import Workspace
 from cskv.evaluation.environment import environment
+from cskv.fingerprint import fingerprint
 from cskv.models.attach import attach
 from cskv.plots import plot_demo, plot_training
 from cskv.training.log import FILE as TRAINING_LOG
@@ -47,7 +48,11 @@ def run_demo(
         CSKVError: the model cannot be compressed, the text is too short, or the folder cannot be written.
     """
     began = time.perf_counter()
-    facts = {"model": fingerprint(model), "name": str(model.config.name_or_path), "settings": settings.to_dict()}
+    facts = {
+        "model": fingerprint(model.named_parameters()),
+        "name": str(model.config.name_or_path),
+        "settings": settings.to_dict(),
+    }
     workspace = Workspace(Path(out), facts)
     if workspace.resumed:
         console.print(f"going on with the interrupted run in {out}")

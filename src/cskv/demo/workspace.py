@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from cskv.atomic import write_text
 from cskv.errors import CSKVError
@@ -80,14 +77,3 @@ class Workspace:
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise CSKVError(f"cannot clear {error.filename}: {error.strerror}; choose another folder") from error
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A short hash of a model's weights and dtype, by which a run is tied to its model."""
-    digest = hashlib.sha256(str(model.dtype).encode())
-    for name, parameter in model.named_parameters():
-        total = parameter.detach().double()
-        digest.update(
-            f"{name} {tuple(parameter.shape)} {total.sum().item()!r} {total.square().sum().item()!r}".encode()
-        )
-    return digest.hexdigest()[:16]

@@ -18,9 +18,10 @@ A row is one method on one task with one seed:
     seed
     n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval   (lines and needles)
     cells                      [{"depth", "n", "score"}, ...]                             (needles)
-    tokens, perplexity, nll    (perplexity)
-    tokens, top1, kl, positions    share of equal first choices, nats per token, and both over stretches of positions
-                                   [{"start", "stop", "top1", "kl"}, ...]                 (agreement)
+    tokens, perplexity, nll    and perplexity_interval, 95 % over texts                   (perplexity, continuation)
+    tokens, top1, kl, positions    share of equal first choices, nats per token, their intervals, and both over
+                                   stretches of positions [{"start", "stop", "top1", "kl"}, ...]
+                                                                                          (agreement, continuation)
     cache        bytes that are really allocated after the prompt (`cskv.models.report.CacheReport`, with `ratio` and
                  `bytes_per_token`)
 """
@@ -67,10 +68,12 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        """Write the file, atomically."""
-        fields = ("settings", "model", "environment", "methods", "rows")
-        content = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in fields}
-        write_text(self.path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        """Write the file, atomically; a row is a line."""
+        content = {"format": FORMAT, "version": VERSION}
+        content |= {name: getattr(self, name) for name in ("settings", "model", "environment", "methods")}
+        head = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+        rows = ",\n".join("  " + json.dumps(row, sort_keys=True, allow_nan=False) for row in self.rows)
+        write_text(self.path, f'{head.removesuffix(chr(10) + "}")},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
 def read_run(path: str | Path) -> Run:

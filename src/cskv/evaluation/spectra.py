@@ -10,6 +10,7 @@ import bisect
 import csv
 import io
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from cskv.models.sites import find_sites
 from cskv.statistics import Statistics
 
 ENERGY_SHARES = (0.90, 0.95, 0.99)
+COLUMNS = ("layer", "projection", "source", "index", "value", "normalised", "cumulative_energy")
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def write_csv(spectra: Iterable[Spectrum], path: str | Path) -> Path:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["layer", "projection", "source", "index", "value", "normalised", "cumulative_energy"])
+    writer.writerow(COLUMNS)
     for spectrum in spectra:
         columns = zip(spectrum.values, spectrum.normalised, spectrum.cumulative_energy, strict=True)
         for index, numbers in enumerate(columns, start=1):
@@ -142,3 +144,28 @@ def write_csv(spectra: Iterable[Spectrum], path: str | Path) -> Path:
             writer.writerow([spectrum.layer, spectrum.projection, spectrum.source, index, *formatted])
     write_text(path, text.getvalue())
     return Path(path)
+
+
+def read_csv(path: str | Path) -> list[Spectrum]:
+    """Read spectra that `write_csv` wrote.
+
+    Raises:
+        DataError: there is no such file, or it is of another kind.
+    """
+    try:
+        rows = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines(), strict=True))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"cannot read the spectra {path}: {error}") from error
+    if not rows or tuple(rows[0]) != COLUMNS:
+        raise DataError(f"{path} holds no spectra; expected the columns {', '.join(COLUMNS)}, as `cskv analyze` writes")
+    values: dict[tuple[int, str, str], list[float]] = {}
+    for number, row in enumerate(rows, start=2):
+        try:
+            value = float(row["value"])
+            known = row["projection"] in ("k", "v") and row["source"] in ("weight", "calibrated")
+            if not known or not 0.0 <= value < math.inf:
+                raise ValueError(f"{row['projection']}, {row['source']}, {row['value']}")
+            values.setdefault((int(row["layer"]), row["projection"], row["source"]), []).append(value)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"line {number} of {path} holds no singular value: {error}; run `cskv analyze`") from error
+    return [Spectrum(*key, tuple(sorted(found, reverse=True))) for key, found in values.items()]

@@ -6,10 +6,11 @@ import math
 from statistics import NormalDist
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The interval in [0, 1] that holds the true share with the given confidence.
 
-    Unlike the normal approximation it stays inside [0, 1] and has width at 0 and `n` successes.
+    Unlike the normal approximation it stays inside [0, 1] and has width at 0 and `n` successes. A sum of scores between
+    0 and 1 may be given as well: none varies more than successes of the same mean, so the interval is wide enough.
 
     Raises:
         ValueError: `n` is not positive, `successes` is outside [0, n], or `confidence` outside (0, 1).

@@ -30,7 +30,10 @@ def register(prefix: str, implementation: str, function: Function) -> str:
     name = name_of(prefix, implementation)
     if name not in ALL_ATTENTION_FUNCTIONS:
 
-        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *dropout: float, **kwargs: Any
+        ) -> Any:
+            kwargs |= {"dropout": dropout[0]} if dropout else {}  # kvpress, once imported, passes it by position
             return function(original(module, implementation), module, query, key, value, mask, **kwargs)
 
         AttentionInterface.register(name, attend)

@@ -11,14 +11,14 @@ import torch
 from transformers import DynamicCache
 
 import cskv
+from cskv.baselines import quantized as peers
+from cskv.baselines.quantized import BACKENDS, quantized_cache
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
 from cskv.errors import CacheError, CSKVError
-from cskv.evaluation import peers
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.evaluation.forward import forward
 from cskv.evaluation.longeval import evaluate_lines
-from cskv.evaluation.peers import BACKENDS, quantized_cache
 from cskv.evaluation.perplexity import perplexity
 from cskv.initialisation import initialise
 from cskv.models.storage import allocated_bytes

@@ -1,4 +1,4 @@
-"""transformers' own quantised cache, as a peer to compare with.
+"""transformers' own quantised cache.
 
 `QuantizedCache` quantises the whole prompt after its prefill, the newest tokens too. Tokens that come later stay exact
 until there are `residual_length` of them; then all are dequantised and quantised again together.
@@ -6,13 +6,18 @@ until there are `residual_length` of them; then all are dequantised and quantise
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, QuantizedCache
 
+from cskv.baselines.method import Method, NewCache
 from cskv.errors import CacheError, CSKVError
 
 
@@ -74,6 +79,22 @@ def quantized_cache(
         )
     except (ImportError, ValueError) as error:
         raise CacheError(f"no {backend} cache for this model: {' '.join(str(error).split())}") from error
+
+
+def quantized(nbits: int, backend: str = "hqq", **settings: Any) -> Method:
+    """The quantised cache as a method; `settings` are those of `quantized_cache`.
+
+    Raises:
+        CSKVError: the backend is unknown, its package is missing, or its kernel cannot be built.
+    """
+    _backend(backend)
+
+    @contextmanager
+    def on(model: PreTrainedModel) -> Iterator[NewCache]:
+        yield functools.partial(quantized_cache, model, backend, nbits=nbits, **settings)
+
+    facts = {"kind": "quantised", "backend": backend, "bits": nbits, **settings}
+    return Method(f"QuantizedCache ({backend})", nbits / 16, on, facts)
 
 
 def _backend(name: str) -> Backend:

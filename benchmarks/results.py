@@ -1,0 +1,109 @@
+"""Every cache method on the bundled model, at 50 to 95 % of the cache removed, two seeds: `make results`.
+
+    python benchmarks/results.py channels      # uncompressed, quantised, SVD, ASVD, CSKV
+    python benchmarks/results.py ablations     # window, split between keys and values, quantisation-aware training
+    python benchmarks/results.py tokens        # StreamingLLM, H2O-like, SnapKV: in an environment with kvpress
+
+Each part writes one file of outputs/results, in the format of `cskv evaluate`; what is there already is not measured
+again, so that an interrupted part goes on. Adapters are kept beside them. `benchmarks/results_check.py` holds a run
+against the committed one of docs/results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+# Threads that spin while they wait halve the speed of whatever else runs on the machine; set before torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+from results_methods import NUM_LINES, Offer, Workshop, ablation_methods, channel_methods, token_methods
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cskv.baselines.method import Method
+from cskv.evaluation.environment import environment
+from cskv.evaluation.identity import model_facts
+from cskv.evaluation.results import Run, open_run
+from cskv.evaluation.runner import evaluate, todo
+from cskv.evaluation.settings import EvaluationSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "outputs" / "results"
+MODEL = Path("tinymodel") / "checkpoint"
+PARTS = {"channels": "evaluation.json", "tokens": "evaluation-tokens.json", "ablations": "evaluation-ablations.json"}
+SEEDS = (0, 1)
+COMMON: dict[str, Any] = {
+    "lines": (NUM_LINES,),
+    "cases": 50,
+    "seeds": SEEDS,
+    "wording": "lines",  # the bundled model has learnt no other
+    "max_new_tokens": 16,
+    "texts": 8,
+}
+WHOLE = EvaluationSettings(tasks=("lines", "niah-single", "perplexity", "continuation"), tokens=(500, 1000), **COMMON)
+FEW = EvaluationSettings(tasks=("lines", "perplexity"), protocols=("in-prefill",), **COMMON)
+SETTINGS = {"channels": WHOLE, "tokens": WHOLE, "ablations": FEW}
+
+
+def measure(part: str, folder: Path, adapters: Path, seeds: Sequence[int] = SEEDS, only: str = "") -> Run:
+    """Measure what a part lacks of some of its seeds and methods."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(ROOT / MODEL).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / MODEL)
+    settings = SETTINGS[part]
+    facts = model_facts(model) | {"name": str(MODEL)}
+    run = open_run(folder / PARTS[part], settings.to_dict(), facts, environment().to_dict())
+    for seed in seeds:
+        own = dataclasses.replace(settings, seeds=(seed,))
+        workshop = Workshop(model, tokenizer, adapters / str(seed), seed)
+        for offer in _offers(part, workshop):
+            known = Method(offer.name, offer.budget, NotImplemented, streams=part != "tokens" or offer.budget is None)
+            if only in known.label and todo(run, [known], own):
+                _with_bar(model, tokenizer, offer.make(), own, run, seed)
+    return run
+
+
+def _offers(part: str, workshop: Workshop) -> Iterable[Offer]:
+    if part == "tokens":
+        return token_methods()
+    return channel_methods(workshop) if part == "channels" else ablation_methods(workshop)
+
+
+def _with_bar(model: Any, tokenizer: Any, method: Method, settings: EvaluationSettings, run: Run, seed: int) -> None:
+    jobs = todo(run, [method], settings)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"seed {seed}: {method.label}", total=len(jobs))
+        evaluate(
+            model,
+            tokenizer,
+            [method],
+            settings,
+            run,
+            keep_outputs=False,
+            variant=f" (seed {seed})",
+            on_work=lambda _what, share: progress.advance(task, share),
+        )
+
+
+def main(
+    part: Annotated[str, typer.Argument(help=f"One of {', '.join(PARTS)}.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the result files.")] = OUT,
+    adapters: Annotated[Path, typer.Option("--adapters", help="Folder of adapters.")] = OUT / "adapters",
+    seed: Annotated[list[int], typer.Option("--seed", help="One of the seeds; again for more.")] = [*SEEDS],  # noqa: B006
+    only: Annotated[str, typer.Option("--only", help="Only methods whose name has this, like 'ASVD 20 %'.")] = "",
+) -> None:
+    """Measure one part."""
+    if part not in PARTS:
+        raise typer.BadParameter(f"part is {part!r}; expected one of {', '.join(PARTS)}")
+    measure(part, out, adapters, seed, only)
+
+
+if __name__ == "__main__":
+    typer.run(main)

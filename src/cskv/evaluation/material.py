@@ -1,0 +1,89 @@
+"""What every method is measured on, made once per task, size and seed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cskv.data.cases import Case
+from cskv.data.lines import make_case, read_official
+from cskv.data.needles import PASSKEY_TASK, Haystack, NeedleMaker
+from cskv.data.samples import TokenSamples
+from cskv.data.sources import open_source
+from cskv.errors import DataError
+from cskv.evaluation.perplexity import token_sequences
+from cskv.evaluation.settings import EvaluationSettings
+from cskv.evaluation.tasks import in_chat
+
+SEED_STEP = 1000  # questions of one seed
+
+
+class Material:
+    """Questions and texts of an evaluation.
+
+    Args:
+        tokenizer: the model's.
+        settings: what is measured.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.cases = functools.cache(self._cases)
+        self.texts = functools.cache(self._texts)
+        self._haystack = functools.cache(self._make_haystack)
+
+    def official(self, size: int) -> list[str]:
+        """The published files that ask about records of so many lines."""
+        return [path for path in self.settings.lines_files if read_official(path)[0].num_lines == size]
+
+    def _cases(self, task: str, size: int, seed: int) -> list[Case]:
+        """The questions of a task.
+
+        Raises:
+            DataError: there is too little text, or they do not fit.
+        """
+        made = list(self._lines(size, seed) if task == "lines" else self._needles(task, size, seed))
+        return [in_chat(self.tokenizer, case) for case in made] if self.settings.chat else made
+
+    def _lines(self, size: int, seed: int) -> Iterator[Case]:
+        files = self.official(size)
+        if not files:
+            return (make_case(size, SEED_STEP * seed + index).as_case() for index in range(self.settings.cases))
+        cases = [case.as_case() for path in files for case in read_official(path)]
+        return iter(cases[: self.settings.cases])
+
+    def _needles(self, task: str, tokens: int, seed: int) -> Iterator[Case]:
+        """As many questions as there are to be, dealt out over the depths."""
+        haystack = None if task == PASSKEY_TASK else self._haystack(seed)
+        maker = NeedleMaker(task, self.tokenizer, haystack, self.settings.wording)
+        depths = self.settings.depths if maker.kind.has_depth else (None,)
+        for index in range(self.settings.cases):
+            yield maker.make(tokens, SEED_STEP * seed + index, depths[index % len(depths)])
+
+    def _make_haystack(self, seed: int) -> Haystack | str | None:
+        name = self.settings.haystack
+        if name == "noise":
+            return None
+        if name == "needles":
+            return name
+        longest = max(self.settings.tokens)
+        return Haystack(open_source(name, "heldout").read(seed), self.tokenizer, 2 * longest)
+
+    def _texts(self, size: int, seed: int) -> Int[Tensor, "texts tokens"]:
+        """So many tokens from the beginning of each held-out document; a running text, such as a file, is cut up.
+
+        Raises:
+            DataError: there are not enough.
+        """
+        if size < 2:
+            raise DataError(f"texts are to have {size} tokens; expected at least 2")
+        source, count = open_source(self.settings.text, "heldout"), self.settings.texts
+        if source.separate:
+            return token_sequences(self.tokenizer, source.read(seed), size, count)
+        return torch.stack(list(TokenSamples(source, self.tokenizer, count, size, seed)))

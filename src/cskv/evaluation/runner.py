@@ -1,0 +1,162 @@
+"""Measure methods on the tasks of an evaluation, row by row; rows that a run has already are not measured again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cskv.baselines.method import Method
+from cskv.errors import DataError
+from cskv.evaluation.agreement import agreement
+from cskv.evaluation.cache_size import cache_after_prefill
+from cskv.evaluation.material import Material
+from cskv.evaluation.results import Row, Run
+from cskv.evaluation.settings import AGREEMENT, CONTINUATION, PERPLEXITY, TEXT_TASKS, EvaluationSettings, Job
+from cskv.evaluation.tasks import evaluate_cases
+
+OnWork = Callable[[str, float], None]  # what is being measured, and how much of it has just been done, from 0 to 1
+
+
+def todo(run: Run, methods: Sequence[Method], settings: EvaluationSettings) -> list[tuple[Method, Job]]:
+    """What a run lacks. Methods that only compress prompts are not asked to read a growing text."""
+    return [
+        (method, job)
+        for job in settings.jobs()
+        for method in methods
+        if (method.streams or job.task != PERPLEXITY) and not run.has(**_key(method, job))
+    ]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    methods: Sequence[Method],
+    settings: EvaluationSettings,
+    run: Run,
+    *,
+    keep_outputs: bool = True,
+    variant: str = "",
+    on_work: OnWork | None = None,
+) -> None:
+    """Measure what a run lacks, and add it to the run, whose file is written after every row.
+
+    Args:
+        model: the bare model.
+        tokenizer: the model's.
+        methods: with different (name, budget).
+        settings: what is measured.
+        run: from `cskv.evaluation.results.open_run`.
+        keep_outputs: keep what was answered to every question.
+        variant: added to methods' names in `run.methods`, where each seed has adapters of its own.
+        on_work: for a progress bar.
+
+    Raises:
+        DataError: two methods are called alike, or there is too little text.
+        CSKVError: a method does not fit the model.
+    """
+    names = [method.label for method in methods]
+    alike = sorted({name for name in names if names.count(name) > 1})
+    if alike:
+        raise DataError(f"several methods are called {', '.join(alike)}; give each a name of its own (NAME=...)")
+    for method in methods:
+        facts = json.loads(json.dumps(method.facts))  # as they are read back
+        if run.methods.setdefault(method.label + variant, facts) != facts:
+            raise DataError(
+                f"{run.path} holds figures of another method called {method.label}; results are never mixed: give it "
+                "a name of its own (NAME=...) or another --output"
+            )
+    measure = _Measure(model, tokenizer, settings, keep_outputs, on_work or (lambda _what, _share: None))
+    for method, job in todo(run, methods, settings):
+        for row in measure.rows(method, job):
+            run.add(row)
+
+
+class _Measure:
+    """Measures one method on one job."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: EvaluationSettings,
+        keep_outputs: bool,
+        on_work: OnWork,
+    ) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.material = Material(tokenizer, settings)
+        self.keep_outputs, self.on_work = keep_outputs, on_work
+
+    def rows(self, method: Method, job: Job) -> list[Row]:
+        """The rows of a job, whole ones."""
+        key = _key(method, job)
+        what = " ".join(str(part) for part in (method.label, job.task, job.size, job.protocol or "") if part)
+        if job.task not in TEXT_TASKS:
+            return [key | self._questions(method, job, what)]
+        figures = self._text(method, job, what)
+        cache = {"cache": figures.pop("cache")}
+        parts: dict[str, dict[str, Any]] = {job.task: figures}
+        if job.task == PERPLEXITY:
+            shared = {"tokens": figures.pop("tokens")}
+            likelihood = {name: figures.pop(name) for name in list(figures) if "nll" in name or "perplexity" in name}
+            parts = {AGREEMENT: shared | figures, PERPLEXITY: shared | likelihood}
+        return [key | {"task": task} | part | cache for task, part in parts.items()]
+
+    def _questions(self, method: Method, job: Job, what: str) -> Row:
+        cases = self.material.cases(job.task, job.size, job.seed)
+        with method.on(self.model) as new_cache:
+            result = evaluate_cases(
+                self.model,
+                self.tokenizer,
+                cases,
+                protocol=str(job.protocol),
+                batch_size=self.settings.batch_size if method.pads else 1,
+                max_new_tokens=self.settings.max_new_tokens,
+                new_cache=new_cache,
+                on_case=lambda done: self.on_work(what, done / len(cases)),
+            )
+        prompt = self.tokenizer(cases[0].prompt, return_tensors="pt", verbose=False)["input_ids"]
+        row: Row = {name: getattr(result, name) for name in ("n", "score", "low", "high", "prompt_tokens")}
+        if self.model.device.type == "cuda":  # times on a CPU that does other things as well say nothing
+            row |= {name: getattr(result, name) for name in ("prefill_seconds", "decode_tokens_per_second")}
+        if job.task != "lines":
+            row["cells"] = result.cells()
+        if self.keep_outputs:
+            row["outputs"] = result.to_dict()["outputs"]
+        return row | {"cache": self._cache(method, prompt)}
+
+    def _text(self, method: Method, job: Job, what: str) -> Row:
+        texts = self.material.texts(job.size, job.seed)
+        prefix = job.size - self.settings.continued if job.task == CONTINUATION else 0
+        found = agreement(
+            self.model,
+            method,
+            texts,
+            chunk=method.piece,
+            first_chunk=method.piece if prefix else method.first_piece,
+            prefix=prefix,
+            batch_size=self.settings.batch_size if method.pads else 1,
+            on_tokens=lambda done: self.on_work(what, done / (texts.numel() - len(texts))),
+        )
+        return found.to_dict() | {"cache": self._cache(method, texts[:1])}
+
+    def _cache(self, method: Method, prompt: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
+        """Bytes of the cache after a prompt, beside those of the model's own."""
+        with torch.no_grad():
+            plain = cache_after_prefill(self.model, prompt)
+            with method.on(self.model) as new_cache:
+                report = cache_after_prefill(self.model, prompt, new_cache=new_cache)
+        facts = report.to_dict() | {"tokens": plain.tokens, "uncompressed_bytes": plain.total_bytes}
+        return facts | {
+            "ratio": report.total_bytes / plain.total_bytes,
+            "bytes_per_token": report.total_bytes / plain.tokens,
+        }
+
+
+def _key(method: Method, job: Job) -> dict[str, Any]:
+    return {"method": method.name, "budget": method.budget} | job._asdict()

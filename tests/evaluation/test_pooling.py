@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from cskv.errors import DataError
+from cskv.evaluation.pooling import Cell, Stretch, Value, pool
+from cskv.evaluation.wilson import wilson_interval
+
+KEY = {"method": "PCA", "budget": 0.2, "task": "lines", "size": 200, "protocol": "in-prefill"}
+
+
+def row(seed, **figures):
+    cache = {"ratio": 0.2 + 0.02 * seed, "bytes_per_token": 100.0 + seed}
+    return {**KEY, "seed": seed, "cache": cache} | figures
+
+
+def test_scores_of_two_seeds_are_weighted_by_cases_and_share_one_interval():
+    (found,) = pool([row(1, n=30, score=0.5, low=0.3, high=0.7), row(0, n=10, score=0.9, low=0.6, high=1.0)])
+    # 15 of 30 and 9 of 10 are 24 of 40. Wilson, z = 1.96: centre (0.6 + 0.04802) / 1.09604 = 0.59124, half 0.14542
+    assert found.score.mean == pytest.approx(0.6)
+    assert (found.score.low, found.score.high) == pytest.approx((0.4458, 0.7367), abs=2e-4)
+    assert (found.n, found.seeds) == (40, (0, 1))
+    assert (found.ratio, found.bytes_per_token) == pytest.approx((0.21, 100.5))
+
+
+def test_one_row_keeps_its_own_interval_or_has_none():
+    (own,) = pool([row(0, n=10, score=0.9, low=0.6, high=1.0)])
+    (without,) = pool([row(0, n=10, score=0.9)])
+    assert own.score == Value(0.9, 0.6, 1.0)
+    assert without.score == Value(0.9)
+
+
+def test_partial_scores_have_an_interval_too():
+    (found,) = pool([row(0, n=3, score=0.5), row(1, n=3, score=1 / 3)])
+    assert (found.score.low, found.score.high) == wilson_interval(2.5, 6)
+
+
+def test_rows_that_differ_in_more_than_the_seed_stay_apart():
+    changes = [{"budget": None}, {"budget": 0.1}, {"size": 1}, {"protocol": None}, {"method": "SVD"}, {"task": "x"}]
+    rows = [row(0, n=1, score=1.0) | change for change in changes]
+    assert len(pool(rows)) == 6
+
+
+def test_needle_cells_are_pooled_by_depth():
+    first = [{"depth": 1.0, "n": 2, "score": 0.5}, {"depth": 0.0, "n": 2, "score": 1.0}]
+    (found,) = pool(
+        [row(0, n=4, score=0.75, cells=first), row(1, n=4, score=0.0, cells=[{"depth": 0.0, "n": 6, "score": 0.0}])]
+    )
+    assert found.cells == (Cell(0.0, 8, 0.25), Cell(1.0, 2, 0.5))
+
+
+def test_perplexities_are_pooled_in_nats():
+    rows = [row(seed, task="perplexity", tokens=10, perplexity=value) for seed, value in ((0, 4.0), (1, 9.0))]
+    (found,) = pool(rows)
+    assert found.perplexity.mean == pytest.approx(6.0)  # the geometric mean
+    assert (found.perplexity.low, found.perplexity.high) == pytest.approx((4.0, 9.0))
+    (one,) = pool(rows[:1])
+    assert one.perplexity == Value(pytest.approx(4.0))
+    (told,) = pool([rows[0] | {"nll": math.log(5.0)}])
+    assert told.perplexity.mean == pytest.approx(5.0)
+
+
+def test_agreement_is_pooled_over_tokens_and_by_stretch():
+    part = {"start": 0, "stop": 8, "top1": 1.0, "kl": 0.2}
+    (found,) = pool(
+        [
+            row(0, task="agreement", tokens=30, top1=0.9, kl=0.1, positions=[part]),
+            row(1, task="agreement", tokens=10, top1=0.5, kl=0.5, positions=[part | {"top1": 0.5, "kl": 0.4}]),
+        ]
+    )
+    assert (found.top1.mean, found.top1.low, found.top1.high) == pytest.approx((0.8, 0.5, 0.9))
+    assert found.kl.mean == pytest.approx(0.2)
+    assert found.positions == (Stretch(0, 8, 0.75, pytest.approx(0.3)),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"score": None}, "score of PCA on lines is None"),
+        ({"score": 1.5}, "is 1.5; expected a number from 0 to 1"),
+        ({"score": True}, "score of PCA on lines is True"),
+        ({"n": 0}, "n of PCA on lines is 0"),
+        ({"n": "many"}, "n of PCA on lines is 'many'"),
+        ({"low": float("nan"), "high": 1.0}, "low of PCA on lines is nan"),
+        ({"cells": [3]}, "cells of PCA on lines are no list of objects"),
+        ({"cells": [{"depth": 0.0, "n": 1}]}, "score of PCA on lines is None"),
+        ({"method": ["PCA"]}, r"a row has method \['PCA'\]"),
+        ({"size": "200"}, "size '200'"),
+        ({"cache": 3}, "a cache that is an object"),
+        ({"cache": {"ratio": "half"}}, "ratio of PCA on lines is 'half'"),
+        ({"task": "perplexity", "tokens": 1}, "perplexity of PCA on perplexity is None"),
+        ({"task": "agreement", "tokens": 1, "top1": 1.0, "kl": -1.0}, "kl of PCA on agreement is -1.0"),
+    ],
+)
+def test_a_damaged_row_is_named_in_one_line(changes, complaint):
+    with pytest.raises(DataError, match=complaint) as caught:
+        pool([row(0, n=10, score=0.5) | changes])
+    assert "\n" not in str(caught.value)

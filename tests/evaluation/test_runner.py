@@ -1,0 +1,125 @@
+"""A whole evaluation of tiny methods: rows, resuming, and that nothing is mixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from cskv.baselines.method import compressed, uncompressed
+from cskv.config import CSKVConfig
+from cskv.data.sources import texts_source
+from cskv.errors import DataError
+from cskv.evaluation import material
+from cskv.evaluation.identity import model_facts
+from cskv.evaluation.results import KEY, open_run, read_run
+from cskv.evaluation.runner import evaluate, todo
+from cskv.evaluation.settings import EvaluationSettings
+from cskv.initialisation import initialise
+from tests.evaluation.support import character_tokenizer, tiny_llama
+
+pytest.importorskip("wonderwords")
+
+TOKENIZER = character_tokenizer()
+TEXT = "".join(f"sentence {index} of a text to be read.\n" for index in range(200))
+SETTINGS = EvaluationSettings(
+    tasks=("lines", "niah-single", "perplexity", "continuation"),
+    lines=(2,),
+    tokens=(700,),
+    depths=(0.0, 1.0),
+    cases=3,
+    texts=2,
+    text_tokens=(80,),
+    continued=16,
+    max_new_tokens=3,
+)
+
+
+@pytest.fixture(autouse=True)
+def _short_texts(monkeypatch):
+    source = texts_source([TEXT, TEXT[::-1], TEXT.upper()])
+    monkeypatch.setattr(material, "open_source", lambda name, split: source)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(vocab_size=len(TOKENIZER))
+
+
+def svd(model, density: float = 0.25, name: str = "SVD"):
+    return compressed(initialise(model, CSKVConfig(density, density, init="svd", window=8, group=8)), name, density)
+
+
+def start(model, path, settings=SETTINGS):
+    return open_run(path, settings.to_dict(), model_facts(model), {"cpu": "any"})
+
+
+def test_rows_of_all_tasks(model, tmp_path):
+    shares = []
+    run = start(model, tmp_path / "run.json")
+    evaluate(
+        model, TOKENIZER, [uncompressed(), svd(model)], SETTINGS, run, on_work=lambda _, share: shares.append(share)
+    )
+    rows = read_run(run.path).rows
+    assert sum(shares) == pytest.approx(2 * 6)  # methods x (2 tasks x 2 protocols + 2 texts)
+    assert len(rows) == 2 * 7  # perplexity gives two
+    assert len({tuple(row[name] for name in KEY) for row in rows}) == len(rows)
+    for row in rows:
+        expected = {"lines": {"n", "score", "low", "high"}, "niah-single": {"n", "score", "cells"}}
+        expected |= {"perplexity": {"perplexity", "nll"}, "agreement": {"top1", "kl", "positions"}}
+        expected |= {"continuation": {"perplexity", "top1", "kl", "positions"}}
+        assert expected[row["task"]] <= row.keys()
+        assert row["cache"]["ratio"] == (1.0 if row["method"] == "uncompressed" else pytest.approx(0.35, abs=0.15))
+        assert "prefill_seconds" not in row  # no times of a CPU
+    cells = next(row["cells"] for row in rows if row["task"] == "niah-single")
+    assert [(cell["depth"], cell["n"]) for cell in cells] == [(0.0, 2), (1.0, 1)]
+    outputs = next(row["outputs"] for row in rows if row["task"] == "lines")
+    assert len(outputs) == 3
+    assert run.methods["SVD 25 %"]["kind"] == "cskv"
+
+
+def test_an_interrupted_run_measures_only_what_is_missing(model, tmp_path):
+    methods = [uncompressed(), svd(model)]
+    whole, cut = start(model, tmp_path / "whole.json"), start(model, tmp_path / "cut.json")
+    evaluate(model, TOKENIZER, methods, SETTINGS, whole, keep_outputs=False)
+
+    class Stop(Exception):
+        pass
+
+    def stop(what: str, _share: float) -> None:
+        if "niah" in what and "SVD" in what:
+            raise Stop
+
+    with pytest.raises(Stop):
+        evaluate(model, TOKENIZER, methods, SETTINGS, cut, keep_outputs=False, on_work=stop)
+    again = start(model, tmp_path / "cut.json")
+    assert 0 < len(again.rows) < len(whole.rows)
+    measured = []
+    evaluate(
+        model, TOKENIZER, methods, SETTINGS, again, keep_outputs=False, on_work=lambda what, _: measured.append(what)
+    )
+    assert not any("lines" in what for what in measured)
+    assert json.loads(json.dumps(again.rows)) == whole.rows
+    assert todo(again, methods, SETTINGS) == []
+
+
+def test_another_method_of_the_same_name_is_never_mixed_in(model, tmp_path):
+    settings = dataclasses.replace(SETTINGS, tasks=("perplexity",))
+    run = start(model, tmp_path / "run.json", settings)
+    evaluate(model, TOKENIZER, [svd(model)], settings, run)
+    again = start(model, tmp_path / "run.json", settings)
+    evaluate(model, TOKENIZER, [svd(model)], settings, again)  # the same one
+    with pytest.raises(DataError, match="holds figures of another method called SVD 25 %"):
+        evaluate(model, TOKENIZER, [svd(tiny_llama(1, len(TOKENIZER)))], settings, again)
+
+
+def test_two_methods_need_two_names(model, tmp_path):
+    with pytest.raises(DataError, match="several methods are called SVD 25 %"):
+        evaluate(model, TOKENIZER, [svd(model), svd(model)], SETTINGS, start(model, tmp_path / "run.json"))
+
+
+def test_a_method_that_only_compresses_prompts_is_not_asked_to_read_a_growing_text(model, tmp_path):
+    prompts_only = dataclasses.replace(svd(model), streams=False, pads=False)
+    tasks = {job.task for _, job in todo(start(model, tmp_path / "run.json"), [prompts_only], SETTINGS)}
+    assert tasks == {"lines", "niah-single", "continuation"}

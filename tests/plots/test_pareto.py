@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+
+from cskv.errors import DataError
+from cskv.evaluation.pooling import pool
+from cskv.plots import method_looks, plot_accuracy, plot_agreement, plot_perplexity, plot_positions
+from tests.plots.made_up import METHODS, rows_of
+from tests.plots.support import PNG
+
+pytest.importorskip("matplotlib")
+
+
+def points(methods, budgets=(0.5, 0.2, 0.05), seeds=(0, 1), reference=True):
+    rows = [row for seed in seeds for name in methods for budget in budgets for row in rows_of(name, budget, seed)]
+    return pool(rows + [row for seed in seeds if reference for row in rows_of("uncompressed", None, seed)])
+
+
+def of(found, task, size):
+    return [point for point in found if (point.task, point.size) == (task, size)]
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        points([*METHODS, "one more", "another"]),
+        points(["PCA"], [0.2], [0], reference=False),
+        points([], seeds=[0]),
+        points(["_hidden", "a$b$", "<script>"], seeds=[0]),
+    ],
+    ids=["fifteen methods", "one point", "only uncompressed", "odd names"],
+)
+def test_everything_is_drawn_over_bytes(tmp_path, found):
+    looks = method_looks(found)
+    drawn = [
+        plot_accuracy(of(found, "lines", 200), tmp_path / "a.png", "$x", looks),
+        plot_perplexity(of(found, "perplexity", 2048), tmp_path / "b.png"),
+        plot_agreement(of(found, "agreement", 2048), tmp_path / "c.png", looks=looks),
+    ]
+    assert all(path.read_bytes().startswith(PNG) for path in drawn)
+
+
+def test_scores_without_intervals_are_drawn(tmp_path):
+    rows = list(rows_of("PCA", 0.2, 0))
+    for row in rows:
+        row.pop("low", None)
+    found = pool(rows)
+    assert all(point.score.low is None for point in found if point.score is not None)
+    assert plot_accuracy(of(found, "lines", 100), tmp_path / "a.png").exists()
+
+
+def test_agreement_along_the_text_is_drawn_for_one_budget_of_each_method(tmp_path):
+    found = of(points(["PCA", "SVD"]), "agreement", 2048)
+    chosen = [point for point in found if point.budget == 0.2]
+    assert plot_positions(chosen, tmp_path / "p.png").read_bytes().startswith(PNG)
+    with pytest.raises(DataError, match="PCA, SVD come"):
+        plot_positions(found, tmp_path / "q.png")
+    with pytest.raises(DataError, match="has positions"):
+        plot_positions(of(points(["PCA"]), "lines", 200), tmp_path / "q.png")
+    assert not (tmp_path / "q.png").exists()
+
+
+def test_several_tasks_in_one_figure_are_refused(tmp_path):
+    found = points(["PCA"], seeds=[0])
+    with pytest.raises(DataError, match="one task of one size"):
+        plot_accuracy(found, tmp_path / "a.png")
+    with pytest.raises(DataError, match="a perplexity and its cache's bytes"):
+        plot_perplexity(of(found, "lines", 200), tmp_path / "b.png")
+    assert not list(tmp_path.iterdir())
