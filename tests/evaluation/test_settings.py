@@ -35,6 +35,7 @@ def test_jobs_are_all_tasks_sizes_and_protocols_seed_by_seed():
         ({"cases": 0}, "cases has 0; expected at least 1"),
         ({"tokens": (512, 0)}, "tokens has 0"),
         ({"depths": (0.5, 2.0)}, "depths are 0.5, 2.0"),
+        ({"lines_files": ("a.jsonl",), "seeds": (0, 1)}, "would count their questions twice; give one seed"),
         ({"tasks": ("continuation",), "text_tokens": (256,), "continued": 256}, "expected longer texts"),
     ],
 )

@@ -62,9 +62,9 @@ class Run:
         """Whether there is a row of these six values of `KEY`."""
         return any(all(row[name] == key[name] for name in KEY) for row in self.rows)
 
-    def add(self, row: Row) -> None:
-        """Add a row and write the file, atomically."""
-        self.rows.append(row)
+    def add(self, *rows: Row) -> None:
+        """Add rows that belong together and write the file, atomically."""
+        self.rows.extend(rows)
         self.save()
 
     def save(self) -> None:

@@ -73,8 +73,7 @@ def evaluate(
             )
     measure = _Measure(model, tokenizer, settings, keep_outputs, on_work or (lambda _what, _share: None))
     for method, job in todo(run, methods, settings):
-        for row in measure.rows(method, job):
-            run.add(row)
+        run.add(*measure.rows(method, job))
 
 
 class _Measure:

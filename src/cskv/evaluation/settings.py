@@ -85,6 +85,11 @@ class EvaluationSettings:
                 raise ConfigError(f"{name} has {smallest}; expected at least 1")
         if not all(0.0 <= depth <= 1.0 for depth in self.depths):
             raise ConfigError(f"depths are {', '.join(map(str, self.depths))}; expected 0 to 1")
+        if self.lines_files and len(self.seeds) > 1:
+            raise ConfigError(
+                f"seeds are {', '.join(map(str, self.seeds))}, and published files ask the same of every seed, which "
+                "would count their questions twice; give one seed"
+            )
         if CONTINUATION in self.tasks and self.continued >= min(self.text_tokens):
             raise ConfigError(
                 f"continuation scores the last {self.continued} tokens of texts of {min(self.text_tokens)}; expected "
