@@ -12,11 +12,10 @@ from typing import Any
 
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.capture import frozen
-from cskv.data.lines import LinesCase, score
+from cskv.data.cases import Case
+from cskv.data.lines import LinesCase
 from cskv.errors import DataError
-from cskv.evaluation.decoding import Answers, answer
-from cskv.evaluation.wilson import wilson_interval
+from cskv.evaluation.tasks import evaluate_cases
 
 
 @dataclass(frozen=True)
@@ -85,36 +84,26 @@ def evaluate_lines(
     """
     if not cases:
         raise DataError("no LongEval cases to answer; give at least one")
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise DataError(f"{name} is {value}; expected at least 1")
-    batches: list[Answers] = []
-    with frozen(model):
-        for start in range(0, len(cases), batch_size):
-            batch = cases[start : start + batch_size]
-            batches.append(answer(model, tokenizer, [case.prompt for case in batch], max_new_tokens, new_cache))
-            if on_case is not None:
-                on_case(len(batch))
-    return _summarise(cases, batches)
-
-
-def _summarise(cases: Sequence[LinesCase], batches: Sequence[Answers]) -> LinesResult:
-    texts = [text for batch in batches for text in batch.texts]
-    outputs = tuple(
-        CaseOutput(case.key, case.expected, text, score(text, case.expected))
-        for case, text in zip(cases, texts, strict=True)
+    found = evaluate_cases(
+        model,
+        tokenizer,
+        [Case("lines", case.num_lines, case.prompt, "", (str(case.expected),), last_integer=True) for case in cases],
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        on_case=on_case,
+        new_cache=new_cache,
     )
-    correct = sum(output.correct for output in outputs)
-    low, high = wilson_interval(correct, len(outputs))
-    tokens, seconds = (sum(getattr(b, name) for b in batches) for name in ("decode_tokens", "decode_seconds"))
     return LinesResult(
         num_lines=max(case.num_lines for case in cases),
-        n=len(outputs),
-        accuracy=correct / len(outputs),
-        low=low,
-        high=high,
-        prompt_tokens=sum(batch.prompt_tokens for batch in batches) / len(outputs),
-        prefill_seconds=sum(batch.prefill_seconds for batch in batches) / len(outputs),
-        decode_tokens_per_second=tokens / seconds if tokens else 0.0,
-        outputs=outputs,
+        n=found.n,
+        accuracy=found.score,
+        low=found.low,
+        high=found.high,
+        prompt_tokens=found.prompt_tokens,
+        prefill_seconds=found.prefill_seconds,
+        decode_tokens_per_second=found.decode_tokens_per_second,
+        outputs=tuple(
+            CaseOutput(case.key, case.expected, output.output, output.score == 1.0)
+            for case, output in zip(cases, found.outputs, strict=True)
+        ),
     )
