@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import BFloat16, Float, Int, UInt8
+from jaxtyping import BFloat16, Bool, Float, Int, UInt8
 from torch import Tensor
 
 from cskv.quantization.grid import Grid, dequantise
@@ -32,6 +32,14 @@ class Latents(Protocol):
     @property
     def rank(self) -> int:
         """Latents per token."""
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"] | None:
+        """Tokens of every sequence, where they differ; `length` is the largest then. None: all have `length`."""
+
+    @property
+    def granularity(self) -> int:
+        """Tokens that are best read together: a range should begin at a multiple of so many."""
 
     def read(
         self, start: int = 0, stop: int | None = None, workspace: Workspace | None = None
@@ -65,6 +73,14 @@ class PlainLatents:
     @property
     def rank(self) -> int:
         return self.tokens.shape[2]
+
+    @property
+    def lengths(self) -> None:
+        return None
+
+    @property
+    def granularity(self) -> int:
+        return 1
 
     def read(
         self, start: int = 0, stop: int | None = None, workspace: Workspace | None = None
@@ -104,6 +120,14 @@ class PackedLatents:
     def rank(self) -> int:
         return self.grid.rank
 
+    @property
+    def lengths(self) -> None:
+        return None
+
+    @property
+    def granularity(self) -> int:
+        return self.grid.block_tokens
+
     def read(
         self, start: int = 0, stop: int | None = None, workspace: Workspace | None = None
     ) -> Float[Tensor, "batch tokens rank"]:
@@ -127,12 +151,15 @@ class View:
         k: latents of the older tokens' keys, before norm and RoPE (commuting ones: after both); None where there are
             no older tokens.
         v: latents of their values; None as well.
+        exists: which exact tokens there are, where sequences have different numbers of them. The others hold zeros.
+            None: all.
     """
 
     keys: Float[Tensor, "batch kv_heads recent head_dim"]
     values: Float[Tensor, "batch kv_heads recent head_dim"]
     k: Latents | None = None
     v: Latents | None = None
+    exists: Bool[Tensor, "batch recent"] | None = None
 
     @property
     def sealed(self) -> int:

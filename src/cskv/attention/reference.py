@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.attention.rules import Logits, Rope, ToHeads, causal_mask
+from cskv.attention.rules import Logits, Rope, ToHeads, beyond, causal_mask
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.view import Latents, View
 
@@ -38,6 +38,12 @@ def attention(
     if logits.mask is None:
         reads = causal_mask(query.shape[2], keys.shape[2], query.device)
         scores = scores.masked_fill(~reads, torch.finfo(dtype).min)
+    if view.k is not None and view.k.lengths is not None:
+        hidden = beyond(view.k.lengths, 0, view.sealed)
+        scores[..., : view.sealed] = scores[..., : view.sealed].masked_fill(hidden, torch.finfo(dtype).min)
+    if view.exists is not None:
+        recent = scores[..., view.sealed :]
+        scores[..., view.sealed :] = recent.masked_fill(~view.exists[:, None, None], torch.finfo(dtype).min)
     if logits.sinks is not None:
         sinks = logits.sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], dim=-1)

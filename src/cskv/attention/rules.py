@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 ToHeads = Callable[[Tensor], Tensor]
@@ -108,3 +108,9 @@ class Logits:
 def causal_mask(new: int, tokens: int, device: torch.device) -> Bool[Tensor, "new tokens"]:
     """Which of `tokens` exact tokens the queries of the last `new` of them read: those up to their own."""
     return torch.ones(new, tokens, dtype=torch.bool, device=device).tril_(tokens - new)
+
+
+def beyond(lengths: Int[Tensor, " batch"], start: int, stop: int) -> Bool[Tensor, "batch 1 1 tokens"]:
+    """Which tokens of a range lie past the end of each sequence, to hide them in (batch, heads, new, tokens)."""
+    token = torch.arange(start, stop, device=lengths.device)
+    return (token >= lengths[:, None])[:, None, None]

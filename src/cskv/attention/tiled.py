@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cskv.attention.partial import Partial
-from cskv.attention.rules import Logits, Rope, ToHeads, causal_mask
+from cskv.attention.rules import Logits, Rope, ToHeads, beyond, causal_mask
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.view import Latents, PackedLatents, View
+from cskv.view import Latents, PlainLatents, View
 from cskv.workspace import Workspace
 
 SCORES = 2**19  # numbers in the scores of a tile
@@ -58,6 +58,8 @@ def exact(query: Tensor, view: View, logits: Logits) -> Partial:
     if logits.mask is None and query.shape[2] > 1:
         reads = causal_mask(query.shape[2], view.keys.shape[2], query.device)
         scores.masked_fill_(~reads, torch.finfo(scores.dtype).min)
+    if view.exists is not None:
+        scores.masked_fill_(~view.exists[:, None, None], torch.finfo(scores.dtype).min)
     most, total, weights = _weights(scores)
     return Partial(most, total, _wide(per_head(weights.to(view.values.dtype), view.values)))
 
@@ -78,6 +80,8 @@ def _sealed(
     for start in range(0, k.length, tile):
         stop = min(start + tile, k.length)
         scores = logits.of(keys.scores(k.read(start, stop, workspace), start), start)
+        if k.lengths is not None:
+            scores.masked_fill_(beyond(k.lengths, start, stop), torch.finfo(scores.dtype).min)
         most, total, weights = _weights(scores)
         part = Partial(most, total, values.sums(weights, v.read(start, stop, workspace)))
         parts = part if parts is None else parts.joined(part)
@@ -90,10 +94,10 @@ def _tile(query: Tensor, latents: tuple[Latents, Latents], rebuilt: int) -> int:
     Blocks of packed latents are not cut, so that they are unpacked as blocks.
     """
     batch, heads, new, _ = query.shape
-    packed = [part for part in latents if isinstance(part, PackedLatents)]
+    packed = [part for part in latents if not isinstance(part, PlainLatents)]
     width = max(rebuilt, *(2 * part.rank for part in packed), 1)
     tile = min(SCORES // (batch * heads * new), REBUILT // (batch * width))
-    step = math.lcm(LEAST_TILE, *(part.grid.block_tokens for part in packed))
+    step = math.lcm(LEAST_TILE, *(part.granularity for part in packed))
     return max(1, tile // step) * step
 
 
