@@ -80,11 +80,8 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
 
     def grid(self, layer_idx: int, kind: str) -> Grid | None:
         """How latents of one layer's keys ("k") or values ("v") are stored; None leaves them in the model's dtype."""
-        block = self.config.block(kind)
-        if self.config.mixed_widths:
-            return Grid(self.widths[layer_idx, kind], *block)
-        bits = self.config.bits(kind)
-        return None if bits == 16 else Grid.uniform(getattr(self.factors(layer_idx), kind).rank, bits, block)
+        rank = getattr(self.factors(layer_idx), kind).rank
+        return Grid.of(self.config, kind, rank, self.widths.get((layer_idx, kind)))
 
     def grids(self, layer_idx: int) -> tuple[Grid | None, Grid | None]:
         """The grids of a layer's key and value latents."""

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cskv.base import BaseModelInfo
@@ -31,6 +30,16 @@ CARD_FILE = "README.md"
 FORMAT_VERSION = 1
 MODEL_TYPE = "cskv"
 Widths = tuple[tuple[int, int], ...]  # runs of (bits, channels)
+
+
+class Settings(NamedTuple):
+    """What a folder's `config.json` says. Ranks are {"k": rank, "v": rank, "kv_dim": channels} by layer."""
+
+    config: CSKVConfig
+    base: BaseModelInfo
+    ranks: dict[int, dict[str, int]]
+    metrics: dict[str, Any]
+    widths: dict[tuple[int, str], Widths]
 
 
 class Contents(NamedTuple):
@@ -78,53 +87,99 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     return description
 
 
+def read_settings(folder: Path) -> Settings:
+    """Read a folder's `config.json` alone.
+
+    Raises:
+        AdapterError: it is missing, damaged, or of a newer format.
+    """
+    description = read_description(folder)
+    try:
+        return Settings(
+            config=CSKVConfig.from_dict(description["compression"]),
+            base=_base_from_dict(description["base_model"]),
+            ranks={int(index): values for index, values in description["ranks"].items()},
+            metrics=description.get("metrics", {}),
+            widths={
+                (int(index), kind): tuple((int(bits), int(channels)) for bits, channels in runs)
+                for index, kinds in description.get("widths", {}).items()
+                for kind, runs in kinds.items()
+            },
+        )
+    except ConfigError as error:
+        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise AdapterError(f"{folder / CONFIG_FILE} lacks or garbles {error}; the folder is damaged") from error
+
+
 def read_folder(folder: Path) -> Contents:
     """Read a folder and check that its files agree with each other.
 
     Raises:
         AdapterError: a file is missing, damaged, or does not fit the others.
     """
-    description = read_description(folder)
-    try:
-        config = CSKVConfig.from_dict(description["compression"])
-        base = _base_from_dict(description["base_model"])
-        ranks = {int(index): values for index, values in description["ranks"].items()}
-        metrics = description.get("metrics", {})
-        widths = {
-            (int(index), kind): tuple((int(bits), int(channels)) for bits, channels in runs)
-            for index, kinds in description.get("widths", {}).items()
-            for kind, runs in kinds.items()
-        }
-    except ConfigError as error:
-        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} lacks or garbles {error}; the folder is damaged") from error
+    settings = read_settings(folder)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
-    layers = {index: _layer_from(tensors, index, folder) for index in ranks}
+    layers = {index: _layer_from(tensors, index, folder) for index in settings.ranks}
     if tensors:
         raise AdapterError(
             f"{folder / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {sorted(tensors)[:3]}"
         )
     for index, layer in layers.items():
-        got = {"k": layer.k.rank, "v": layer.v.rank, "kv_dim": layer.k.kv_dim}
-        if got != ranks[index]:
-            raise AdapterError(
-                f"{folder}: layer {index} has ranks {got} in {WEIGHTS_FILE}, {ranks[index]} in {CONFIG_FILE}"
-            )
-    return Contents(config, layers, base, metrics, widths)
+        _check_ranks(folder, index, layer, settings)
+    return Contents(settings.config, layers, settings.base, settings.metrics, settings.widths)
+
+
+def read_layer(folder: Path, settings: Settings, index: int) -> LayerFactors:
+    """The factors of one layer alone, with the same checks.
+
+    Raises:
+        AdapterError: as for `read_folder`.
+    """
+    layer = _layer_from(_read_tensors(folder / WEIGHTS_FILE, f"layers.{index}."), index, folder)
+    _check_ranks(folder, index, layer, settings)
+    return layer
+
+
+def check_weights(folder: Path, settings: Settings) -> None:
+    """Check by its header alone that a folder's weights are whole and have every layer.
+
+    Raises:
+        AdapterError: the file is missing or truncated, or lacks a layer.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path} is missing; the adapter folder is incomplete") from error
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} is truncated or corrupted ({error}); copy or train the adapter again") from error
+    needed = {f"layers.{i}.{kind}.{side}" for i in settings.ranks for kind in ("k", "v") for side in ("down", "up")}
+    if not needed <= names:
+        raise AdapterError(f"{path} lacks {sorted(needed - names)[0]}; the adapter folder is damaged")
+
+
+def _check_ranks(folder: Path, index: int, layer: LayerFactors, settings: Settings) -> None:
+    got = {"k": layer.k.rank, "v": layer.v.rank, "kv_dim": layer.k.kv_dim}
+    if got != settings.ranks[index]:
+        raise AdapterError(
+            f"{folder}: layer {index} has ranks {got} in {WEIGHTS_FILE}, {settings.ranks[index]} in {CONFIG_FILE}"
+        )
 
 
 def _base_from_dict(values: dict[str, Any]) -> BaseModelInfo:
     known = {field.name for field in dataclasses.fields(BaseModelInfo)}
     unknown = sorted(set(values) - known)
     if unknown:
-        warnings.warn(f"ignoring unknown facts on the base model {unknown}: written by a newer cskv?", stacklevel=4)
+        warnings.warn(f"ignoring unknown facts on the base model {unknown}: written by a newer cskv?", stacklevel=5)
     return BaseModelInfo(**{key: value for key, value in values.items() if key in known})
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     except FileNotFoundError as error:
         raise AdapterError(f"{path} is missing; the adapter folder is incomplete") from error
     except (OSError, SafetensorError) as error:

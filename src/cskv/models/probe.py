@@ -24,15 +24,12 @@ from cskv.models.compat import cache_kwarg
 from cskv.models.frozen import frozen
 from cskv.models.logits import Understanding, understanding
 from cskv.models.pairs import find_pairs
-from cskv.models.recipe import NormStyle, Recipe, RopeStyle, rotation_of
+from cskv.models.recipe import KEY_NORMS, TOLERANCE, NormStyle, Recipe, RopeStyle, kernel_norm, rotation_of
 from cskv.models.rope import Rope, find_rope
 from cskv.models.sites import AttentionSite
 
 PROBE_TOKENS = 8
-KEY_NORMS = {"k_norm": "q_norm", "k_layernorm": "q_layernorm", "key_layernorm": "query_layernorm"}  # and the queries'
 VALUE_NORMS = ("v_norm",)
-# The largest error that is still rounding, relative to the largest cached value.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
             rope=_rope(model, site, record.call) if rotated else None,
             pairs=find_pairs(keys, record.call.cos) if rotated else None,  # type: ignore[arg-type]
             plain_rope=rotated and _is_plain(keys, layer.keys, record.call),
-            key_norm=_head_norm(keys, layer.keys) if rotated else None,
+            key_norm=kernel_norm(keys, layer.keys) if rotated else None,
             attention=understood(site.module),
         )
     return recipes
@@ -165,22 +162,7 @@ def _is_plain(recipe: Recipe, heads: Tensor, call: AttentionCall) -> bool:
 
 
 def _is_kernel_norm(recipe: Recipe, heads: Tensor) -> bool:
-    return recipe.norm_style is NormStyle.NONE or _head_norm(recipe, heads) is not None
-
-
-@torch.no_grad()
-def _head_norm(recipe: Recipe, heads: Tensor) -> RMSNorm | None:
-    """The norm over each head as a weight and an epsilon, if it is one of that kind: tried on some heads."""
-    norm = recipe.norm
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if recipe.norm_style is not NormStyle.PER_HEAD or norm is None or not isinstance(eps, float):
-        return None
-    ones = norm(torch.ones_like(heads[:1, :1, :1, :])).flatten()
-    found = RMSNorm(ones * (1 + eps) ** 0.5, eps)
-    normalised = heads * (heads.square().mean(-1, keepdim=True) + eps).rsqrt() * found.weight
-    expected = norm(heads)
-    tolerance = TOLERANCE.get(heads.dtype, 3e-2) * float(expected.abs().max())
-    return found if float((normalised - expected).abs().max()) <= tolerance else None
+    return recipe.norm_style is NormStyle.NONE or kernel_norm(recipe, heads) is not None
 
 
 def _queries(site: AttentionSite, keys: Recipe) -> Recipe:

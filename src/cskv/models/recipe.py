@@ -16,6 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cskv.attention.rules import RMSNorm
+
+KEY_NORMS = {"k_norm": "q_norm", "k_layernorm": "q_layernorm", "key_layernorm": "query_layernorm"}  # and the queries'
+# The largest error that is still rounding, relative to the largest value.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
 
 class NormStyle(enum.Enum):
     """Where a family normalises its keys."""
@@ -90,3 +96,18 @@ def rotation_of(attention: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tens
         # No query heads: the function turns queries and keys alike, and only the keys are wanted.
         return lambda heads, cos, sin: function(heads[:, :0], heads, cos, sin)[1]
     return lambda heads, cos, sin: function(heads, cos, sin)
+
+
+@torch.no_grad()
+def kernel_norm(recipe: Recipe, heads: Tensor) -> RMSNorm | None:
+    """The norm over each head as a weight and an epsilon, if it is one of that kind: tried on some heads."""
+    norm = recipe.norm
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if recipe.norm_style is not NormStyle.PER_HEAD or norm is None or not isinstance(eps, float):
+        return None
+    ones = norm(torch.ones_like(heads[:1, :1, :1, :])).flatten()
+    found = RMSNorm(ones * (1 + eps) ** 0.5, eps)
+    normalised = heads * (heads.square().mean(-1, keepdim=True) + eps).rsqrt() * found.weight
+    expected = norm(heads)
+    tolerance = TOLERANCE.get(heads.dtype, 3e-2) * float(expected.abs().max())
+    return found if float((normalised - expected).abs().max()) <= tolerance else None

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import BFloat16, Float, UInt8
 from torch import Tensor
 
+from cskv.config import CSKVConfig
 from cskv.errors import ConfigError
 from cskv.quantization.packing import WIDTHS, pack, row_bytes, unpack
 from cskv.workspace import Workspace
@@ -51,6 +52,17 @@ class Grid:
     def uniform(cls, rank: int, bits: int, block: tuple[int, int]) -> Grid:
         """One width for all latents, in blocks of (tokens, channels)."""
         return cls(((bits, rank),), *block)
+
+    @classmethod
+    def of(cls, config: CSKVConfig, kind: str, rank: int, widths: tuple[tuple[int, int], ...] | None) -> Grid | None:
+        """How settings store `rank` latents of keys ("k") or values ("v"); None leaves them in the model's dtype.
+
+        `widths` are the layer's own, where the settings mix them.
+        """
+        if config.mixed_widths and widths is not None:
+            return cls(widths, *config.block(kind))
+        bits = config.bits(kind)
+        return None if bits == 16 else cls.uniform(rank, bits, config.block(kind))
 
     @property
     def rank(self) -> int:

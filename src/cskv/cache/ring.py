@@ -1,0 +1,112 @@
+"""The exact window of many requests: one ring of the newest tokens per request, in pages beside those of latents.
+
+Before a forward that appends to `s` tokens, the first `due(s)` are sealed (`cskv.cache.bibranch`), so that at most
+`window + group - 1` are not: a token's place in the ring is its position modulo that. A ring is read before the forward
+writes its own tokens over the oldest ones. Where latents are packed in groups of tokens, those of tokens that are not
+sealed yet wait in the ring as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cskv.paged import ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Ring:
+    """What the ring of one request holds, of one layer.
+
+    Attributes:
+        window, group: see `CSKVConfig`.
+        kv_heads, head_dim: of the exact keys and values.
+        k_waiting, v_waiting: latents per token that wait to be packed with their group; 0 where none do.
+        dtype: of all of them.
+    """
+
+    window: int
+    group: int
+    kv_heads: int
+    head_dim: int
+    k_waiting: int
+    v_waiting: int
+    dtype: torch.dtype
+
+    @property
+    def slots(self) -> int:
+        """Tokens; 0 where nothing is ever kept exactly, and there is no ring."""
+        return self.window + self.group - 1
+
+    @property
+    def row(self) -> tuple[int, int, int, int]:
+        """Numbers of a token: key, value, and waiting latents of both."""
+        kv_dim = self.kv_heads * self.head_dim
+        return kv_dim, kv_dim, self.k_waiting, self.v_waiting
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the ring."""
+        size = self.slots * sum(self.row) * self.dtype.itemsize
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+    def due(self, length: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+        """The tokens that are sealed when a forward appends to `length`."""
+        return (length - self.window).clamp(min=0) // self.group * self.group
+
+    def rings(self, storage: Tensor) -> Float[Tensor, "pages slots row"]:
+        """The rings in pages of bytes, (pages, page_bytes), without a copy."""
+        numbers = storage.view(self.dtype)[:, : self.slots * sum(self.row)]
+        return numbers.unflatten(1, (self.slots, sum(self.row)))
+
+    def tokens(
+        self,
+        rings: Float[Tensor, "pages slots row"],
+        page: Int[Tensor, " batch"],
+        position: Int[Tensor, "batch tokens"],
+    ) -> Float[Tensor, "batch tokens row"]:
+        """What the rings hold of some positions."""
+        return rings[page[:, None], position % self.slots]
+
+    def heads(self, rows: Float[Tensor, "batch tokens row"]) -> tuple[Tensor, Tensor]:
+        """Keys and values, (batch, kv_heads, tokens, head_dim), of rows of a ring."""
+        keys, values, _, _ = rows.split(self.row, dim=-1)
+        return (
+            keys.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2),
+            values.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2),
+        )
+
+    def recent(
+        self, rings: Float[Tensor, "pages slots row"], page: Int[Tensor, " batch"], length: Int[Tensor, " batch"]
+    ) -> tuple[Tensor, Tensor, Bool[Tensor, "batch slots"]]:
+        """The exact tokens of requests of `length` tokens, oldest first; after a request's last there are zeros.
+
+        Returns:
+            keys and values, (batch, kv_heads, slots, head_dim), and which of them there are.
+        """
+        position = self.due(length)[:, None] + torch.arange(self.slots, device=length.device)
+        exists = position < length[:, None]
+        rows = self.tokens(rings, page, position).masked_fill(~exists[..., None], 0)  # NaN may lie there
+        return *self.heads(rows), exists
+
+    def write(
+        self,
+        rings: Float[Tensor, "pages slots row"],
+        page: Int[Tensor, " tokens"],
+        position: Int[Tensor, " tokens"],
+        parts: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> None:
+        """Put tokens into their rings.
+
+        Args:
+            rings: those of all requests.
+            page: of each token's request.
+            position: of each token; the newest `slots` of a request at most.
+            parts: keys, values and the latents of both, (tokens, ...); latents that do not wait are left out.
+        """
+        keys, values, k_latents, v_latents = parts
+        waiting = k_latents[:, : self.k_waiting], v_latents[:, : self.v_waiting]
+        rings[page, position % self.slots] = torch.cat([keys.flatten(1), values.flatten(1), *waiting], dim=1)

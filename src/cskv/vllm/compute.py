@@ -1,0 +1,182 @@
+"""The attention of one layer in one step of a server, and what it writes into the cache.
+
+Queries read sealed tokens by their latents, in pages, and the newest exactly: from the request's ring, and those of the
+step itself. Requests that decode are done at once, whatever their lengths; a piece of a prompt is done by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from cskv.attention.dispatch import attention
+from cskv.attention.rules import Logits, Rope, causal_mask
+from cskv.cache.pages import is_grouped, seal, store
+from cskv.cache.ring import Ring
+from cskv.factorization.factors import LayerFactors
+from cskv.models.attending import MOST_NEW
+from cskv.paged import PagedLatents, Pages
+from cskv.view import View
+from cskv.vllm.step import Prefill, Step
+from cskv.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The memory of one layer, of all requests.
+
+    Attributes:
+        k, v: pages of latents.
+        ring: what the rings hold; None where no token is kept exactly beyond its own step.
+        rings: (pages, slots, row): those of all requests; None as well.
+        ring_page: (requests,): the ring of each request of the step; None as well.
+    """
+
+    k: Pages
+    v: Pages
+    ring: Ring | None = None
+    rings: Tensor | None = None
+    ring_page: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """How one layer attends.
+
+    Attributes:
+        factors: of the layer's kv heads here.
+        rope: how rebuilt keys become those that queries meet, with cos and sin of all positions; None where they are
+            those already.
+        logits: scaling and soft-capping.
+        workspace: scratch tensors.
+    """
+
+    factors: LayerFactors
+    rope: Rope | None
+    logits: Logits
+    workspace: Workspace
+
+    def rope_until(self, sealed: int) -> Rope | None:
+        """The rope with cos and sin of the first tokens."""
+        if self.rope is None or self.rope.cos is None or self.rope.sin is None:
+            return self.rope
+        cos, sin = self.rope.cos[:, :sealed], self.rope.sin[:, :sealed]
+        return Rope(cos, sin, self.rope.heads, self.rope.is_plain, self.rope.norm)
+
+
+def attend(
+    step: Step, cache: LayerCache, rules: LayerRules, query: Tensor, keys: Tensor, values: Tensor, output: Tensor
+) -> None:
+    """Attend in all requests of a step.
+
+    Args:
+        step: what it brings.
+        cache: of the layer, as it was before.
+        rules: of the layer.
+        query: (tokens, q_heads, head_dim).
+        keys, values: (tokens, kv_heads, head_dim), of the step's own tokens.
+        output: (tokens, q_heads, head_dim): where the result goes.
+    """
+    if step.decodes:
+        n = step.decodes
+        output[:n] = _decode(step, cache, rules, query[:n], keys[:n], values[:n])
+    for prefill in step.prefills:
+        rows = prefill.rows
+        output[rows] = _prefill(step, prefill, cache, rules, query[rows], keys[rows], values[rows])
+
+
+def write(step: Step, cache: LayerCache, keys: Tensor, values: Tensor, latents: tuple[Tensor, Tensor]) -> None:
+    """Put a step's tokens into the cache, after `attend`.
+
+    Args:
+        step, cache, keys, values: as for `attend`.
+        latents: (tokens, rank) of keys and of values.
+    """
+    for which, pages in enumerate((cache.k, cache.v)):
+        if is_grouped(pages):
+            _seal(step, cache, pages, which, latents[which])
+        else:
+            store(pages, step.slots, latents[which])
+    if cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
+        row, request, position = step.kept
+        parts = keys[row], values[row], latents[0][row], latents[1][row]
+        cache.ring.write(cache.rings, cache.ring_page[request], position, parts)
+
+
+def _decode(step: Step, cache: LayerCache, rules: LayerRules, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    n = step.decodes
+    keys, values, exists = keys[:, :, None], values[:, :, None], None
+    if cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
+        old_keys, old_values, exists = cache.ring.recent(cache.rings, cache.ring_page[:n], step.length[:n])
+        keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+        exists = torch.nn.functional.pad(exists, (0, 1), value=True)
+    k, v = (
+        PagedLatents(pages, step.table[:n], step.sealed[:n], step.most, step.least) if step.most else None
+        for pages in (cache.k, cache.v)
+    )
+    view, rope = View(keys, values, k, v, exists), rules.rope_until(step.most)
+    return attention(query[:, :, None], view, rules.factors, rope, rules.logits, workspace=rules.workspace)[:, :, 0]
+
+
+def _prefill(
+    step: Step, prefill: Prefill, cache: LayerCache, rules: LayerRules, query: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """(new, q_heads, head_dim) of one request."""
+    query, keys, values = (part.transpose(0, 1)[None] for part in (query, keys, values))
+    recent = prefill.length - prefill.sealed
+    if recent and cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
+        of_request = slice(prefill.request, prefill.request + 1)
+        held = cache.ring.recent(cache.rings, cache.ring_page[of_request], step.length[of_request])
+        keys = torch.cat([held[0][:, :, :recent], keys], dim=2)
+        values = torch.cat([held[1][:, :, :recent], values], dim=2)
+    view = View(keys, values, *_latents(step, prefill, cache))
+    rope = rules.rope_until(prefill.sealed)
+    if query.shape[2] <= MOST_NEW or rules.logits.softcap is not None:
+        result = attention(query, view, rules.factors, rope, rules.logits, workspace=rules.workspace)
+    else:
+        result = _on_rebuilt(query, view, rules, rope)
+    return result[0].transpose(0, 1)
+
+
+def _latents(step: Step, prefill: Prefill, cache: LayerCache) -> tuple[PagedLatents | None, PagedLatents | None]:
+    if not prefill.sealed:
+        return None, None
+    of_request, sealed = slice(prefill.request, prefill.request + 1), prefill.sealed
+    table, lengths = step.table[of_request], step.sealed[of_request]
+    return PagedLatents(cache.k, table, lengths, sealed, sealed), PagedLatents(cache.v, table, lengths, sealed, sealed)
+
+
+def _on_rebuilt(query: Tensor, view: View, rules: LayerRules, rope: Rope | None) -> Tensor:
+    """Attention of a long piece of a prompt, for which all old keys and values are rebuilt once."""
+    keys, values, new = view.keys, view.values, query.shape[2]
+    if view.k is not None and view.v is not None:
+        channels = rules.factors.k.expand(view.k.read())
+        old_keys = _heads(channels, keys) if rope is None else rope.keys(channels, 0)
+        keys = torch.cat([old_keys, keys], dim=2)
+        values = torch.cat([_heads(rules.factors.v.expand(view.v.read()), values), values], dim=2)
+    mask = None if keys.shape[2] == new else causal_mask(new, keys.shape[2], query.device)
+    scale, grouped = rules.logits.scaling, query.shape[1] != keys.shape[1]
+    return scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _heads(channels: Tensor, like: Tensor) -> Tensor:
+    return channels.unflatten(-1, (-1, like.shape[-1])).transpose(1, 2)
+
+
+def _seal(step: Step, cache: LayerCache, pages: Pages, which: int, latents: Tensor) -> None:
+    """Pack the groups that are due: of latents that wait in the rings, and of the step's own."""
+    request, first = step.groups
+    if not len(request) or cache.ring is None or cache.rings is None or cache.ring_page is None:
+        return
+    ring = cache.ring
+    position = first[:, None] + torch.arange(ring.group, device=first.device)
+    new = position - step.length[request][:, None]
+    waiting = ring.tokens(cache.rings, cache.ring_page[request], position).split(ring.row, dim=-1)[2 + which]
+    own = latents[(step.start[request][:, None] + new).clamp(min=0)]
+    group = torch.where((new >= 0)[..., None], own, waiting.to(own.dtype))
+    seal(pages, step.table[request, first // pages.block_size].long(), first % pages.block_size, group)

@@ -1,0 +1,215 @@
+"""The attention layer that a vLLM model gets in place of its own, and the rings of exact tokens beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.attention.backend import AttentionBackend
+
+from cskv.attention.rules import Logits
+from cskv.factorization.factors import LayerFactors
+from cskv.paged import Pages
+from cskv.vllm.backend import Backend, RingBackend
+from cskv.vllm.compute import LayerCache, LayerRules
+from cskv.vllm.probe import find_rope
+from cskv.vllm.served import Served
+from cskv.vllm.shards import Shard
+from cskv.vllm.specs import LatentSpec, RingSpec
+from cskv.workspace import Workspace
+
+_workspace = Workspace()  # of all layers of a process
+
+
+class CompressedAttention(Attention):
+    """Attention on latents. Its parent hands it the layer's input (`stage`) before it calls it as any attention.
+
+    Args:
+        original: the layer that it stands in for; its name in vLLM's registry of layers is taken over.
+        parent: vLLM's attention module, which owns it.
+        forward: the parent's own forward.
+        child: the name of the layer in its parent.
+        served, shard: the adapter, and the kv heads that are here.
+        vllm_config: vLLM's configuration.
+    """
+
+    def __init__(
+        self,
+        original: Attention,
+        parent: nn.Module,
+        forward: Any,
+        child: str,
+        served: Served,
+        shard: Shard,
+        vllm_config: Any,
+    ) -> None:
+        name = original.layer_name
+        del vllm_config.compilation_config.static_forward_context[name]
+        super().__init__(
+            original.num_heads,
+            original.head_size,
+            original.impl.scale,
+            num_kv_heads=original.num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=original.quant_config,
+            prefix=name,
+            attn_backend=Backend,
+        )
+        self._parent = (parent, forward, child)  # in a tuple, or it would be a module of this one
+        self.served, self.shard = served, shard
+        self._softcap = getattr(original.impl, "logits_soft_cap", None) or None
+        self._hidden_size = vllm_config.model_config.get_hidden_size()
+        self._commuting = served.config.key_factors == "commuting"
+        self.index = extract_layer_index(name)
+        self.layout = served.layout(self.index, shard, vllm_config.model_config.dtype)
+        self.staged: list[Tensor] = []
+        self.ring_layer = RingLayer(self, vllm_config) if served.has_ring else None
+        self._pages: tuple[Pages, Pages] | None = None
+
+    @property
+    def ring_name(self) -> str | None:
+        """The layer that the rings' pages are found under."""
+        return None if self.ring_layer is None else self.ring_layer.page_name
+
+    def stage(self, hidden_states: Tensor) -> None:
+        """Take the latents of the layer's input; commuting keys make theirs of keys."""
+        self.staged.append(linear(hidden_states, self.down, self.down_bias))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """(tokens, q_heads * head_dim), of queries, keys and values with heads laid end to end."""
+        latents = self.staged.pop()
+        if self._commuting:
+            latents = torch.cat([linear(key, self.k_down), latents], dim=-1)
+        tokens = query.shape[0]
+        heads = (self.num_kv_heads, self.head_size)
+        output = torch.empty(tokens, self.num_heads, self.head_size, dtype=query.dtype, device=query.device)
+        torch.ops.vllm.unified_attention_with_output(
+            query.view(tokens, self.num_heads, self.head_size),
+            latents,
+            torch.stack((key.view(tokens, *heads), value.view(tokens, *heads)), dim=1),
+            output,
+            _encode_layer_name(self.layer_name),
+        )
+        return output.view(tokens, -1)
+
+    def split(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Of keys and of values."""
+        return latents[:, : self.layout.k_rank], latents[:, self.layout.k_rank :]
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Load the factors, and find out how keys are normalised and rotated."""
+        super().process_weights_after_loading(act_dtype)
+        parent, forward, child = self._parent
+        device = next(parent.parameters()).device
+        factors = self.served.factors(self.index, self.shard).to(device, self.layout.dtype)
+        self._place(factors)
+        rope = None if self._commuting else find_rope(parent, forward, child, self._hidden_size, self.head_size)
+        if device.type == "cuda":
+            factors = LayerFactors(factors.k.aligned(16), factors.v)
+        self.rules = LayerRules(factors, rope, Logits(self.impl.scale, self._softcap), _workspace)
+
+    def _place(self, factors: LayerFactors) -> None:
+        """The down-projections, as one product where both read the layer's input."""
+        parts = [factors.v] if self._commuting else [factors.k, factors.v]
+        biases = [part.down_bias for part in parts]
+        bias = None
+        if any(part is not None for part in biases):
+            pairs = zip(biases, parts, strict=True)
+            bias = torch.cat([p.down.new_zeros(p.rank) if b is None else b for b, p in pairs])
+        self.register_buffer("down", torch.cat([part.down for part in parts]), persistent=False)
+        self.register_buffer("down_bias", bias, persistent=False)
+        self.register_buffer("k_down", factors.k.down if self._commuting else None, persistent=False)
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> LatentSpec:
+        """Pages of latents."""
+        self._block_size = vllm_config.cache_config.block_size
+        config = self.served.config
+        return LatentSpec(
+            block_size=self._block_size,
+            num_kv_heads=1,
+            head_size=self.layout.k_rank,
+            head_size_v=self.layout.v_rank,
+            dtype=torch.uint8,
+            max_tp_shards=self.shard.of if config.head_groups > 1 else 1,
+            layout=self.layout,
+            window=config.window,
+            group=config.group,
+        )
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the memory, (pages, 1, 1, page_bytes)."""
+        super().bind_kv_cache(kv_cache)
+        self._pages = self.layout.pages(kv_cache[:, 0, 0], self._block_size)
+
+    def cache(self, ring_page: Tensor | None) -> LayerCache:
+        """The layer's memory in a step."""
+        k, v = self._pages  # type: ignore[misc]
+        if self.ring_layer is None:
+            return LayerCache(k, v)
+        return LayerCache(k, v, self.ring_layer.ring, self.ring_layer.rings, ring_page)
+
+
+class RingLayer(nn.Module, AttentionLayerBase):
+    """The rings of one layer. As many layers as fit share a block; the first of them speaks for the others."""
+
+    def __init__(self, layer: CompressedAttention, vllm_config: Any) -> None:
+        super().__init__()
+        self.ring = layer.served.ring(layer.index, layer.shard, layer.layout.dtype, layer.head_size)
+        self.layer_name = f"{layer.layer_name}.ring"
+        self.page_name = self.layer_name
+        self.rings: Tensor | None = None
+        self._layer = (layer,)
+        self.kv_cache = torch.tensor([])
+        vllm_config.compilation_config.static_forward_context[self.layer_name] = self
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> RingSpec | None:
+        """One page for the rings of as many layers as fit into a block, asked for by the first of them."""
+        bundle = self._bundle(vllm_config)
+        self.page_name = bundle[0].layer_name
+        if bundle[0] is not self:
+            return None
+        return RingSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=self.ring.head_dim,
+            dtype=torch.uint8,
+            max_tp_shards=None,
+            ring_bytes=self._ring_bytes(vllm_config),
+            layers=len(bundle),
+        )
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the memory, (pages, 1, 1, bytes), for all layers that share it."""
+        self.kv_cache = kv_cache
+        for place, other in enumerate(self._members):
+            start = place * self._size
+            other.rings = other.ring.rings(kv_cache[:, 0, 0, start : start + other.ring.page_bytes])
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        """Rings have metadata of their own."""
+        return RingBackend
+
+    def _bundle(self, vllm_config: Any) -> list[RingLayer]:
+        layers = _ring_layers(vllm_config)
+        block_size = vllm_config.cache_config.block_size
+        self._size = self._ring_bytes(vllm_config)
+        block = sum(layer._layer[0].layout.page_bytes(block_size) for layer in layers)
+        together = max(1, block // self._size)
+        first = layers.index(self) // together * together
+        self._members = layers[first : first + together]
+        return self._members
+
+    def _ring_bytes(self, vllm_config: Any) -> int:
+        """Of the largest: all are given as much."""
+        return max(layer.ring.page_bytes for layer in _ring_layers(vllm_config))
+
+
+def _ring_layers(vllm_config: Any) -> list[RingLayer]:
+    context = vllm_config.compilation_config.static_forward_context
+    return [layer for layer in context.values() if isinstance(layer, RingLayer)]

@@ -1,0 +1,97 @@
+"""vLLM's own model classes with their attention layers exchanged: `CSKVLlamaForCausalLM` is vLLM's `LlamaForCausalLM`.
+
+No modelling code is copied. A class is made when vLLM asks for it by name. After the model was built as usual, every
+attention layer in it is replaced, and its parent made to hand over the layer's input first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+
+from cskv.errors import UnsupportedModelError
+from cskv.vllm.architectures import PREFIX
+from cskv.vllm.layer import CompressedAttention
+from cskv.vllm.served import Served, find_served
+from cskv.vllm.shards import Shard
+
+
+class Compressed:
+    """Beside a model class of vLLM's: exchanges the attention layers."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        model = vllm_config.model_config
+        exchange(self, find_served(model.model, model.revision, model.hf_config), vllm_config)  # type: ignore[arg-type]
+
+
+def exchange(model: nn.Module, served: Served, vllm_config: Any) -> None:
+    """Replace every attention layer of a model that vLLM has built.
+
+    Raises:
+        UnsupportedModelError: there is none, or one that is not served.
+    """
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    shard = Shard.of_rank(rank, ranks, vllm_config.model_config.get_total_num_kv_heads())
+    found = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, Attention)
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no attention layer of the usual kind; it is not served"
+        )
+    for parent, name, layer in found:
+        _refuse(parent, layer)
+        forward = type(parent).forward
+        compressed = CompressedAttention(layer, parent, forward, name, served, shard, vllm_config)
+        setattr(parent, name, compressed)
+        cls: Any = type(parent)
+        parent.__class__ = _staging(cls, name)
+
+
+@cache
+def _staging(cls: Any, child: str) -> Any:
+    """The same module class, handing its input to its attention layer first."""
+    place = list(inspect.signature(cls.forward).parameters).index("hidden_states") - 1  # after self
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[place]
+        getattr(self, child).stage(hidden_states)
+        return cls.forward(self, *args, **kwargs)
+
+    return type(f"Compressed{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _refuse(parent: nn.Module, layer: Attention) -> None:
+    reason = None
+    if "hidden_states" not in inspect.signature(type(parent).forward).parameters or not hasattr(parent, "qkv_proj"):
+        reason = "has no fused qkv_proj of its hidden_states"
+    elif not hasattr(parent, "q_size"):
+        reason = "does not say how many of its channels are queries"
+    elif layer.sliding_window is not None:
+        reason = "has a sliding window, and such layers are not compressed"
+    elif layer.has_sink:
+        reason = "has attention sinks"
+    if reason is not None:
+        raise UnsupportedModelError(f"{layer.layer_name} ({type(parent).__name__}) {reason}; this model is not served")
+
+
+def __getattr__(name: str) -> Any:
+    architecture = name.removeprefix(PREFIX)
+    if name == architecture or architecture not in _TEXT_GENERATION_MODELS:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    module, cls = _TEXT_GENERATION_MODELS[architecture]
+    base = getattr(import_module(module if "." in module else f"vllm.model_executor.models.{module}"), cls)
+    made = type(name, (Compressed, base), {"__module__": __name__, "__doc__": f"{architecture}, cache compressed."})
+    globals()[name] = made
+    return made

@@ -1,0 +1,156 @@
+"""A check by experiment that a vLLM layer's keys can be rebuilt from its projection, as `cskv.models.probe` does it.
+
+Some tokens go through the layer's own forward; what it projects, and what it hands to its attention, are compared with
+every combination of norm and rotation. A layer that matches none is refused when the server starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from cskv.attention.rules import Rope
+from cskv.errors import UnsupportedModelError
+from cskv.models.recipe import KEY_NORMS, TOLERANCE, NormStyle, Recipe, RopeStyle, kernel_norm
+
+TOKENS = 8
+
+_tables: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+
+@dataclass
+class _Given:
+    """What a layer handed to its attention."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
+class _Recorder(nn.Module):
+    """Stands in for the attention of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = _Given()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.given = _Given(key.clone(), value.clone())
+        return torch.zeros_like(query.flatten(1))
+
+
+@torch.no_grad()
+def find_rope(parent: Any, forward: Any, child: str, hidden_size: int, head_dim: int) -> Rope | None:
+    """How keys that are rebuilt become those that queries meet; None where they are those already.
+
+    Args:
+        parent: vLLM's attention module, with its weights.
+        forward: its own forward, a function of itself, positions and hidden states.
+        child: the name of its attention layer.
+        hidden_size: channels of what it reads.
+        head_dim: channels of a head.
+
+    Raises:
+        UnsupportedModelError: its keys or values follow from its projection by no known norm and rotation.
+    """
+    weight = next(parent.parameters())
+    dtype, device = torch.get_default_dtype(), weight.device
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, hidden_size, generator=generator).to(device, dtype)
+    positions = torch.arange(TOKENS, device=device)
+    given = _record(parent, forward, child, positions, x)
+    k_size = given.keys.flatten(1).shape[1]
+    *_, k, v = parent.qkv_proj(x)[0].split([parent.q_size, k_size, k_size], dim=-1)
+    tables = _cos_sin(parent)
+    found = _match(parent, k, given.keys.flatten(1), tables, head_dim)
+    _check_values(parent, v, given.values.flatten(1))
+    if found.rope_style is RopeStyle.NONE:
+        return None if found.norm_style is NormStyle.NONE else Rope(None, None, found.heads)
+    cos, sin = tables  # type: ignore[misc]
+    plain = bool(getattr(parent.rotary_emb, "is_neox_style", False))
+    heads = k[None].unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    norm = kernel_norm(found, heads)
+    is_plain = plain and (found.norm_style is NormStyle.NONE or norm is not None)
+    return Rope(cos[None], sin[None], found.heads, is_plain, norm)
+
+
+def _record(parent: Any, forward: Any, child: str, positions: Tensor, x: Tensor) -> Any:
+    attention = getattr(parent, child)
+    recorder = _Recorder()
+    setattr(parent, child, recorder)
+    try:
+        forward(parent, positions=positions, hidden_states=x)
+    finally:
+        setattr(parent, child, attention)
+    if recorder.given.keys is None:
+        raise UnsupportedModelError(f"{type(parent).__name__} did not call its attention; it is not served")
+    return recorder.given
+
+
+def _cos_sin(parent: Any) -> tuple[Tensor, Tensor] | None:
+    """Cos and sin of all positions, (positions, rotary_dim), shared by all layers with the same embedding."""
+    rotary = getattr(parent, "rotary_emb", None)
+    cache = getattr(rotary, "cos_sin_cache", None)
+    if rotary is None or cache is None:
+        return None
+    if rotary not in _tables:
+        cos, sin = cache.to(torch.get_default_dtype()).chunk(2, dim=-1)
+        if getattr(rotary, "is_neox_style", False):
+            cos, sin = (torch.cat([part, part], dim=-1) for part in (cos, sin))
+        else:
+            cos, sin = (part.repeat_interleave(2, dim=-1) for part in (cos, sin))
+        _tables[rotary] = cos.contiguous(), sin.contiguous()
+    return _tables[rotary]
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Of halves (Llama), on (batch, heads, tokens, rotary_dim)."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def _rotate_neighbours(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Of neighbouring channels (GLM, Cohere)."""
+    turned = torch.stack([-heads[..., 1::2], heads[..., 0::2]], dim=-1).flatten(-2)
+    return heads * cos[:, None] + turned * sin[:, None]
+
+
+def _candidates(parent: Any, tables: Any, head_dim: int) -> Iterator[Recipe]:
+    norms: list[tuple[nn.Module | None, NormStyle]] = [(None, NormStyle.NONE)]
+    for name in KEY_NORMS:
+        norm = getattr(parent, name, None)
+        if isinstance(norm, nn.Module):
+            norms += [(norm, style) for style in (NormStyle.PER_HEAD, NormStyle.FLAT, NormStyle.AFTER_ROPE)]
+    for norm, style in norms:
+        if tables is not None:
+            neox = getattr(parent.rotary_emb, "is_neox_style", False)
+            whole = RopeStyle.FULL if tables[0].shape[-1] == head_dim else RopeStyle.SLICED
+            yield Recipe(head_dim, norm, style, whole, _rotate if neox else _rotate_neighbours)
+        yield Recipe(head_dim, norm, style)
+
+
+def _match(parent: Any, k: Tensor, keys: Tensor, tables: Any, head_dim: int) -> Recipe:
+    cos, sin = (None, None) if tables is None else (part[None, : len(k)] for part in tables)
+    least = float("inf")
+    for recipe in _candidates(parent, tables, head_dim):
+        try:
+            rebuilt = recipe.heads(k[None], cos, sin).transpose(1, 2).flatten(2)[0]
+        except (RuntimeError, ValueError, IndexError):  # shapes that do not go together: not this layer's recipe
+            continue
+        error = float((rebuilt - keys).abs().max() / keys.abs().max())
+        if error <= TOLERANCE.get(keys.dtype, 3e-2):
+            return recipe
+        least = min(least, error)
+    raise UnsupportedModelError(
+        f"the keys of {type(parent).__name__} follow from its projection by no known norm and rotation (the closest is "
+        f"off by {least:.1e} of the largest); this model is not served"
+    )
+
+
+def _check_values(parent: Any, v: Tensor, values: Tensor) -> None:
+    if not torch.equal(v, values):
+        raise UnsupportedModelError(f"the values of {type(parent).__name__} are not its projection; it is not served")

@@ -1,0 +1,128 @@
+"""Which adapter a vLLM configuration names, and its settings as served.
+
+`config.json` of an exported checkpoint, or `--hf-overrides`, holds
+
+    "architectures": ["CSKVLlamaForCausalLM"],
+    "cskv": {"adapter": FOLDER, "window": 32, "group": 32}
+
+where FOLDER lies in the model's folder, or is a path or a hub id; window and group are the adapter's own if left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from cskv.cache.ring import Ring
+from cskv.config import CSKVConfig
+from cskv.errors import AdapterError, ConfigError
+from cskv.factorization.factors import LayerFactors
+from cskv.folder import Settings, download, read_layer, read_settings
+from cskv.paged import PageLayout
+from cskv.quantization.grid import Grid
+from cskv.vllm.shards import Shard
+
+KEY = "cskv"  # in a model's config.json
+OVERRIDES = ("window", "group")
+
+
+@dataclass(frozen=True)
+class Served:
+    """An adapter as it is served.
+
+    Attributes:
+        folder: of the adapter.
+        settings: of its `config.json`, window and group replaced where the model's configuration says so.
+    """
+
+    folder: Path
+    settings: Settings
+
+    @property
+    def config(self) -> CSKVConfig:
+        return self.settings.config
+
+    @property
+    def has_ring(self) -> bool:
+        """Whether tokens are kept exactly beyond their own step."""
+        return self.config.window + self.config.group > 1
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether latents are packed in groups of tokens."""
+        config = self.config
+        return config.is_quantised and max(config.block("k")[0], config.block("v")[0]) > 1
+
+    def layout(self, layer: int, shard: Shard, dtype: Any) -> PageLayout:
+        """The pages of one layer's latents on one tensor-parallel rank."""
+        ranks = [shard.rank_of(self.settings.ranks[layer][kind], self.config.head_groups) for kind in ("k", "v")]
+        grids = [
+            Grid.of(self.config, kind, rank, self.settings.widths.get((layer, kind)))
+            for kind, rank in zip(("k", "v"), ranks, strict=True)
+        ]
+        return PageLayout(ranks[0], ranks[1], dtype, grids[0], grids[1])
+
+    def ring(self, layer: int, shard: Shard, dtype: Any, head_dim: int) -> Ring:
+        """The ring of one layer on one tensor-parallel rank. It means nothing unless `has_ring`."""
+        layout = self.layout(layer, shard, dtype)
+        waiting = [
+            0 if grid is None or grid.block_tokens == 1 else grid.rank for grid in (layout.k_grid, layout.v_grid)
+        ]
+        return Ring(self.config.window, self.config.group, shard.heads, head_dim, waiting[0], waiting[1], dtype)
+
+    def factors(self, layer: int, shard: Shard) -> LayerFactors:
+        """The factors of one layer that one tensor-parallel rank keeps.
+
+        Raises:
+            AdapterError: the folder is damaged.
+        """
+        factors, groups = read_layer(self.folder, self.settings, layer), self.config.head_groups
+        return LayerFactors(shard.factors(factors.k, groups), shard.factors(factors.v, groups))
+
+    def summary(self) -> dict[str, Any]:
+        """What decides the shapes of what is compiled."""
+        return {"settings": self.config.to_dict(), "ranks": {str(i): r for i, r in self.settings.ranks.items()}}
+
+
+def find_served(model: str, revision: str | None, config: Any) -> Served:
+    """The adapter that a model's configuration names.
+
+    Args:
+        model: folder or hub id.
+        revision: of the hub's repository.
+        config: what transformers read of its `config.json`, overrides included.
+
+    Raises:
+        AdapterError: none is named, or it cannot be read.
+        ConfigError: an override is out of range.
+    """
+    named = getattr(config, KEY, None)
+    if not isinstance(named, Mapping) or not isinstance(named.get("adapter"), str):
+        raise AdapterError(
+            f'the model\'s config has {KEY!r}: {named!r}; expected {{"adapter": FOLDER}}, as `cskv export` writes it'
+        )
+    unknown = sorted(set(named) - {"adapter", *OVERRIDES})
+    if unknown:
+        raise ConfigError(f"{KEY!r} in the model's config has {unknown}; expected 'adapter', 'window' and 'group'")
+    folder = _folder(model, revision, named["adapter"])
+    settings = read_settings(folder)
+    changed = {name: named[name] for name in OVERRIDES if name in named}
+    return Served(folder, settings._replace(config=dataclasses.replace(settings.config, **changed)))
+
+
+def _folder(model: str, revision: str | None, adapter: str) -> Path:
+    inside, outside = Path(model) / adapter, Path(adapter).expanduser()
+    if inside.is_dir():
+        return inside
+    if outside.is_dir():
+        return outside
+    if Path(model).is_dir() or outside.is_absolute():
+        if "/" not in adapter or outside.is_absolute():
+            raise AdapterError(f"adapter folder {adapter!r} is neither in {model} nor here; export the adapter again")
+        return download(adapter)
+    return Path(snapshot_download(model, revision=revision, allow_patterns=[f"{adapter}/*"])) / adapter
