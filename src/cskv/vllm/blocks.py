@@ -1,20 +1,65 @@
-"""How many tokens a block of vLLM's pool holds, where the compressed cache has a say in it.
+"""How blocks of vLLM's pool are cut: tokens per block, and how many layers' rings share one.
 
-A block holds a page of every layer. Groups of tokens that are packed together must not be cut, and a block should hold
-the ring of at least one layer: vLLM widens blocks otherwise, and the latents leave the rest empty.
+A block holds a page of every layer, side by side. Groups of tokens that are packed together must not be cut. A
+request's rings take blocks as well: as many layers as fit share one, so that a block should hold the ring of one layer
+at least; vLLM widens all blocks otherwise, and latents leave the rest empty.
+
+With pipeline parallelism a block has a part on every rank, and vLLM wants each of a request's blocks to be used on
+every rank. So all ranks cut their layers into equally many bundles, whose rings have pages of the same size.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from cskv.errors import ConfigError
+from cskv.paged import ALIGNMENT
 from cskv.vllm.served import Served
 from cskv.vllm.shards import Shard
 
 logger = logging.getLogger("vllm.cskv")
+
+
+class Rings(NamedTuple):
+    """How the rings of a request are cut into blocks.
+
+    Attributes:
+        bundles: of layers, on every pipeline rank; each takes a block.
+        page_bytes: of a bundle's page, the same for all.
+        ring_bytes: of the place that every layer's ring has in it.
+    """
+
+    bundles: int
+    page_bytes: int
+    ring_bytes: int
+
+    def bounds(self, layers: int) -> list[int]:
+        """Where each bundle of a rank's layers begins, and where the last one ends."""
+        return [i * layers // self.bundles for i in range(self.bundles + 1)]
+
+
+def cut_rings(block_bytes: int, ring_bytes: int, layers: Sequence[int]) -> Rings:
+    """Cut the rings.
+
+    Args:
+        block_bytes: of the pages of all layers.
+        ring_bytes: of the largest ring of a layer.
+        layers: on each pipeline rank.
+    """
+    share = block_bytes // len(layers) // ALIGNMENT * ALIGNMENT
+    together = max(1, share // ring_bytes)
+    bundles = min(-(-max(layers) // together), min(layers))
+    most = max(-(-count // bundles) for count in layers)
+    return Rings(bundles, max(share, most * ring_bytes), ring_bytes)
+
+
+def rings_of(served: Served, shard: Shard, dtype: Any, head_dim: int, block_size: int, layers: Sequence[int]) -> Rings:
+    """How the rings of a served adapter are cut."""
+    block = sum(served.layout(i, shard, dtype).page_bytes(block_size) for i in served.settings.ranks)
+    return cut_rings(block, _largest_ring(served, shard, dtype, head_dim), layers)
 
 
 def choose_block_size(served: Served, shard: Shard, vllm_config: Any) -> None:
@@ -26,33 +71,39 @@ def choose_block_size(served: Served, shard: Shard, vllm_config: Any) -> None:
     if not served.has_ring:
         return
     cache, model = vllm_config.cache_config, vllm_config.model_config
+    stages = vllm_config.parallel_config.pipeline_parallel_size
     group = served.config.group if served.is_grouped else 1
-    least = least_block_size(
-        served, shard, model.dtype, model.get_head_size(), math.lcm(cache.DEFAULT_BLOCK_SIZE, group)
-    )
+    step = math.lcm(cache.DEFAULT_BLOCK_SIZE, group)
+    least = least_block_size(served, shard, model.dtype, model.get_head_size(), step, stages)
     if not cache.user_specified_block_size:
         cache.block_size, cache.user_specified_block_size = least, True
-        return
-    if cache.block_size % group:
+    elif cache.block_size % group:
         raise ConfigError(
             f"a block of {cache.block_size} tokens would cut groups of {group} that are packed together; "
             f"give --block-size a multiple of {group}"
         )
-    if cache.block_size < least:
-        logger.warning(
-            "blocks of %d tokens are smaller than the exact window of one layer, which wastes memory; "
-            "--block-size %d is the least that does not",
-            cache.block_size,
-            least,
+    elif cache.block_size < least:
+        reason = f"blocks of {cache.block_size} tokens cannot hold the exact window of one layer"
+        if stages > 1:
+            raise ConfigError(f"{reason}, which {stages} pipeline stages need; give --block-size {least} or more")
+        logger.warning("%s, so memory is wasted; give --block-size %d or more", reason, least)
+    sizes = {served.layout(i, shard, model.dtype).page_bytes(cache.block_size) for i in served.settings.ranks}
+    if stages > 1 and len(sizes) > 1:
+        raise ConfigError(
+            f"{stages} pipeline stages, an exact window and layers of different ranks or widths do not go together in "
+            "vLLM's block pool; serve with window 0 and group 1, or with one rank for all layers"
         )
 
 
-def least_block_size(served: Served, shard: Shard, dtype: Any, head_dim: int, step: int) -> int:
-    """The least multiple of `step` tokens whose latents, of all layers, are as large as the ring of any layer."""
-    layers = list(served.settings.ranks)
-    ring = max(served.ring(i, shard, dtype, head_dim).page_bytes for i in layers)
-    layouts = [served.layout(i, shard, dtype) for i in layers]
+def least_block_size(served: Served, shard: Shard, dtype: Any, head_dim: int, step: int, stages: int = 1) -> int:
+    """The least multiple of `step` tokens at which a stage's part of a block is as large as any layer's ring."""
+    ring = _largest_ring(served, shard, dtype, head_dim)
+    layouts = [served.layout(i, shard, dtype) for i in served.settings.ranks]
     size = step
-    while sum(layout.page_bytes(size) for layout in layouts) < ring:
+    while sum(layout.page_bytes(size) for layout in layouts) // stages // ALIGNMENT * ALIGNMENT < ring:
         size += step
     return size
+
+
+def _largest_ring(served: Served, shard: Shard, dtype: Any, head_dim: int) -> int:
+    return max(served.ring(i, shard, dtype, head_dim).page_bytes for i in served.settings.ranks)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
@@ -17,6 +19,7 @@ from cskv.attention.rules import Logits
 from cskv.factorization.factors import LayerFactors
 from cskv.paged import Pages
 from cskv.vllm.backend import Backend, RingBackend
+from cskv.vllm.blocks import rings_of
 from cskv.vllm.compute import LayerCache, LayerRules
 from cskv.vllm.probe import find_rope
 from cskv.vllm.served import Served
@@ -169,7 +172,7 @@ class RingLayer(nn.Module, AttentionLayerBase):
         vllm_config.compilation_config.static_forward_context[self.layer_name] = self
 
     def get_kv_cache_spec(self, vllm_config: Any) -> RingSpec | None:
-        """One page for the rings of as many layers as fit into a block, asked for by the first of them."""
+        """One page for the rings of a bundle of layers, asked for by the first of them."""
         bundle = self._bundle(vllm_config)
         self.page_name = bundle[0].layer_name
         if bundle[0] is not self:
@@ -179,16 +182,14 @@ class RingLayer(nn.Module, AttentionLayerBase):
             num_kv_heads=1,
             head_size=self.ring.head_dim,
             dtype=torch.uint8,
-            max_tp_shards=None,
-            ring_bytes=self._ring_bytes(vllm_config),
-            layers=len(bundle),
+            ring_bytes=self._cut.page_bytes,
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take the memory, (pages, 1, 1, bytes), for all layers that share it."""
         self.kv_cache = kv_cache
         for place, other in enumerate(self._members):
-            start = place * self._size
+            start = place * self._cut.ring_bytes
             other.rings = other.ring.rings(kv_cache[:, 0, 0, start : start + other.ring.page_bytes])
 
     def get_attn_backend(self) -> type[AttentionBackend]:
@@ -196,20 +197,15 @@ class RingLayer(nn.Module, AttentionLayerBase):
         return RingBackend
 
     def _bundle(self, vllm_config: Any) -> list[RingLayer]:
-        layers = _ring_layers(vllm_config)
-        block_size = vllm_config.cache_config.block_size
-        self._size = self._ring_bytes(vllm_config)
-        block = sum(layer._layer[0].layout.page_bytes(block_size) for layer in layers)
-        together = max(1, block // self._size)
-        first = layers.index(self) // together * together
-        self._members = layers[first : first + together]
+        """The layers whose rings share a page with this one's."""
+        layer, model = self._layer[0], vllm_config.model_config
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        ends = [get_pp_indices(model.get_total_num_hidden_layers(), i, stages) for i in range(stages)]
+        counts = [stop - start for start, stop in ends]
+        size = vllm_config.cache_config.block_size
+        self._cut = rings_of(layer.served, layer.shard, layer.layout.dtype, layer.head_size, size, counts)
+        context = vllm_config.compilation_config.static_forward_context
+        here = [other for other in context.values() if isinstance(other, RingLayer)]
+        bounds = self._cut.bounds(len(here))
+        self._members = next(here[start:stop] for start, stop in pairwise(bounds) if start <= here.index(self) < stop)
         return self._members
-
-    def _ring_bytes(self, vllm_config: Any) -> int:
-        """Of the largest: all are given as much."""
-        return max(layer.ring.page_bytes for layer in _ring_layers(vllm_config))
-
-
-def _ring_layers(vllm_config: Any) -> list[RingLayer]:
-    context = vllm_config.compilation_config.static_forward_context
-    return [layer for layer in context.values() if isinstance(layer, RingLayer)]

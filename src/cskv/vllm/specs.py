@@ -49,16 +49,14 @@ class RingSpec(CircularBufferSpec):
     """The rings of some layers, side by side in one page per request.
 
     Attributes:
-        ring_bytes: of each layer.
-        layers: how many.
+        ring_bytes: of the page.
     """
 
     ring_bytes: int
-    layers: int
 
     @property
     def state_content_size_bytes(self) -> int:
-        return self.layers * self.ring_bytes
+        return self.ring_bytes
 
     def get_num_kernel_states(self, kernel_block_size: int) -> int:
         """One: the page is not cut."""
