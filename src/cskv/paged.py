@@ -115,7 +115,7 @@ class PagedLatents:
 
     Attributes:
         pages: of all requests.
-        table: the pages of each request in order, in columns for `most` tokens. Entries past its last page name any page.
+        table: the pages of each request in order, in columns for `most` tokens. Entries past the last name any page.
         lengths: tokens of each request.
         most, least: the largest of them, or a bound above it, and a bound below the smallest; 0 is always one. They are
             what sizes follow from, so that nobody waits for the device to learn them.
