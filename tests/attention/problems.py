@@ -192,8 +192,9 @@ class PagedProblem(Problem):
 
 
 def one_by_one(attention: Callable[..., Tensor], problem: PagedProblem, dtype: torch.dtype, logits: Logits) -> Tensor:
-    """Every request's output by itself: in fp64, from latents in `dtype`."""
-    query, factors, rope = problem.query().double(), doubled(problem.factors()), problem.rope(torch.float64)
+    """Every request's output by itself: computed in fp64 from numbers that are given in `dtype`."""
+    query, factors, rope = problem.query().to(dtype), problem.factors().to(dtype=dtype), problem.rope(dtype)
+    query, factors = query.double(), doubled(factors)
     rows = [
         attention(query[i : i + 1], problem.alone(i, dtype), factors, rope, problem.logits_alone(i, logits))
         for i in range(problem.batch)

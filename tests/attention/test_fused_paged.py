@@ -43,25 +43,9 @@ def check(problem: PagedProblem, dtype: torch.dtype = torch.float32, **told) -> 
     logits = problem.logits(**told)
     out = run(problem, logits, dtype)
     assert out.dtype == dtype
-    truth = rounded_truth(problem, dtype, logits)
+    truth = one_by_one(reference.attention, problem, dtype, logits)
     error = (out.double() - truth).abs().max() / truth.abs().max()
     assert error < TOLERANCES[dtype], error
-
-
-def rounded_truth(problem: PagedProblem, dtype: torch.dtype, logits: Logits) -> Tensor:
-    """With query, factors and rotation as the kernels are given them."""
-
-    class Rounded(PagedProblem):
-        def query(self) -> Tensor:
-            return super().query().to(dtype)
-
-        def factors(self):
-            return super().factors().to(dtype=dtype)
-
-        def rope(self, _dtype: torch.dtype = torch.float64):
-            return super().rope(dtype)
-
-    return one_by_one(reference.attention, Rounded(**vars(problem)), dtype, logits)
 
 
 CASES = {

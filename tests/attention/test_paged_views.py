@@ -51,7 +51,7 @@ def test_together_is_one_by_one(problem: PagedProblem, told: dict[str, Any]) -> 
     logits = problem.logits(**told)
     expected = one_by_one(reference.attention, problem, torch.float32, logits)
     query, view, factors = problem.query(), problem.paged(), problem.factors()
-    together = reference.attention(query.double(), view, doubled(factors), problem.rope(torch.float64), logits)
+    together = reference.attention(query.double(), view, doubled(factors), problem.rope(), logits)
     assert (together - expected).abs().max() < 1e-10
     got = tiled.attention(query, view, factors, problem.rope(), logits)
     assert got.dtype == torch.float32
