@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to show, in one call of under 8 minutes:
+# Everything that a GPU has to show, in one call of under 10 minutes:
 #
 #   benchmarks/gpu.sh OUT_DIR
 #
-# Kernel tests, copy bandwidth, the goals' points, graph replays, plans of the kernels, a profile, the sweep, and generation end to end. Needs
-# torch and transformers, no network and no installation. What a plain environment lacks is left out with a line.
+# Kernel tests, copy bandwidth, the goals' points, graph replays, plans of the kernels, a profile, the sweep, attention on
+# pages, and generation end to end. Needs torch and transformers, no network and no installation. What a plain
+# environment lacks is left out with a line.
 # PYTHON=python3.12 picks the interpreter.
 set -uo pipefail
 
@@ -58,11 +59,12 @@ tests=()
 for folder in tests/attention tests/quantization; do [ -d "$folder" ] && tests+=("$folder"); done
 if has pytest hypothesis && [ ${#tests[@]} -gt 0 ]; then
     # Without the plugins and the strictness of pyproject.toml, which is for the tested versions.
-    TAIL=15 step tests 90 "$python" -m pytest -q -m gpu -p no:cacheprovider -o addopts= -o filterwarnings=default \
+    TAIL=15 step tests 130 "$python" -m pytest -q -m gpu -p no:cacheprovider -o addopts= -o filterwarnings=default \
         --import-mode=importlib "${tests[@]}"
 else
     echo "pytest or hypothesis is missing: the correctness section of gpu.py stands in for the tests"
 fi
 step gpu 290 "$python" benchmarks/gpu.py "$out" --seconds "${SWEEP_SECONDS:-210}" ${GPU_ARGS:-}
+step paged_decode 75 "$python" benchmarks/paged_decode.py "$out/paged_decode.json" ${PAGED_ARGS:-}
 step generation 80 "$python" benchmarks/generation.py --out "$out/generation.json" ${GENERATION_ARGS:-"--lengths" 1024 16384 65536}
 exit $status

@@ -115,9 +115,10 @@ class PagedLatents:
 
     Attributes:
         pages: of all requests.
-        table: the pages of each request in order. Entries past its last page name any page.
+        table: the pages of each request in order, in columns for `most` tokens. Entries past the last name any page.
         lengths: tokens of each request.
-        most, least: the largest of them, or a bound above it, and a bound below the smallest; 0 is always one.
+        most, least: the largest of them, or a bound above it, and a bound below the smallest; 0 is always one. They are
+            what sizes follow from, so that nobody waits for the device to learn them.
     """
 
     pages: Pages
@@ -125,6 +126,12 @@ class PagedLatents:
     lengths: Int[Tensor, " batch"]
     most: int
     least: int = 0
+
+    def __post_init__(self) -> None:
+        if self.table.shape[1] * self.pages.block_size < self.most:
+            raise ValueError(
+                f"a table of {self.table.shape[1]} pages of {self.pages.block_size} tokens holds no {self.most}"
+            )
 
     @property
     def batch(self) -> int:
@@ -152,7 +159,7 @@ class PagedLatents:
     ) -> Float[Tensor, "batch tokens rank"]:
         """The latents of a range of tokens; zeros where a request has no such token."""
         workspace = Workspace() if workspace is None else workspace
-        stop = self.most if stop is None else min(stop, self.most)
+        stop = max(start, self.most if stop is None else min(stop, self.most))
         size, grid = self.pages.block_size, self.pages.grid
         first = start // size
         names = self.table[:, first : -(-stop // size)]
@@ -174,7 +181,7 @@ class PagedLatents:
         shape = (names.numel(), *part.shape[1:])
         out = workspace.take(name, shape, part.dtype, part.device)
         torch.index_select(part, 0, names.flatten(), out=out)
-        return out.view(names.shape[0], -1, part.shape[2])
+        return out.view(names.shape[0], names.shape[1] * part.shape[1], part.shape[2])
 
 
 def _parameter_bytes(grid: Grid, block_size: int) -> int:

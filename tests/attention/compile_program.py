@@ -13,14 +13,16 @@ from cskv.attention import fused
 from cskv.attention import kernels as attention_kernels
 from cskv.attention.rules import Logits, RMSNorm, Rope
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.paged import PagedLatents, PageLayout
 from cskv.quantization import fused as quantization_fused
 from cskv.quantization import kernels as quantization_kernels
 from cskv.quantization.grid import Grid, quantise
-from cskv.view import PackedLatents, PlainLatents, View
+from cskv.view import Latents, PackedLatents, PlainLatents, View
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32",
+    torch.int64: "*i64",
 }  # fmt: skip
 
 
@@ -53,12 +55,17 @@ class Compiled:
         print(self.kernel.__name__, compiled.metadata.shared)
 
 
-def step(rank: int, packed: bool, rotated: bool, normalised: bool = False) -> None:
-    """One step of an 8B model's layer."""
+def step(rank: int, packed: bool, rotated: bool, normalised: bool = False, page: int = 0) -> None:
+    """One step of an 8B model's layer, with latents in pages of so many tokens unless that is 0."""
     values, exact = torch.zeros(1, 4000, rank).bfloat16(), torch.zeros(1, 8, 32, 128).bfloat16()
-    k = v = PlainLatents(values)
-    if packed:
-        grids = Grid.uniform(rank, 3, (32, 1)), Grid.uniform(rank, 4, (1, 32))
+    k: Latents = PlainLatents(values)
+    v, grids = k, (Grid.uniform(rank, 3, (min(page or 32, 32), 1)), Grid.uniform(rank, 4, (1, 32)))
+    if page:
+        layout = PageLayout(rank, rank, torch.bfloat16, *grids if packed else ())
+        table, lengths = torch.zeros(1, -(-4000 // page), dtype=torch.int32), torch.tensor([4000])
+        storage = torch.zeros(1, layout.page_bytes(page), dtype=torch.uint8)
+        k, v = (PagedLatents(pages, table, lengths, 4000) for pages in layout.pages(storage, page))
+    elif packed:
         k, v = (PackedLatents(*quantise(values, grid), grid, torch.bfloat16) for grid in grids)
     factors = Factors(torch.zeros(rank, 8).bfloat16(), torch.zeros(1024, rank).bfloat16())
     angles = torch.zeros(1, 4000, 128).bfloat16()
@@ -82,4 +89,8 @@ if __name__ == "__main__":
     step(1024, packed=False, rotated=True)
     step(52, packed=True, rotated=True)
     step(208, packed=False, rotated=True, normalised=True)
+    step(208, packed=False, rotated=True, page=16)  # tiles cross pages
+    step(205, packed=True, rotated=False, page=16)
+    step(208, packed=False, rotated=False, page=64)  # and do not
+    step(205, packed=True, rotated=True, page=64)
     quantization_fused.quantise(torch.zeros(1, 32, 205).bfloat16(), Grid.uniform(205, 4, (32, 1)))

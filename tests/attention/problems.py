@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cskv.attention.rules import Logits, Rope
+from cskv.attention.rules import Logits, RMSNorm, Rope
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.paged import PageLayout
 from cskv.quantization.grid import Grid, quantise
 from cskv.view import Latents, PackedLatents, PlainLatents, View
+from tests.attention.pages import by_itself, in_pages
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Problem:
     Attributes:
         rotary: channels of a head that RoPE turns; None makes keys linear in their latents.
         k_grid, v_grid: (bits, (block tokens, block channels)), or None for plain latents.
+        norm: whether keys are normalised before they are rotated.
+        device: where all of it lies.
     """
 
     batch: int = 1
@@ -37,16 +42,19 @@ class Problem:
     k_grid: tuple[int, tuple[int, int]] | None = None
     v_grid: tuple[int, tuple[int, int]] | None = None
     seed: int = 0
+    norm: bool = False
+    device: str = "cpu"
 
     def draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + sum(shape) + 31 * len(shape)))
+        generator = torch.Generator().manual_seed(self.seed + sum(shape) + 31 * len(shape))
+        return torch.randn(shape, generator=generator).to(self.device)
 
     def factors(self) -> LayerFactors:
         kv_dim = self.kv_heads * self.head_dim
         return LayerFactors(
             *(
                 Factors(
-                    torch.zeros(rank, 1),
+                    torch.zeros(rank, 1, device=self.device),
                     self.draw(kv_dim, rank // self.groups) / (rank // self.groups) ** 0.5,
                     self.draw(kv_dim) if self.bias else None,
                 )
@@ -70,8 +78,9 @@ class Problem:
         if self.rotary is None:
             return None
         angles = torch.arange(self.sealed)[None, :, None] * 10000 ** (-torch.arange(0, self.rotary, 2) / self.rotary)
-        angles = torch.cat([angles, angles], dim=-1)
-        return Rope(angles.cos().to(dtype), angles.sin().to(dtype), self._heads, is_plain=True)
+        angles = torch.cat([angles, angles], dim=-1).to(self.device)
+        norm = RMSNorm(1 + 0.3 * self.draw(self.head_dim).to(dtype), 1e-2) if self.norm else None
+        return Rope(angles.cos().to(dtype), angles.sin().to(dtype), self._heads, is_plain=True, norm=norm)
 
     def mask(self, kind: str | None) -> Tensor | None:
         """None, "bool" or "additive", with some tokens hidden from everyone and causal among the newest."""
@@ -80,10 +89,9 @@ class Problem:
         length = self.sealed + self.recent
         reads = torch.rand(self.batch, 1, 1, length, generator=torch.Generator().manual_seed(self.seed)) > 0.3
         causal = torch.ones(self.new, length, dtype=torch.bool).tril(length - self.new)
-        reads = (reads & causal).index_fill(3, torch.tensor([length - self.new]), True)
-        return (
-            reads if kind == "bool" else torch.zeros(reads.shape).masked_fill_(~reads, torch.finfo(torch.float32).min)
-        )
+        reads = (reads & causal).index_fill(3, torch.tensor([length - self.new]), True).to(self.device)
+        added = torch.zeros(reads.shape, device=self.device)
+        return reads if kind == "bool" else added.masked_fill_(~reads, torch.finfo(torch.float32).min)
 
     def logits(self, *, mask: str | None = None, softcap: float | None = None, sinks: bool = False) -> Logits:
         return Logits(self.head_dim**-0.5, softcap, self.mask(mask), self.draw(self.q_heads) if sinks else None)
@@ -93,6 +101,9 @@ class Problem:
         assert sin is not None
         assert self.rotary is not None
         heads = channels.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if self.norm:
+            weight = (1 + 0.3 * self.draw(self.head_dim)).to(heads.dtype)
+            heads = heads * (heads.square().mean(-1, keepdim=True) + 1e-2).rsqrt() * weight
         turned, rest = heads[..., : self.rotary], heads[..., self.rotary :]
         first, second = turned.chunk(2, dim=-1)
         swapped = torch.cat([-second, first], dim=-1)
@@ -104,6 +115,91 @@ class Problem:
             return PlainLatents(latents)
         grid = Grid.uniform(latents.shape[2], *layout)
         return PackedLatents(*quantise(latents, grid), grid, latents.dtype)
+
+
+@dataclass(frozen=True)
+class PagedProblem(Problem):
+    """Requests of different lengths, their sealed tokens in pages.
+
+    Attributes:
+        lengths: sealed tokens of every request, which `batch` and `sealed` follow from.
+        above: how far the bound that is known of them, `sealed`, is above the largest.
+        block_size: tokens of a page.
+        hides: whether requests have different numbers of exact tokens as well.
+        names: the dtype of the table and of the lengths.
+    """
+
+    lengths: tuple[int, ...] = (40, 0, 17)
+    above: int = 0
+    block_size: int = 16
+    hides: bool = True
+    names: torch.dtype = torch.int32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch", len(self.lengths))
+        object.__setattr__(self, "sealed", max(self.lengths) + self.above)
+
+    def paged(self, dtype: torch.dtype = torch.float32) -> View:
+        """All requests together."""
+        keys, values, k, v = self._parts(dtype)
+        layout = PageLayout(self.k_rank, self.v_rank, dtype, *self._grids())
+        own = ([part[:length] for part, length in zip(latents, self.lengths)] for latents in (k, v))
+        pages = in_pages(*own, layout, self.block_size, most=self.sealed, names=self.names, seed=self.seed)
+        exists = self.exists()
+        if exists is not None:
+            keys, values = (part.masked_fill(~exists[:, None, :, None], 0) for part in (keys, values))
+        return View(keys, values, *pages, exists)
+
+    def alone(self, row: int, dtype: torch.dtype = torch.float32) -> View:
+        """One request, in memory of its own."""
+        length, exists = self.lengths[row], self.exists()
+        keys, values, k, v = (part[row] for part in self._parts(dtype))
+        if exists is not None:
+            keys, values = keys[:, exists[row]], values[:, exists[row]]
+        view = View(keys[None], values[None])
+        if not length:
+            return view
+        parts = (by_itself(part[:length], grid) for part, grid in zip((k, v), self._grids()))
+        return View(view.keys, view.values, *parts)
+
+    def exists(self) -> Tensor | None:
+        """Which exact tokens there are: those of the forward, and some of the older ones."""
+        if not self.hides:
+            return None
+        shape = (self.batch, self.recent)
+        exists = torch.rand(shape, generator=torch.Generator().manual_seed(self.seed)) > 0.4
+        exists[:, self.recent - self.new :] = True
+        return exists.to(self.device)
+
+    def logits_alone(self, row: int, logits: Logits) -> Logits:
+        """With the part of the mask that is of one request's tokens."""
+        if logits.mask is None:
+            return logits
+        sealed = torch.arange(self.sealed, device=self.device) < self.lengths[row]
+        exists = self.exists()
+        recent = sealed.new_ones(self.recent) if exists is None else exists[row]
+        return replace(logits, mask=logits.mask[row : row + 1, ..., torch.cat([sealed, recent])])
+
+    def _parts(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Exact keys and values of all requests, and latents of as many tokens as any has."""
+        exact = [self.draw(self.batch, self.kv_heads, self.recent, self.head_dim + i)[..., i:] for i in (0, 1)]
+        latents = [self.draw(self.batch, self.sealed, rank) for rank in (self.k_rank, self.v_rank)]
+        return tuple(part.to(dtype) for part in (*exact, *latents))
+
+    def _grids(self) -> tuple[Grid | None, Grid | None]:
+        layouts = ((self.k_rank, self.k_grid), (self.v_rank, self.v_grid))
+        return tuple(None if layout is None else Grid.uniform(rank, *layout) for rank, layout in layouts)  # type: ignore[return-value]
+
+
+def one_by_one(attention: Callable[..., Tensor], problem: PagedProblem, dtype: torch.dtype, logits: Logits) -> Tensor:
+    """Every request's output by itself: computed in fp64 from numbers that are given in `dtype`."""
+    query, factors, rope = problem.query().to(dtype), problem.factors().to(dtype=dtype), problem.rope(dtype)
+    query, factors = query.double(), doubled(factors)
+    rows = [
+        attention(query[i : i + 1], problem.alone(i, dtype), factors, rope, problem.logits_alone(i, logits))
+        for i in range(problem.batch)
+    ]
+    return torch.cat(rows)
 
 
 def doubled(factors: LayerFactors) -> LayerFactors:

@@ -29,17 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of the largest output, which is about 1. In 16 bits, absorbed queries, rebuilt keys and weights are each rounded once.
 TOLERANCES = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 MIXED = Grid(((8, 3), (4, 6), (3, 4), (2, 1)), 32, 4)
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    new_empty, empty_like = Tensor.new_empty, torch.empty_like
-
-    def filled(part: Tensor) -> Tensor:
-        return part.fill_(float("nan")) if part.is_floating_point() else part
-
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: filled(new_empty(self, *a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: filled(empty_like(*a, **k)))
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 
 
 @dataclass(frozen=True)

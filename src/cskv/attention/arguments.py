@@ -11,6 +11,8 @@ from cskv.attention.plan import padded
 from cskv.attention.rules import Rope
 from cskv.attention.tiled import per_head
 from cskv.factorization.factors import Factors
+from cskv.paged import PagedLatents, Pages
+from cskv.quantization.grid import Grid
 from cskv.quantization.tables import channel_table, most_planes
 from cskv.view import Latents, PackedLatents, PlainLatents
 
@@ -66,8 +68,21 @@ def mask_arguments(mask: Tensor | None, query: Tensor, sealed: int) -> dict[str,
     return {"mask": mask, "MASK": kind, **dict(zip(names, strides, strict=True))}
 
 
+def page_arguments(latents: Latents) -> dict[str, Any]:
+    """The tokens of every request and the pages that they lie in; nothing where latents are not in pages."""
+    if not isinstance(latents, PagedLatents):
+        return {"page_table": None, "lengths": None, "page_row": None, "PAGE": 0}
+    table = _rows_contiguous(latents.table)
+    return {
+        "page_table": table,
+        "lengths": latents.lengths.contiguous(),
+        "page_row": table.stride(0),
+        "PAGE": latents.pages.block_size,
+    }
+
+
 class _Store(NamedTuple):
-    """Latents as the kernels take them."""
+    """Latents as the kernels take them. Those of a batch are strides of pages where they lie in pages."""
 
     data: Tensor
     batch: int
@@ -86,13 +101,26 @@ class _Store(NamedTuple):
         if isinstance(latents, PlainLatents):
             tokens = _rows_contiguous(latents.tokens)
             return cls(tokens, tokens.stride(0), tokens.stride(1))
+        if isinstance(latents, PagedLatents):
+            return cls._of_pages(latents.pages)
         assert isinstance(latents, PackedLatents), "refused otherwise"
-        payload, scales, minima = (_rows_contiguous(x) for x in (latents.payload, latents.scales, latents.minima))
+        return cls._packed(latents.payload, latents.scales, latents.minima, latents.grid, latents.token_block)
+
+    @classmethod
+    def _of_pages(cls, pages: Pages) -> _Store:
+        if pages.grid is None:
+            return cls(pages.data, pages.data.stride(0), pages.data.stride(1))
+        assert pages.scales is not None, "packed latents have both"
+        assert pages.minima is not None, "packed latents have both"
+        return cls._packed(pages.data, pages.scales, pages.minima, pages.grid, None)
+
+    @classmethod
+    def _packed(cls, payload: Tensor, scales: Tensor, minima: Tensor, grid: Grid, rows: Tensor | None) -> _Store:
+        payload, scales, minima = (_rows_contiguous(part) for part in (payload, scales, minima))
         if scales.stride() != minima.stride():
             scales, minima = scales.contiguous(), minima.contiguous()
-        grid = latents.grid
         return cls(
-            payload, payload.stride(0), payload.stride(1), scales, minima, latents.token_block,
+            payload, payload.stride(0), payload.stride(1), scales, minima, rows,
             channel_table(grid, payload.device), scales.stride(0), scales.stride(1), most_planes(grid),
             grid.block_tokens,
         )  # fmt: skip

@@ -2,8 +2,9 @@
 
 The kernels give every range of tokens as a partial in latents, and join those. U_v, the exact branch and the sinks
 follow with torch, as in `cskv.attention.tiled`: they are small. Nothing here waits for the device, and sizes follow
-from shapes alone, so a step can be captured in a CUDA graph after a first call outside of it (kernels are compiled,
-and tables of grids copied, when they are first used).
+from shapes alone (of latents in pages, from the bound on their lengths that the host knows), so a step can be captured
+in a CUDA graph after a first call outside of it (kernels are compiled, and tables of grids copied, when they are first
+used).
 
 There is no autotuning: it would time kernels in the middle of a step. `cskv.attention.plan` has fixed choices, and a
 plan that a device has too little shared memory for is made smaller once and remembered.
@@ -19,12 +20,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.attention.arguments import arithmetic_arguments, keys_arguments, mask_arguments, store_arguments
+from cskv.attention.arguments import (
+    arithmetic_arguments,
+    keys_arguments,
+    mask_arguments,
+    page_arguments,
+    store_arguments,
+)
 from cskv.attention.partial import Partial
 from cskv.attention.plan import Plan, Shapes, padded, plan, smaller
 from cskv.attention.rules import Logits, Rope, ToHeads
 from cskv.attention.tiled import exact, expanded
 from cskv.factorization.factors import LayerFactors
+from cskv.paged import PagedLatents
 from cskv.view import Latents, PackedLatents, PlainLatents, View
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,7 +56,7 @@ def attention(
     `refusal` has to be None for the same arguments, so `value_heads` is too.
     """
     part = exact(query, view, logits)
-    if view.k is not None and view.v is not None:
+    if view.k is not None and view.v is not None and view.sealed:
         sealed = _sealed(query, view.k, view.v, factors, rope, logits)
         part = part.joined(expanded(sealed, factors.v, query.shape[3]))
     return part.result(logits.sinks).to(query.dtype)
@@ -79,6 +87,8 @@ def refusal(
         return f"new tokens times query heads are more than {MOST_HEAD_ROWS} per kv head, as in a prefill"
     if factors.k.groups != factors.v.groups:
         return f"its kernels share a tile of tokens: {factors.k.groups} groups of keys, {factors.v.groups} of values"
+    if not _same_pages(view.k, view.v):
+        return "its kernels find keys and values by one table of pages"
     return _dtype_refusal(query, view.k, view.v, factors)
 
 
@@ -103,12 +113,23 @@ def _dtype_refusal(query: Tensor, k: Latents, v: Latents, factors: LayerFactors)
     if query.dtype not in DTYPES:
         return f"its kernels compute in 16 or 32 bits, and the query is {query.dtype}"
     for latents, up in ((k, factors.k.up), (v, factors.v.up)):
-        if not isinstance(latents, PlainLatents | PackedLatents):
+        if not isinstance(latents, PlainLatents | PackedLatents | PagedLatents):
             return f"its kernels cannot read {type(latents).__name__}"
-        dtype = latents.dtype if isinstance(latents, PackedLatents) else latents.tokens.dtype
+        dtype = latents.tokens.dtype if isinstance(latents, PlainLatents) else latents.dtype
         if not dtype == up.dtype == query.dtype:
             return f"queries, factors and latents differ in dtype: {query.dtype}, {up.dtype} and {dtype}"
     return None
+
+
+def _same_pages(k: Latents, v: Latents) -> bool:
+    """Whether a token's keys and values are found by the same entry of a table, or neither by any."""
+    if not isinstance(k, PagedLatents) or not isinstance(v, PagedLatents):
+        return not isinstance(k, PagedLatents) and not isinstance(v, PagedLatents)
+    return k.table is v.table and k.lengths is v.lengths and k.pages.block_size == v.pages.block_size
+
+
+def _is_packed(latents: Latents) -> bool:
+    return latents.pages.grid is not None if isinstance(latents, PagedLatents) else isinstance(latents, PackedLatents)
 
 
 def _sealed(query: Tensor, k: Latents, v: Latents, factors: LayerFactors, rope: Rope | None, logits: Logits) -> Partial:
@@ -124,13 +145,14 @@ def _sealed(query: Tensor, k: Latents, v: Latents, factors: LayerFactors, rope: 
         key_rank=k.rank // groups,
         value_rank=v.rank // groups,
         rotated=rope is not None,
-        packed=isinstance(k, PackedLatents) or isinstance(v, PackedLatents),
+        packed=_is_packed(k) or _is_packed(v),
         itemsize=query.element_size(),
     )
     chosen = plan(shapes, _multiprocessors(query.device))
     arguments = {
         **keys_arguments(query, factors.k, rope),
         **mask_arguments(logits.mask, query, k.length),
+        **page_arguments(k),
         **store_arguments("k", k),
         **store_arguments("v", v),
         "scaling": logits.scaling,

@@ -13,6 +13,9 @@ tile, an online softmax in fp32, weights times value latents. `join` adds up the
     values  sums += p c_v. Ranks too wide for one accumulator are blocks of the grid, each of which computes the scores
             again.
     codes   a byte per plane and channel, found by a table; see `cskv.quantization.tables`.
+    pages   latents of a server's requests lie in pages that a table names (`cskv.paged`). The ranges are then of each
+            request's own tokens, whose number is read here: the host knows only a bound, which may be far above it.
+            Where tiles do not cross pages a tile has one address, as if there were none; else every token has one.
 
 Expected bounds, not measured yet: absorbed keys on plain latents should be bound by memory; rotated keys by the tensor
 cores, in rebuilding (r_k * head_dim multiply-adds per token and kv head); packed latents by the number of load
@@ -49,9 +52,18 @@ def _rounded(x, ELEMENT: tl.constexpr, EMULATED: tl.constexpr):
 @no_type_check
 def _latents(
     data, scales, minima, table, token, token_ok, block_row, channel, channel_ok, data_stride, parameter_stride, rank,
-    PLANES: tl.constexpr, ELEMENT: tl.constexpr, EMULATED: tl.constexpr,
+    page, page_stride, parameter_page_stride,
+    PAGE: tl.constexpr, PLANES: tl.constexpr, ELEMENT: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of latents, (tokens, channels), with zeros where there are none. PLANES is 0 for plain latents."""
+    """A tile of latents, (tokens, channels), with zeros where there are none. PLANES is 0 for plain latents.
+
+    In pages, token and block_row count from the beginning of the page, which is one of all or of each, (tokens, 1).
+    """
+    if PAGE > 0:
+        data += page * page_stride
+        if PLANES > 0:
+            scales += page * parameter_page_stride
+            minima += page * parameter_page_stride
     ok = token_ok[:, None] & channel_ok[None, :]
     if PLANES == 0:
         latents = tl.load(data + token[:, None] * data_stride + channel[None, :], mask=ok, other=0.0)
@@ -89,17 +101,17 @@ def _block_rows(token, token_ok, rows, BLOCK_TOKENS: tl.constexpr, HAS_ROWS: tl.
 @triton.jit(do_not_specialize=["tokens", "split_tokens", "lines", "mask_batch", "mask_head", "mask_new", "mask_token"])
 @no_type_check
 def partials(
-    query, query_bias, up, key_bias, key_norm, cos, sin, mask,
+    query, query_bias, up, key_bias, key_norm, cos, sin, mask, page_table, lengths,
     k_data, k_scales, k_minima, k_rows, k_table, v_data, v_scales, v_minima, v_rows, v_table,
     most_out, total_out, sums_out,
     tokens, split_tokens, lines, groups, rows, new, head_rows, block_rows, row_blocks, key_rank, value_rank,
     scaling, softcap, norm_eps,
     query_batch, query_row, up_row, cos_batch, cos_token, sin_batch, sin_token,
-    mask_batch, mask_head, mask_new, mask_token,
+    mask_batch, mask_head, mask_new, mask_token, page_row,
     k_batch, k_token, k_parameter_batch, k_parameter_row, v_batch, v_token, v_parameter_batch, v_parameter_row,
     K_PLANES: tl.constexpr, K_BLOCK_TOKENS: tl.constexpr, K_HAS_ROWS: tl.constexpr,
     V_PLANES: tl.constexpr, V_BLOCK_TOKENS: tl.constexpr, V_HAS_ROWS: tl.constexpr,
-    ROTATED: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr,
+    PAGE: tl.constexpr, ROTATED: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, KEY_BLOCKS: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, ELEMENT: tl.constexpr, EMULATED: tl.constexpr, PRECISION: tl.constexpr,
@@ -111,6 +123,10 @@ def partials(
     query is (batch, groups x rows, key_rank or HEAD_DIM), query_bias (batch x groups x rows); up is (kv_dim, rank of a
     group), cos and sin (batch, tokens, ROTARY_DIM). The outputs are (splits, lines[, value_rank]), where the lines are
     batch x groups x rows. MASK is 0 for none, 1 for bytes that are 0 where a token is not read, 2 for what is added.
+
+    PAGE is the tokens of a page, 0 where each sequence's latents are one after the other. With pages, page_table is
+    (batch, pages) and lengths (batch); k_batch, v_batch and those of the parameters are strides of pages then, `tokens`
+    a bound above the lengths, and split_tokens not read.
     """
     row_block = tl.program_id(0) % row_blocks
     value_block = tl.program_id(0) // row_blocks
@@ -124,14 +140,19 @@ def partials(
     line = group * rows + row  # of the batch's
     query += batch * query_batch + line[:, None] * query_row
 
-    k_data += batch * k_batch
-    v_data += batch * v_batch
-    if K_PLANES > 0:
-        k_scales += batch * k_parameter_batch
-        k_minima += batch * k_parameter_batch
-    if V_PLANES > 0:
-        v_scales += batch * v_parameter_batch
-        v_minima += batch * v_parameter_batch
+    if PAGE > 0:
+        page_table += batch * page_row
+        tokens = tl.minimum(tl.load(lengths + batch).to(tl.int32), tokens)
+        split_tokens = tl.cdiv(tl.cdiv(tokens, TILE), tl.num_programs(1)) * TILE
+    else:
+        k_data += batch * k_batch
+        v_data += batch * v_batch
+        if K_PLANES > 0:
+            k_scales += batch * k_parameter_batch
+            k_minima += batch * k_parameter_batch
+        if V_PLANES > 0:
+            v_scales += batch * v_parameter_batch
+            v_minima += batch * v_parameter_batch
     key = tl.arange(0, KEY_BLOCK)
     value = value_block * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
     value_ok = value < value_rank
@@ -163,7 +184,16 @@ def partials(
     for start in range(first, last, TILE):
         token = start + tl.arange(0, TILE)
         token_ok = token < last
-        k_row = _block_rows(token, token_ok, k_rows, K_BLOCK_TOKENS, K_HAS_ROWS)
+        if PAGE == 0:
+            slot = token
+            page = 0
+        elif PAGE % TILE == 0:
+            slot = start % PAGE + tl.arange(0, TILE)
+            page = tl.load(page_table + start // PAGE).to(tl.int64)
+        else:
+            slot = token % PAGE
+            page = tl.load(page_table + token // PAGE, mask=token_ok, other=0).to(tl.int64)[:, None]
+        k_row = _block_rows(slot, token_ok, k_rows, K_BLOCK_TOKENS, K_HAS_ROWS)
         scores = tl.zeros([ROWS, TILE], tl.float32)
         if ROTATED:
             at = token[:, None]
@@ -174,8 +204,9 @@ def partials(
             sin_hi = tl.load(sin + at * sin_token + half[None, :] + ROTARY_DIM // 2, mask=turns, other=0.0)
             if KEY_BLOCKS == 1:
                 latents = _latents(
-                    k_data, k_scales, k_minima, k_table, token, token_ok, k_row, group * key_rank + key,
-                    key < key_rank, k_token, k_parameter_row, groups * key_rank, K_PLANES, ELEMENT, EMULATED,
+                    k_data, k_scales, k_minima, k_table, slot, token_ok, k_row, group * key_rank + key,
+                    key < key_rank, k_token, k_parameter_row, groups * key_rank, page, k_batch, k_parameter_batch,
+                    PAGE, K_PLANES, ELEMENT, EMULATED,
                 )  # fmt: skip
             for head in range(first_head, last_head + 1):
                 channels = (group * group_heads + head) * HEAD_DIM
@@ -186,8 +217,9 @@ def partials(
                     rank_ok = rank < key_rank
                     if KEY_BLOCKS > 1:
                         latents = _latents(
-                            k_data, k_scales, k_minima, k_table, token, token_ok, k_row, group * key_rank + rank,
-                            rank_ok, k_token, k_parameter_row, groups * key_rank, K_PLANES, ELEMENT, EMULATED,
+                            k_data, k_scales, k_minima, k_table, slot, token_ok, k_row, group * key_rank + rank,
+                            rank_ok, k_token, k_parameter_row, groups * key_rank, page, k_batch, k_parameter_batch,
+                            PAGE, K_PLANES, ELEMENT, EMULATED,
                         )  # fmt: skip
                     up_ok = rank_ok[:, None] & half_ok[None, :]
                     up_lo = tl.load(up + (channels + lo)[None, :] * up_row + rank[:, None], mask=up_ok, other=0.0)
@@ -220,8 +252,9 @@ def partials(
                 rank = block * KEY_BLOCK + key
                 rank_ok = rank < key_rank
                 latents = _latents(
-                    k_data, k_scales, k_minima, k_table, token, token_ok, k_row, group * key_rank + rank,
-                    rank_ok, k_token, k_parameter_row, groups * key_rank, K_PLANES, ELEMENT, EMULATED,
+                    k_data, k_scales, k_minima, k_table, slot, token_ok, k_row, group * key_rank + rank,
+                    rank_ok, k_token, k_parameter_row, groups * key_rank, page, k_batch, k_parameter_batch,
+                    PAGE, K_PLANES, ELEMENT, EMULATED,
                 )  # fmt: skip
                 if KEY_BLOCKS > 1:
                     absorbed = tl.load(query + rank[None, :], mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
@@ -249,10 +282,11 @@ def partials(
         older = tl.exp(most - finite)
         most = higher
         total = total * older + tl.sum(weights, 1)
-        v_row = _block_rows(token, token_ok, v_rows, V_BLOCK_TOKENS, V_HAS_ROWS)
+        v_row = _block_rows(slot, token_ok, v_rows, V_BLOCK_TOKENS, V_HAS_ROWS)
         latents_v = _latents(
-            v_data, v_scales, v_minima, v_table, token, token_ok, v_row, group * value_rank + value,
-            value_ok, v_token, v_parameter_row, groups * value_rank, V_PLANES, ELEMENT, EMULATED,
+            v_data, v_scales, v_minima, v_table, slot, token_ok, v_row, group * value_rank + value,
+            value_ok, v_token, v_parameter_row, groups * value_rank, page, v_batch, v_parameter_batch,
+            PAGE, V_PLANES, ELEMENT, EMULATED,
         )  # fmt: skip
         sums = sums * older[:, None]
         sums = tl.dot(_rounded(weights, ELEMENT, EMULATED), latents_v, sums, input_precision=PRECISION)

@@ -41,7 +41,7 @@ def attention(
     """What `cskv.attention.dispatch.attention` computes, in the query's dtype with sums in fp32."""
     workspace = Workspace() if workspace is None else workspace
     parts = [exact(query, view, logits)]
-    if view.k is not None and view.v is not None:
+    if view.k is not None and view.v is not None and view.sealed:
         keys = _Absorbed(query, factors.k, workspace) if rope is None else _Rebuilt(query, factors.k, rope, workspace)
         values = (
             _Summed(query, factors.v, workspace)
