@@ -17,7 +17,11 @@ from torch import nn
 import cskv
 from tests.models.families import tiny_model
 
-SHAPE = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 512}  # vLLM's own attention on a CPU has no smaller heads
+SHAPE = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}  # vLLM's own attention on a CPU has no smaller heads
 MIB = 2**20
 
 
@@ -86,3 +90,12 @@ def answers(llm: Any, asked: list[list[int]], tokens: int = 24) -> list[tuple[li
         chosen = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
         found.append((list(answer.token_ids), chosen))
     return found
+
+
+def reused(llm: Any, prompt: list[int]) -> int:
+    """Tokens of a prompt that were found in the prefix cache."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], settings, use_tqdm=False)
+    return output.num_cached_tokens

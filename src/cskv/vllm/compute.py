@@ -113,10 +113,7 @@ def _decode(step: Step, cache: LayerCache, rules: LayerRules, query: Tensor, key
         old_keys, old_values, exists = cache.ring.recent(cache.rings, cache.ring_page[:n], step.length[:n])
         keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
         exists = torch.nn.functional.pad(exists, (0, 1), value=True)
-    k, v = (
-        PagedLatents(pages, step.table[:n], step.sealed[:n], step.most, step.least) if step.most else None
-        for pages in (cache.k, cache.v)
-    )
+    k, v = _latents(cache, step.table[:n], step.sealed[:n], step.most, step.least)
     view, rope = View(keys, values, k, v, exists), rules.rope_until(step.most)
     return attention(query[:, :, None], view, rules.factors, rope, rules.logits, workspace=rules.workspace)[:, :, 0]
 
@@ -132,7 +129,14 @@ def _prefill(
         held = cache.ring.recent(cache.rings, cache.ring_page[of_request], step.length[of_request])
         keys = torch.cat([held[0][:, :, :recent], keys], dim=2)
         values = torch.cat([held[1][:, :, :recent], values], dim=2)
-    view = View(keys, values, *_latents(step, prefill, cache))
+    k, v = _latents(
+        cache,
+        step.table[prefill.request : prefill.request + 1],
+        step.sealed[prefill.request : prefill.request + 1],
+        prefill.sealed,
+        prefill.sealed,
+    )
+    view = View(keys, values, k, v)
     rope = rules.rope_until(prefill.sealed)
     if query.shape[2] <= MOST_NEW or rules.logits.softcap is not None:
         result = attention(query, view, rules.factors, rope, rules.logits, workspace=rules.workspace)
@@ -141,12 +145,13 @@ def _prefill(
     return result[0].transpose(0, 1)
 
 
-def _latents(step: Step, prefill: Prefill, cache: LayerCache) -> tuple[PagedLatents | None, PagedLatents | None]:
-    if not prefill.sealed:
+def _latents(
+    cache: LayerCache, table: Tensor, lengths: Tensor, most: int, least: int
+) -> tuple[PagedLatents | None, PagedLatents | None]:
+    """Sealed tokens of keys and values; they share the table and the lengths, as kernels want it."""
+    if not most:
         return None, None
-    of_request, sealed = slice(prefill.request, prefill.request + 1), prefill.sealed
-    table, lengths = step.table[of_request], step.sealed[of_request]
-    return PagedLatents(cache.k, table, lengths, sealed, sealed), PagedLatents(cache.v, table, lengths, sealed, sealed)
+    return PagedLatents(cache.k, table, lengths, most, least), PagedLatents(cache.v, table, lengths, most, least)
 
 
 def _on_rebuilt(query: Tensor, view: View, rules: LayerRules, rope: Rope | None) -> Tensor:

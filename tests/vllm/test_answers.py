@@ -1,0 +1,126 @@
+"""Answers of a compressed vLLM: vLLM's own where nothing is lost, those of the transformers path where something is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cskv
+from tests.models.families import full_rank_adapter, truncated_adapter
+from tests.vllm.engines import answers, engine, prompts, save_base, save_compressed
+
+pytest.importorskip("vllm")
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "stablelm", "glm4", "granite"]
+TOKENS = 24
+
+
+def config(density: float = 1.0, window: int = 0, group: int = 1, **more: Any) -> cskv.CSKVConfig:
+    return cskv.CSKVConfig(k_density=density, v_density=density, window=window, group=group, init="svd", **more)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_answers_as_vllm_does(family: str, tmp_path: Path) -> None:
+    model, asked = save_base(tmp_path / "base", family), prompts(4)
+    with engine(tmp_path / "base") as llm:
+        expected = [tokens for tokens, _ in answers(llm, asked)]
+    whole = save_compressed(tmp_path / "base", full_rank_adapter(model, config()), tmp_path / "whole")
+    windowed = full_rank_adapter(model, config(window=8, group=4))
+    windowed = save_compressed(tmp_path / "base", windowed, tmp_path / "windowed")
+    for folder, options in ((whole, {}), (windowed, {"max_num_batched_tokens": 48, "enable_chunked_prefill": True})):
+        with engine(folder, **options) as llm:
+            assert [tokens for tokens, _ in answers(llm, asked)] == expected
+
+
+def test_full_rank_per_head_group_answers_as_vllm_does(tmp_path: Path) -> None:
+    model, asked = save_base(tmp_path / "base", num_key_value_heads=4), prompts(3)
+    with engine(tmp_path / "base") as llm:
+        expected = [tokens for tokens, _ in answers(llm, asked)]
+    adapter = grouped_adapter(model, config(head_groups=2))
+    with engine(save_compressed(tmp_path / "base", adapter, tmp_path / "out")) as llm:
+        assert [tokens for tokens, _ in answers(llm, asked)] == expected
+
+
+def grouped_adapter(model: nn.Module, settings: cskv.CSKVConfig) -> cskv.CSKVAdapter:
+    """Full-rank factors, each head group's in a basis of its own."""
+    from cskv.models.sites import find_sites
+
+    layers, groups = {}, settings.head_groups
+    for site in find_sites(model):
+        pair = []
+        for projection in (site.k, site.v):
+            weight = projection.weight.detach()
+            up = torch.cat([torch.eye(site.kv_dim // groups) for _ in range(groups)])
+            pair.append(cskv.Factors(weight.clone(), up, None))
+        layers[site.layer_idx] = cskv.LayerFactors(*pair)
+    return cskv.CSKVAdapter(settings, layers, cskv.BaseModelInfo.from_model(model))
+
+
+LOSSY = {
+    "plain": config(0.5),
+    "plain, window": config(0.5, window=8, group=4),
+    "plain, groups without a window": config(0.5, window=0, group=8),
+    "int8": config(0.5, k_bits=8, v_bits=8),
+    "int4": config(0.5, k_bits=4, v_bits=4),
+    "int8, window": config(0.5, window=8, group=8, k_bits=8, v_bits=8),
+    "int4, window, keys by channel": config(0.5, window=16, group=16, k_bits=4, v_bits=4),
+    "3 and 6 bits, window": config(0.5, window=8, group=8, k_bits=3, v_bits=6),
+    "commuting": config(0.5, window=8, group=4),
+}
+
+
+@pytest.fixture(scope="module")
+def lossy_base(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    folder = tmp_path_factory.mktemp("lossy") / "base"
+    return save_base(folder, "qwen3", num_key_value_heads=4), folder
+
+
+@pytest.mark.parametrize("chunk", [512, 64])
+@pytest.mark.parametrize("name", LOSSY)
+def test_lossy_answers_are_those_of_the_transformers_path(
+    name: str, chunk: int, lossy_base: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    model, base = lossy_base
+    adapter = commuting_adapter(model) if name == "commuting" else truncated_adapter(model, LOSSY[name])
+    asked = [prompt for prompt in prompts(3, seed=1) if len(prompt) > 20]
+    with cskv.attach(model, adapter):
+        expected = [transformers_answer(model, prompt, chunk) for prompt in asked]
+    with engine(
+        save_compressed(base, adapter, tmp_path / "out"),
+        max_num_batched_tokens=chunk,
+        enable_prefix_caching=False,
+    ) as llm:
+        found = [answers(llm, [prompt], TOKENS)[0] for prompt in asked]  # alone, so that chunks are the same
+    for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(found, expected, strict=True):
+        assert tokens == expected_tokens
+        assert logprobs == pytest.approx(expected_logprobs, abs=2e-3)
+
+
+def commuting_adapter(model: nn.Module) -> cskv.CSKVAdapter:
+    from cskv.initialisation import initialise
+    from tests.models.test_closed_form import statistics_of
+
+    settings = cskv.CSKVConfig(k_density=0.5, v_density=0.5, window=8, group=4, init="pca", key_factors="commuting")
+    return initialise(model, settings, statistics_of(model))
+
+
+@torch.no_grad()
+def transformers_answer(model: nn.Module, prompt: list[int], chunk: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their log-probabilities, the prompt read in pieces of `chunk`."""
+    from transformers import DynamicCache
+
+    cache, tokens = DynamicCache(config=model.config), torch.tensor([prompt])
+    for piece in tokens.split(chunk, dim=1):
+        logits = model(input_ids=piece, past_key_values=cache, use_cache=True).logits
+    found, logprobs = [], []
+    for _ in range(TOKENS):
+        distribution = torch.log_softmax(logits[0, -1].float(), -1)
+        best = int(distribution.argmax())
+        found.append(best)
+        logprobs.append(float(distribution[best]))
+        logits = model(input_ids=torch.tensor([[best]]), past_key_values=cache, use_cache=True).logits
+    return found, logprobs
