@@ -32,11 +32,11 @@ def adapter_for(family: str = "llama", config: cskv.CSKVConfig = CONFIG, **chang
     return truncated_adapter(tiny_model(family, **changes), config)
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
-    """Change values in a `config.json`; None takes one out."""
+def edit_config(folder: Path, *removed: str, **changes: Any) -> None:
+    """Take values out of a `config.json`, and change others."""
     path = folder / "config.json"
     values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    path.write_text(json.dumps({name: value for name, value in values.items() if name not in removed}))
 
 
 def as_hub_cache(base: Path, cache: Path, model_id: str, revision: str) -> Path:
