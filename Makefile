@@ -9,6 +9,8 @@
 #   make results every cache method on the bundled model at 50 to 95 % (about two hours on two cores; what is measured
 #                already is kept), then hold it against docs/results and draw its page
 #   make test-kvpress   the tests that need kvpress, in an environment of its own with an older transformers
+#   make test-vllm   the tests that need vLLM, in an environment of its own with an older transformers: vLLM's CPU build, or
+#                on a machine with an NVIDIA GPU the usual one. VLLM_PYTEST_ARGS="-k export" picks some of them
 #   make venv    install only
 #   make clean   remove the environment and everything that was built
 #
@@ -19,12 +21,14 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses=4
 PEERS ?=
 KVPRESS ?= .venv-kvpress
+VLLM ?= .venv-vllm
+VLLM_PYTEST_ARGS ?=
 RESULTS ?= outputs/results
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.cskv-installed
 
-.PHONY: venv check test test-kvpress test-lm-eval demo bench results clean
+.PHONY: venv check test test-kvpress test-lm-eval test-vllm demo bench results clean
 
 venv: $(STAMP)
 
@@ -68,6 +72,15 @@ $(KVPRESS)/ready: pyproject.toml constraints-kvpress.txt scripts/install_torch.s
 test-kvpress: $(KVPRESS)/ready
 	$(KVPRESS)/bin/python -m pytest tests/baselines tests/evaluation
 
+# vLLM takes transformers below 5.20. In its environment nothing of ours may move what it is held at.
+$(VLLM)/ready: pyproject.toml constraints.txt constraints-vllm.txt scripts/install_torch.sh scripts/install_vllm.sh
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	scripts/install_vllm.sh $(VLLM)/bin/python -e . pytest hypothesis beartype
+	touch $@
+
+test-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest tests/vllm $(VLLM_PYTEST_ARGS)
+
 results: venv $(KVPRESS)/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]'
 	$(BIN)/python benchmarks/results.py channels --out $(RESULTS)
@@ -77,5 +90,5 @@ results: venv $(KVPRESS)/ready
 	$(BIN)/python benchmarks/results_check.py $(RESULTS)
 
 clean:
-	rm -rf $(VENV) $(KVPRESS) build dist outputs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(KVPRESS) $(VLLM) build dist outputs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests examples tinymodel -name __pycache__ -type d -prune -exec rm -rf {} +

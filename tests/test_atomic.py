@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from cskv import CSKVError
-from cskv.atomic import write_atomically, write_tensors, write_text
+from cskv.atomic import write_atomically, write_folder, write_tensors, write_text
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path) -> None:
@@ -44,3 +44,46 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CSKVError, match=r"cannot write .*choose a writable folder"):
         write_text(tmp_path / "file" / "x.txt", "")
+
+
+def test_a_folder_is_whole_or_absent(tmp_path) -> None:
+    def fill(folder) -> None:
+        (folder / "below").mkdir()
+        (folder / "below" / "file").write_text("new")
+
+    def fail(folder) -> None:
+        fill(folder)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a" / "folder"
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(path, fail)
+    assert os.listdir(tmp_path / "a") == []
+    write_folder(path, fill)
+    assert (path / "below" / "file").read_text() == "new"
+    assert os.listdir(tmp_path / "a") == ["folder"]
+
+
+def test_a_folder_is_replaced_only_when_asked_and_comes_back_when_that_fails(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("")
+    with pytest.raises(CSKVError, match="cannot write .*choose a writable folder"):
+        write_folder(path, lambda folder: (folder / "new").touch())
+    assert os.listdir(path) == ["old"]
+
+    real = os.rename
+
+    def rename(source, target) -> None:
+        if os.path.basename(source) == "new":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(path, lambda folder: (folder / "new").touch(), replace=True)
+    assert os.listdir(path) == ["old"]
+    write_folder(path, lambda folder: (folder / "new").touch(), replace=True)
+    assert os.listdir(path) == ["new"]
+    assert os.listdir(tmp_path) == ["folder"]

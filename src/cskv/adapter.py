@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
@@ -32,8 +32,18 @@ from cskv.folder import (
 )
 from cskv.quantization.grid import Grid
 
-if TYPE_CHECKING:
-    from cskv.models.sites import AttentionSite
+
+class LayerShape(Protocol):
+    """An attention layer of a base model: its index in the cache, and what its projections of keys and values map."""
+
+    @property
+    def layer_idx(self) -> int: ...
+
+    @property
+    def kv_dim(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
 
 
 class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
@@ -87,7 +97,7 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         """The grids of a layer's key and value latents."""
         return self.grid(layer_idx, "k"), self.grid(layer_idx, "v")
 
-    def check_fits(self, base: BaseModelInfo, sites: list[AttentionSite]) -> None:
+    def check_fits(self, base: BaseModelInfo, sites: Sequence[LayerShape]) -> None:
         """Compare with a base model.
 
         Raises:

@@ -1,8 +1,9 @@
-"""Files that are either whole or absent: write beside the target, flush to disk, rename."""
+"""Files and folders that are either whole or absent: write beside the target, flush to disk, rename."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +48,49 @@ def write_tensors(path: str | Path, tensors: Mapping[str, object], metadata: Map
 
     copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}  # type: ignore[attr-defined]
     write_atomically(path, lambda file: save_file(copies, file, metadata=dict(metadata or {})))
+
+
+def write_folder(path: str | Path, fill: Callable[[Path], None], *, replace: bool = False) -> None:
+    """Let `fill` write into an empty folder beside `path`, then put that in place in one step.
+
+    Args:
+        path: absent or an empty folder, or with `replace` any folder: it is deleted at the end, if all went well.
+        fill: writes the files, given the folder.
+        replace: whether there may be files already.
+
+    Raises:
+        CSKVError: the folder cannot be written, or is not empty.
+    """
+    path = Path(path).resolve()  # a rename would replace a link, not the folder that it leads to
+    room = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        new = room / "new"
+        new.mkdir()
+        fill(new)
+        for file in new.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        _swap(new, path, room / "old" if replace else None)
+    except OSError as error:
+        raise CSKVError(f"cannot write {path}: {error}; choose a writable folder") from error
+    finally:
+        if room is not None:
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path, old: Path | None) -> None:
+    """Put a folder in place; what was there goes to `old` and comes back if that fails."""
+    try:
+        if old is not None and path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+    except BaseException:
+        if old is not None and old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
 
 
 def _fill(file: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from tests.cli.conftest import Run
 from tests.cli.support import mistake
 
-COMMANDS = ("calibrate", "train", "generate", "analyze", "inspect", "report", "doctor")
+COMMANDS = ("calibrate", "train", "generate", "analyze", "inspect", "report", "export", "doctor")
 PAPER_FLAGS = {
     "calibrate": "model_path model_id max_seq_len training_dataset asvd_calib_root attn_impl logging_level",
     "train": "model_path model_id max_seq_len k_density v_density use_asvd use_window q_window_size k_bits v_bits "

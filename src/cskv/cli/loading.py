@@ -38,7 +38,7 @@ def load_model(
     if dtype not in DTYPES:
         raise CSKVError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     target = None if device_map else find_device(device)
-    _check_folder(path)
+    check_folder(path)
     model: Any
     kwargs: dict[str, Any] = {"dtype": dtype}
     kwargs |= {"attn_implementation": attn_impl} if attn_impl else {}
@@ -62,7 +62,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    _check_folder(path)
+    check_folder(path)
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(path))
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
@@ -104,12 +104,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def check_folder(path: str) -> None:
+    """Say at once that a local folder is missing, instead of asking the hub for a model of that name.
 
-
-def _check_folder(path: str) -> None:
-    """Say at once that a local folder is missing, instead of asking the hub for a model of that name."""
+    Raises:
+        CSKVError: it is, or it has no config.
+    """
     folder = Path(path).expanduser()
     is_local = path.startswith((".", "/", "~")) or path.count("/") > 1  # a hub id is `name` or `owner/name`
     if folder.is_dir():
@@ -117,3 +117,7 @@ def _check_folder(path: str) -> None:
             raise CSKVError(f"{path} has no config.json; expected a model folder in Hugging Face format")
     elif folder.exists() or is_local:
         raise CSKVError(f"model folder {path!r} does not exist; give a folder in Hugging Face format or a hub id")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,137 @@
+"""`cskv export`: a checkpoint that vLLM serves."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cskv.cli.common import command, emit
+from cskv.cli.loading import check_folder
+from cskv.cli.options import FILES, WINDOW, OptionalModelPath
+from cskv.errors import AdapterError
+
+if TYPE_CHECKING:
+    from cskv.adapter import CSKVAdapter
+    from cskv.vllm.export import ExportReport
+
+Adapter = Annotated[
+    str, typer.Argument(help="Adapter folder, as `cskv train` writes it, or hub id.", show_default=False)
+]
+Out = Annotated[
+    Path,
+    typer.Option("--out", "--output", "-o", help="Folder to write.", show_default=False, rich_help_panel=FILES),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        help="Tokens that are always exact. [default: the adapter's]",
+        show_default=False,
+        rich_help_panel=WINDOW,
+    ),
+]
+Group = Annotated[
+    int | None,
+    typer.Option(
+        "--group",
+        help="Tokens that leave the window at a time; a multiple of the tokens of the adapter's blocks. Packed latents "
+        "of an adapter that was trained without --k-block and --v-block are stored in blocks that follow the group: "
+        "another group is another grid than it was trained for. [default: the adapter's]",
+        show_default=False,
+        rich_help_panel=WINDOW,
+    ),
+]
+Copy = Annotated[
+    bool,
+    typer.Option(
+        "--copy",
+        help="Copy weights always. Without it they are hard links to the base model's where both folders are on one "
+        "file system: they take no room, and who changes one in place changes both.",
+        rich_help_panel=FILES,
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.", rich_help_panel=FILES)
+]
+
+
+@command
+def export(
+    adapter: Adapter,
+    out: Out,
+    model_path: OptionalModelPath = None,
+    window: Window = None,
+    group: Group = None,
+    copy: Copy = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a checkpoint that vLLM serves from a compressed cache: the base model's files, and the adapter beside them.
+
+    `config.json` names an architecture that the plugin knows, all else is the base model's. Weights in other formats
+    than safetensors are left out. Window and group only say how tokens are read: they may be changed without training.
+
+    Examples:
+
+    * `cskv export outputs/adapters/my-model/k0.2-v0.2-asvd-window32-group32 --out served`
+    * `cskv export ADAPTER --out served --window 0 --group 1`
+    """
+    from cskv.adapter import CSKVAdapter
+    from cskv.vllm.export import check_place
+    from cskv.vllm.export import export as write
+
+    out = out.expanduser()
+    folder = Path(adapter).expanduser()
+    if folder.is_dir():
+        check_place(out, folder, overwrite=overwrite)
+    loaded = CSKVAdapter.from_pretrained(folder if folder.is_dir() else adapter)
+    base = find_base(loaded, model_path)
+    report = write(loaded, base, out, window=window, group=group, copy=copy, overwrite=overwrite)
+    for line in describe(report):
+        typer.echo(line)
+    emit({"command": "export", "adapter": adapter, **report.to_dict()})
+
+
+def find_base(adapter: CSKVAdapter, model_path: str | None) -> Path:
+    """The folder of the base model: the given one, or what the adapter names.
+
+    Raises:
+        CSKVError: there is none.
+    """
+    from cskv.vllm.source import download_base
+
+    name = model_path or adapter.base.name
+    if not name:
+        raise AdapterError("the adapter does not name its base model; give it with --model-path")
+    check_folder(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    return download_base(name, adapter.base.revision if name == adapter.base.name else None)
+
+
+def describe(report: ExportReport) -> list[str]:
+    """The report as lines for a person."""
+    weights = [
+        *([f"{len(report.linked)} file(s) hard-linked to the base model's"] if report.linked else []),
+        *([f"{len(report.copied)} file(s) copied"] if report.copied else []),
+    ]
+    lines = [
+        f"folder      {report.folder}",
+        f"serves      {report.architecture} from {report.base}",
+        f"weights     {', '.join(weights)}",
+        f"cache       {report.uncompressed_bytes_per_token:,} bytes per token uncompressed, "
+        f"{report.bytes_per_token:,.6g} compressed ({report.ratio:.1%}), in {report.dtype}, exact window aside",
+    ]
+    if report.left_out:
+        lines.insert(3, f"left out    {', '.join(report.left_out)}")
+    if not report.prefix_caching:
+        newest = f"{report.window} to {report.window + report.group - 1}"
+        lines.append(
+            f"prefixes    are not shared: the newest {newest} tokens are kept exactly, so prefix caching will be "
+            "switched off; `--window 0 --group 1` allows it"
+        )
+    folder = shlex.quote(str(report.folder))
+    return [*lines, f"serve       python -m vllm.entrypoints.openai.api_server --model {folder}"]
