@@ -1,4 +1,4 @@
-"""What vLLM's block pool holds: more tokens in the same bytes, prefixes that are shared, requests that are preempted."""
+"""What vLLM's block pool holds: more tokens in the same bytes, shared prefixes, requests that are preempted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from tests.models.families import full_rank_adapter, truncated_adapter
 from tests.vllm.engines import answers, engine, prompts, reused, save_base, save_compressed
 from tests.vllm.test_answers import config, transformers_answer
 
-POOL = 2**20  # bytes, of a model that takes 2 KiB a token uncompressed
+LONG = 16_384  # the exact window costs a request as much as 63 uncompressed tokens, however long it is
+TOKEN = 8 * 2 * 128 * 4  # bytes, uncompressed: layers, keys and values, channels, fp32
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    """Eight layers, so that a block holds more than one layer's ring. 2 x 128 channels x 8 layers x 4 bytes a token."""
+    """Eight layers, so that a block holds more than one layer's ring."""
     folder = tmp_path_factory.mktemp("pool") / "base"
-    return save_base(folder, num_key_value_heads=4, num_hidden_layers=8, max_position_embeddings=4096), folder
+    return save_base(folder, num_key_value_heads=4, num_hidden_layers=8, max_position_embeddings=LONG), folder
 
 
 def tokens_in(llm: Any) -> int:
@@ -31,10 +32,11 @@ def tokens_in(llm: Any) -> int:
 CAPACITIES = {
     # name: (settings, what the latents take of the uncompressed bytes)
     "25 %": (config(0.25), 1 / 4),
-    "25 % in int8": (config(0.25, k_bits=8, v_bits=8), 1 / 16 + 1 / 64),
-    "25 % in int4": (config(0.25, k_bits=4, v_bits=4), 1 / 32 + 1 / 64),
+    # Of 128 channels 32 are left, in bytes in place of fp32, and a scale and a minimum in bf16 for 32 of them.
+    "25 % in int8": (config(0.25, k_bits=8, v_bits=8), (32 + 4) / 512),
+    "25 % in int4": (config(0.25, k_bits=4, v_bits=4), (16 + 4) / 512),
     "25 %, window": (config(0.25, window=32, group=32), 1 / 4),
-    "25 % in int8, window": (config(0.25, window=32, group=32, k_bits=8, v_bits=8), 1 / 16 + (1 / 64 + 1 / 128) / 2),
+    "25 % in int8, window": (config(0.25, window=32, group=32, k_bits=8, v_bits=8), (32 + 4) / 512),
 }
 
 
@@ -42,7 +44,7 @@ CAPACITIES = {
 def test_the_pool_holds_more_tokens(name: str, base: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model, folder = base
     settings, share = CAPACITIES[name]
-    options = {"kv_cache_memory_bytes": 64 * POOL, "max_model_len": 4096}
+    options = {"kv_cache_memory_bytes": 2 * LONG * TOKEN, "max_model_len": LONG}
     with engine(folder, **options) as llm:
         before = tokens_in(llm)
     compressed = save_compressed(folder, truncated_adapter(model, settings), tmp_path / "out")
@@ -70,7 +72,7 @@ def test_layers_of_different_ranks_share_blocks(base: tuple[nn.Module, Path], tm
 
 def test_a_pool_too_small_for_vllm_serves_all(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model, folder = base
-    options = {"kv_cache_memory_bytes": 2 * POOL, "max_model_len": 2048}
+    options = {"kv_cache_memory_bytes": 512 * TOKEN, "max_model_len": 2048}
     with pytest.raises(Exception, match="KV cache is needed, which is larger than"), engine(folder, **options):
         pass
     adapter = truncated_adapter(model, config(0.2, window=16, group=16))
@@ -88,8 +90,8 @@ def test_preempted_requests_answer_the_same(window: int, base: tuple[nn.Module, 
     asked = [prompt[:90] for prompt in prompts(6, seed=4)]
     with engine(compressed, max_model_len=256, enable_prefix_caching=False) as llm:
         expected = [tokens for tokens, _ in answers(llm, asked, 100)]
-    small = {"kv_cache_memory_bytes": POOL, "max_model_len": 256, "disable_log_stats": False}
-    with engine(compressed, enable_prefix_caching=False, **small) as llm:
+    small = {"kv_cache_memory_bytes": 400 * TOKEN, "max_model_len": 256, "disable_log_stats": False}
+    with engine(compressed, block_size=16, enable_prefix_caching=False, **small) as llm:
         assert [tokens for tokens, _ in answers(llm, asked, 100)] == expected
         preempted = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
     assert sum(preempted) > 0
