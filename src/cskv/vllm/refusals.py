@@ -6,6 +6,7 @@ A compressed cache must not answer wrongly, and must not cost more than it saves
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from cskv.vllm.shards import Shard
 
 logger = logging.getLogger("vllm.cskv")
 
+TOKENS = 256  # over which bytes are compared: pages are padded to 16 bytes
 LITTLE = 0.75  # of the saving on one rank: below that a warning says what tensor parallelism costs
 
 
@@ -104,7 +106,7 @@ def _check_shards(served: Served, vllm_config: Any) -> None:
     heads = model.get_total_num_kv_heads()
     here, alone = (_saving(served, Shard.of_rank(0, n, heads), model) for n in (ranks, 1))
     remedy = "train factors per head group (--head-groups, a multiple of the ranks), or use pipeline parallelism"
-    if ranks > 1 and here <= 1:
+    if ranks > 1 and here < 1:
         raise ConfigError(
             f"on {ranks} tensor-parallel ranks the latents, which every rank repeats, take {1 / here:.2f} times the "
             f"bytes of the uncompressed cache; {remedy}"
@@ -121,6 +123,6 @@ def _check_shards(served: Served, vllm_config: Any) -> None:
 
 def _saving(served: Served, shard: Shard, model: Any) -> float:
     """Bytes of a rank's uncompressed cache over those of its latents, the window aside."""
-    block = max(1, served.config.group)
+    block = math.lcm(served.config.group, TOKENS)
     full = 2 * shard.heads * model.get_head_size() * model.dtype.itemsize * len(served.settings.ranks)
     return full * block / sum(served.layout(i, shard, model.dtype).page_bytes(block) for i in served.settings.ranks)
