@@ -1,0 +1,203 @@
+"""Decoding in vLLM with a compressed cache and without: at equal batch, and at equal memory.
+
+    python benchmarks/serving.py            # measures what is missing in results/serving.json, fills docs/vllm.md
+    python benchmarks/serving.py --quick    # a tiny model and short prompts, into outputs/
+
+It needs vLLM (`make test-vllm` makes an environment). All engines run at once, each in a process of its own, and take
+turns: the same pool of memory, the same random model in bfloat16 and random factors of the ranks that 80 % leaves. The
+pool is just large enough for a few uncompressed requests. "Equal batch" decodes as many with every cache, "equal
+memory" as many as each cache has room for. Only steps that decode are timed; prompts are read before.
+
+Before anything is timed, log-probabilities after a short prompt are compared with those of the transformers path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Row, fill_page, measure_missing, read_results
+from decode_timing import summary
+from generation import METHODS, UNCOMPRESSED, Settings, Wrong, adapter, config_of
+from serving_engine import serve
+
+import cskv
+from cskv.vllm.export import export
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
+PAGE = ROOT / "docs" / "vllm.md"
+NAMES = [name for name in METHODS if not name.endswith("rebuild")]
+ROUNDS = 3
+STEPS = 12
+ROOM = 128  # tokens that a request may be longer than its prompt
+MOST = 48  # requests
+TOLERANCE = 0.1  # of a log-probability in bfloat16
+SHAPES = {"2048 x 4": (2048, 4), "8192 x 1": (8192, 1)}  # tokens of a prompt, uncompressed requests in the pool
+QUICK = {"96 x 2": (96, 2)}
+
+
+class Engine:
+    """An engine of vLLM in a process of its own."""
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(str(folder), options, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.tokens = self._answer()
+
+    def ask(self, *question: Any) -> Any:
+        """What `serving_engine.serve` answers."""
+        self._ours.send(question)
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._ours.send(None)
+        self._process.join(60)
+
+    def _answer(self) -> Any:
+        try:
+            return self._ours.recv()
+        except EOFError:
+            raise RuntimeError("an engine of vLLM ended; what it printed says why") from None
+
+
+def checkpoints(folder: Path, settings: Settings) -> tuple[dict[str, Path], dict[str, list[float]]]:
+    """A checkpoint of every method, and the log-probabilities that the transformers path gives."""
+    model, base = settings.model(), folder / "base"
+    model.save_pretrained(base)
+    found, expected = {UNCOMPRESSED: base}, {}
+    kv_dim = settings.kv_heads * settings.hidden // settings.heads
+    for name in NAMES:
+        if name == UNCOMPRESSED:
+            expected[name] = _logprobs(model)
+            continue
+        compressor = adapter(model, config_of(name, kv_dim))
+        found[name] = folder / name.replace(" ", "-").replace(",", "")
+        export(compressor, base, found[name])
+        with cskv.attach(model, compressor):
+            expected[name] = _logprobs(model)
+    return found, expected
+
+
+@torch.inference_mode()
+def _logprobs(model: Any) -> list[float]:
+    """Of the tokens that are chosen after the prompt of the check."""
+    prompt = torch.tensor([check_prompt()])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=4,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+        eos_token_id=[],
+    )
+    return [float(torch.log_softmax(scores[0].float(), -1).max()) for scores in output.scores]
+
+
+def check_prompt() -> list[int]:
+    """The prompt of the check."""
+    return torch.randint(3, 100, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def measure(tokens: int, fit: int, folders: dict[str, Path], expected: dict[str, list[float]], per_token: int) -> Row:
+    """A row: all methods with a pool in which `fit` uncompressed requests have room.
+
+    Raises:
+        Wrong: what a method computes is off.
+    """
+    options = {"kv_cache_memory_bytes": (fit * (tokens + ROOM) + 256) * per_token, "max_model_len": tokens + ROOM}
+    engines = {name: Engine(folder, options | {"max_num_seqs": MOST}) for name, folder in folders.items()}
+    row: Row = {"tokens": tokens, "fit": fit, "pool_bytes": options["kv_cache_memory_bytes"], "methods": {}}
+    for name, engine in engines.items():
+        found = engine.ask("logprobs", check_prompt(), 4)
+        error = max(abs(ours - theirs) for ours, theirs in zip(found, expected[name], strict=True))
+        if error > TOLERANCE:
+            raise Wrong(f"{name}: log-probabilities are {error:.3g} off, at most {TOLERANCE:g}; nothing is reported")
+        room = min(MOST, engine.tokens // (tokens + ROOM))
+        row["methods"][name] = {"error": error, "pool_tokens": engine.tokens, "requests": room}
+    for kind in ("equal batch", "equal memory"):
+        speeds: dict[str, list[float]] = {name: [] for name in engines}
+        for _ in range(ROUNDS):
+            for name, engine in engines.items():
+                batch = fit if kind == "equal batch" else row["methods"][name]["requests"]
+                steps = engine.ask("decode", batch, tokens, STEPS)
+                speeds[name].append(batch / statistics.median(steps))
+        for name, values in speeds.items():
+            row["methods"][name][kind] = summary(values)
+    for engine in engines.values():
+        engine.close()
+    return row
+
+
+def table(rows: dict[str, Row]) -> str:
+    """Ratios to the uncompressed cache, as Markdown."""
+    lines = [
+        "| prompt | cache | tokens in the pool | requests | tokens/s, equal batch | tokens/s, equal memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        base = row["methods"][UNCOMPRESSED]
+        for name, method in row["methods"].items():
+            ratios = [method[kind]["median"] / base[kind]["median"] for kind in ("equal batch", "equal memory")]
+            held, short = method["pool_tokens"] / base["pool_tokens"], name.removesuffix(", sdpa")
+            lines.append(
+                f"| {row['tokens']} | {short} | {held:.1f} x | {method['requests']} | {ratios[0]:.2f} x | "
+                f"{ratios[1]:.2f} x |"
+            )
+    return "\n".join(lines)
+
+
+def report(results: dict[str, Any]) -> str:
+    """The table and on what it was measured."""
+    import vllm
+
+    where = results["environment"]
+    return (
+        f"{table(results['rows'])}\n\nRatios of medians of {ROUNDS} turns of {STEPS} steps; a random Llama in bfloat16 "
+        "(4 layers, hidden 1024, 16 query and kv heads of 64 channels), 20 % of the channels, window 32, groups of 32. "
+        f"{where['accelerator'] or where['cpu']}, {where['threads']} thread(s), vLLM {vllm.__version__}, torch "
+        f"{where['torch']}, {where['date'][:10]}. Reproduce with `python benchmarks/serving.py`."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and fill the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny model and short prompts, into outputs/")
+    parser.add_argument("--out", type=Path, default=None, help="where results go and what is measured is kept")
+    given = parser.parse_args(arguments)
+    settings = Settings(hidden=128, layers=2, heads=4, kv_heads=4, vocabulary=256) if given.quick else Settings()
+    path = given.out or (ROOT / "outputs" / "serving.json" if given.quick else RESULTS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = read_results(path)
+    per_token = 2 * settings.layers * settings.kv_heads * (settings.hidden // settings.heads) * 2
+    with tempfile.TemporaryDirectory() as folder:
+        folders, expected = checkpoints(Path(folder), settings)
+        jobs = {
+            name: lambda tokens=tokens, fit=fit: measure(tokens, fit, folders, expected, per_token)
+            for name, (tokens, fit) in (QUICK if given.quick else SHAPES).items()
+        }
+        try:
+            measure_missing(path, results, jobs)
+        except Wrong as error:
+            sys.exit(f"error: {error}")
+    print(report(results))
+    if path == RESULTS:
+        fill_page(PAGE, "serving", report(results))
+
+
+if __name__ == "__main__":
+    main()
