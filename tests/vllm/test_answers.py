@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,27 @@ def test_lossy_answers_are_those_of_the_transformers_path(
     for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(found, expected, strict=True):
         assert tokens == expected_tokens
         assert logprobs == pytest.approx(expected_logprobs, abs=2e-3)
+
+
+@pytest.mark.parametrize("settings", [config(0.5, window=8, group=4), config(0.5, k_bits=8, v_bits=8)])
+def test_bf16_is_bf16_of_the_transformers_path(
+    settings: cskv.CSKVConfig, lossy_base: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    model, base = lossy_base
+    adapter, (prompt,) = truncated_adapter(model, settings), prompts(1, seed=1)
+    shorter = copy.deepcopy(model).to(torch.bfloat16)
+    with cskv.attach(shorter, adapter):
+        expected = transformers_answer(shorter, prompt, 64)
+    with engine(
+        save_compressed(base, adapter, tmp_path / "out"),
+        dtype="bfloat16",
+        max_num_batched_tokens=64,
+        enable_prefix_caching=False,
+    ) as llm:
+        ((tokens, logprobs),) = answers(llm, [prompt], TOKENS)
+    same = next((i for i, pair in enumerate(zip(tokens, expected[0])) if pair[0] != pair[1]), TOKENS)
+    assert same >= 3  # rounding may turn a token in time
+    assert logprobs[:same] == pytest.approx(expected[1][:same], abs=0.1)
 
 
 def commuting_adapter(model: nn.Module) -> cskv.CSKVAdapter:
