@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cskv.errors import CSKVError
+from cskv.errors import ConfigError, CSKVError
 
 PREFIX = "CSKV"
 
@@ -51,7 +51,10 @@ def _check(vllm_config: Any) -> None:
     ranks = vllm_config.parallel_config.tensor_parallel_size
     choose_block_size(served, Shard.of_rank(0, ranks, model.get_total_num_kv_heads()), vllm_config)
     # What is compiled depends on ranks and settings: they are part of the key under which vLLM caches it.
-    vllm_config.additional_config = {**(vllm_config.additional_config or {}), "cskv": served.summary()}
+    more = vllm_config.additional_config or {}
+    if not isinstance(more, dict):
+        raise ConfigError(f"additional_config is {type(more).__name__}; expected a JSON object, or none")
+    vllm_config.additional_config = {**more, "cskv": served.summary()}
 
 
 def _is_server() -> bool:

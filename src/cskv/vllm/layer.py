@@ -112,7 +112,9 @@ class CompressedAttention(Attention):
         device = next(parent.parameters()).device
         factors = self.served.factors(self.index, self.shard).to(device, self.layout.dtype)
         self._place(factors)
-        rope = None if self._commuting else find_rope(parent, forward, child, self._hidden_size, self.head_size)
+        rope = None
+        if not self._commuting:
+            rope = find_rope(parent, forward, child, self._hidden_size, self.head_size, self.layout.dtype)
         if device.type == "cuda":
             factors = LayerFactors(factors.k.aligned(16), factors.v)
         self.rules = LayerRules(factors, rope, Logits(self.impl.scale, self._softcap), _workspace)

@@ -44,7 +44,9 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
-def find_rope(parent: Any, forward: Any, child: str, hidden_size: int, head_dim: int) -> Rope | None:
+def find_rope(
+    parent: Any, forward: Any, child: str, hidden_size: int, head_dim: int, dtype: torch.dtype
+) -> Rope | None:
     """How keys that are rebuilt become those that queries meet; None where they are those already.
 
     Args:
@@ -53,19 +55,19 @@ def find_rope(parent: Any, forward: Any, child: str, hidden_size: int, head_dim:
         child: the name of its attention layer.
         hidden_size: channels of what it reads.
         head_dim: channels of a head.
+        dtype: in which the layer computes.
 
     Raises:
         UnsupportedModelError: its keys or values follow from its projection by no known norm and rotation.
     """
-    weight = next(parent.parameters())
-    dtype, device = torch.get_default_dtype(), weight.device
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, hidden_size, generator=generator).to(device, dtype)
+    device = next(parent.parameters()).device
+    x = torch.randn(TOKENS, hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    x = x.to(device, dtype)
     positions = torch.arange(TOKENS, device=device)
     given = _record(parent, forward, child, positions, x)
     k_size = given.keys.flatten(1).shape[1]
     *_, k, v = parent.qkv_proj(x)[0].split([parent.q_size, k_size, k_size], dim=-1)
-    tables = _cos_sin(parent)
+    tables = _cos_sin(parent, dtype)
     found = _match(parent, k, given.keys.flatten(1), tables, head_dim)
     _check_values(parent, v, given.values.flatten(1))
     if found.rope_style is RopeStyle.NONE:
@@ -91,14 +93,14 @@ def _record(parent: Any, forward: Any, child: str, positions: Tensor, x: Tensor)
     return recorder.given
 
 
-def _cos_sin(parent: Any) -> tuple[Tensor, Tensor] | None:
+def _cos_sin(parent: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """Cos and sin of all positions, (positions, rotary_dim), shared by all layers with the same embedding."""
     rotary = getattr(parent, "rotary_emb", None)
     cache = getattr(rotary, "cos_sin_cache", None)
     if rotary is None or cache is None:
         return None
     if rotary not in _tables:
-        cos, sin = cache.to(torch.get_default_dtype()).chunk(2, dim=-1)
+        cos, sin = cache.to(dtype).chunk(2, dim=-1)
         if getattr(rotary, "is_neox_style", False):
             cos, sin = (torch.cat([part, part], dim=-1) for part in (cos, sin))
         else:
