@@ -25,6 +25,7 @@ from cskv.workspace import Workspace
 from tests.attention.problems import Problem
 
 MOST = 260  # tokens that a request may get
+PLACES = 4  # requests at a time
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Setting:
     @property
     def rules(self) -> LayerRules:
         factors = self.problem.factors().to(dtype=self.dtype)
-        logits = Logits(self.problem.head_dim**-0.5, self.softcap)
+        logits = Logits(0.3, self.softcap)  # not what a product of queries and keys is usually scaled by
         return LayerRules(factors, self.problem.rope(self.dtype), logits, Workspace())
 
 
@@ -105,11 +106,12 @@ class Server:
     are NaN at first, and hold what other requests left in them later.
     """
 
-    def __init__(self, setting: Setting, blocks: int = 80, seed: int = 0) -> None:
+    def __init__(self, setting: Setting, seed: int = 0) -> None:
         self.setting, self.layout, self.ring = setting, setting.layout, setting.ring
         self.rules = setting.rules
         page_bytes = self.layout.page_bytes(setting.block_size)
         ring_bytes = 0 if self.ring is None else self.ring.page_bytes
+        blocks = 1 + PLACES * (-(-MOST // setting.block_size) + 1)
         # As a block lies in vLLM's pool: this layer's part of it is between those of other layers.
         self.memory = torch.full((blocks, 16 + max(page_bytes, ring_bytes) + 48), 255, dtype=torch.uint8)
         self.k, self.v = self.layout.pages(self.memory[:, 16 : 16 + page_bytes], setting.block_size)

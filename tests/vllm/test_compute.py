@@ -19,7 +19,7 @@ from cskv.vllm import compute
 from cskv.vllm.compute import attend, write
 from cskv.vllm.step import plan_step
 from tests.attention.problems import Problem
-from tests.vllm.batches import MOST, Request, Server, Setting, off_by
+from tests.vllm.batches import MOST, PLACES, Request, Server, Setting, off_by
 
 TOLERANCE = 1e-5
 ENDS = -1  # in a schedule: the request ends, and another one begins in its place
@@ -87,7 +87,7 @@ def run(server: Server, schedule: list[list[int]], paddings: list[int]) -> float
 
 
 pieces = st.one_of(st.just(1), st.just(1), st.integers(0, 20), st.just(ENDS), st.sampled_from([33, 64, 65, 90]))
-schedules = st.lists(st.lists(pieces, min_size=4, max_size=4), min_size=1, max_size=14)
+schedules = st.lists(st.lists(pieces, min_size=PLACES, max_size=PLACES), min_size=1, max_size=14)
 
 
 @settings(max_examples=120)
