@@ -159,10 +159,10 @@ def on_ranks(ranks: int, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("rank", "ranks", "times"),
     [
-        (8, 4, "1.00"),  # 16 latents for 16 numbers: nothing is gained
+        (9, 4, "1.12"),  # 18 latents for 16 numbers
         (12, 4, "1.50"),
         (32, 2, "2.00"),
-        (16, 2, "1.00"),
+        (17, 2, "1.06"),
     ],
 )
 def test_ranks_that_repeat_more_than_they_save_are_refused(tmp_path: Path, rank: int, ranks: int, times: str) -> None:
@@ -176,7 +176,12 @@ def test_ranks_that_repeat_more_than_they_save_are_refused(tmp_path: Path, rank:
 
 @pytest.mark.parametrize(
     ("rank", "ranks", "here", "alone"),
-    [(8, 2, "2.0", "4.0"), (4, 4, "2.0", "8.0"), (15, 2, "1.1", "2.1")],
+    [
+        (8, 2, "2.0", "4.0"),
+        (4, 4, "2.0", "8.0"),
+        (15, 2, "1.1", "2.1"),
+        (16, 2, "1.0", "2.0"),  # nothing is gained, and nothing lost
+    ],
 )
 def test_ranks_that_take_much_of_the_saving_are_warned_of(
     tmp_path: Path, said: list[str], rank: int, ranks: int, here: str, alone: str
