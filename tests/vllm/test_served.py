@@ -247,6 +247,21 @@ def test_factors_of_a_rank_are_read_from_the_folder(tmp_path: Path) -> None:
         assert torch.equal(here.v.bias, whole.v.bias[KV_DIM // 2 :])
 
 
+def test_factors_that_are_not_as_the_settings_say_are_refused(tmp_path: Path) -> None:
+    """Cut as the settings say, they would rebuild other keys and values."""
+    save(tmp_path / "cskv", GROUPS, RANKS)
+    config = tmp_path / "cskv" / "config.json"
+    described = json.loads(config.read_text())
+    described["compression"]["head_groups"] = 1
+    config.write_text(json.dumps(described))
+    with pytest.raises(AdapterError) as caught:
+        find(tmp_path, adapter="cskv").factors(1, HALF)
+    assert str(caught.value) == (
+        f"adapter {tmp_path / 'cskv'}: layer 1 k has 2 head groups and 32 channels, its settings 1 and 32; train the "
+        "adapter again"
+    )
+
+
 def test_what_is_compiled_depends_on_settings_and_ranks() -> None:
     """vLLM keeps what it compiled under a hash of this, as JSON."""
     summaries = [

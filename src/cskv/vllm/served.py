@@ -81,9 +81,16 @@ class Served:
         """The factors of one layer that one tensor-parallel rank keeps.
 
         Raises:
-            AdapterError: the folder is damaged.
+            AdapterError: the folder is damaged, or its settings do not say how its factors were made.
         """
         factors, groups = read_layer(self.folder, self.settings, layer), self.config.head_groups
+        expected = groups, self.settings.ranks[layer]["kv_dim"]
+        for kind, part in (("k", factors.k), ("v", factors.v)):
+            if (part.groups, part.kv_dim) != expected:  # a rank would keep the wrong part of them
+                raise AdapterError(
+                    f"adapter {self.folder}: layer {layer} {kind} has {part.groups} head groups and {part.kv_dim} "
+                    f"channels, its settings {groups} and {expected[1]}; train the adapter again"
+                )
         return LayerFactors(shard.factors(factors.k, groups), shard.factors(factors.v, groups))
 
     def summary(self) -> dict[str, Any]:
