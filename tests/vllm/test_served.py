@@ -243,6 +243,7 @@ def test_factors_of_a_rank_are_read_from_the_folder(tmp_path: Path) -> None:
         whole, here = adapter.factors(index), found.factors(index, HALF)
         assert torch.equal(found.factors(index, WHOLE).v.up, whole.v.up)
         assert torch.equal(here.k.down, whole.k.down[whole.k.rank // 2 :])
+        assert torch.equal(here.v.down, whole.v.down[whole.v.rank // 2 :])
         assert torch.equal(here.v.up, whole.v.up[KV_DIM // 2 :])
         assert torch.equal(here.v.bias, whole.v.bias[KV_DIM // 2 :])
 
