@@ -160,7 +160,7 @@ def test_what_a_workspace_held_before_does_not_show(name: str) -> None:
 def test_no_token_is_looked_for_below_the_least_length() -> None:
     k, v = requests(PLAIN, [40, 33])
     paged, _ = in_pages(k, v, PLAIN, 16, least=33)
-    nowhere = replace(paged, lengths=torch.zeros(2))  # is not asked for them
+    nowhere = replace(paged, lengths=torch.zeros(2, dtype=torch.int32))  # is not asked for them
     assert torch.equal(nowhere.read(0, 33), paged.read(0, 33))
     assert torch.equal(paged.read(0, 33)[1], k[1])
     assert not nowhere.read(0, 34).any()

@@ -18,7 +18,7 @@ from cskv.atomic import write_tensors, write_text
 from cskv.base import BaseModelInfo
 from cskv.card import model_card
 from cskv.config import CSKVConfig
-from cskv.errors import AdapterError, ConfigError
+from cskv.errors import AdapterError
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.folder import (
     CARD_FILE,
@@ -27,6 +27,7 @@ from cskv.folder import (
     MODEL_TYPE,
     WEIGHTS_FILE,
     Widths,
+    check_widths,
     download,
     read_folder,
 )
@@ -71,7 +72,8 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         if not layers:
             raise AdapterError("an adapter needs the factors of at least one layer, got none")
         self.widths = dict(widths or {})
-        _check_widths(config, layers, self.widths)
+        ranks = {(index, kind): getattr(layers[index], kind).rank for index in layers for kind in ("k", "v")}
+        check_widths(config, ranks, self.widths)
         self.config = config
         self.base = base
         self.metrics: dict[str, Any] = dict(metrics or {})
@@ -178,24 +180,6 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         """
         folder = Path(pretrained_model_name_or_path)
         return cls(*read_folder(folder if folder.is_dir() else download(str(pretrained_model_name_or_path), **hub)))
-
-
-def _check_widths(
-    config: CSKVConfig, layers: Mapping[int, LayerFactors], widths: Mapping[tuple[int, str], Widths]
-) -> None:
-    expected = {(index, kind): getattr(layers[index], kind).rank for index in layers for kind in ("k", "v")}
-    if set(widths) != (set(expected) if config.mixed_widths else set()):
-        raise AdapterError(
-            f"widths are given for {len(widths)} projections; expected "
-            + (f"all {len(expected)}" if config.mixed_widths else "none without mixed_widths")
-        )
-    for part, runs in widths.items():
-        try:
-            total = Grid(runs, *config.block(part[1])).rank
-        except ConfigError as error:
-            raise AdapterError(f"layer {part[0]} {part[1]}: {error}") from error
-        if total != expected[part]:
-            raise AdapterError(f"layer {part[0]} {part[1]} has {expected[part]} latents, and widths for {total}")
 
 
 class _FactorModule(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from cskv.base import BaseModelInfo
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.quantization.grid import Grid
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -95,10 +97,13 @@ def read_settings(folder: Path) -> Settings:
     """
     description = read_description(folder)
     try:
-        return Settings(
+        settings = Settings(
             config=CSKVConfig.from_dict(description["compression"]),
             base=_base_from_dict(description["base_model"]),
-            ranks={int(index): values for index, values in description["ranks"].items()},
+            ranks={
+                int(index): {name: int(values[name]) for name in ("k", "v", "kv_dim")}
+                for index, values in description["ranks"].items()
+            },
             metrics=description.get("metrics", {}),
             widths={
                 (int(index), kind): tuple((int(bits), int(channels)) for bits, channels in runs)
@@ -110,6 +115,34 @@ def read_settings(folder: Path) -> Settings:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE} lacks or garbles {error}; the folder is damaged") from error
+    ranks = {(index, kind): of[kind] for index, of in settings.ranks.items() for kind in ("k", "v")}
+    try:
+        check_widths(settings.config, ranks, settings.widths)
+    except AdapterError as error:
+        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
+    return settings
+
+
+def check_widths(
+    config: CSKVConfig, ranks: Mapping[tuple[int, str], int], widths: Mapping[tuple[int, str], Widths]
+) -> None:
+    """Check that there are widths for all latents of every projection, or none where settings do not mix them.
+
+    Raises:
+        AdapterError: some are missing, too many, or out of range.
+    """
+    if set(widths) != (set(ranks) if config.mixed_widths else set()):
+        raise AdapterError(
+            f"widths are given for {len(widths)} projections; expected "
+            + (f"all {len(ranks)}" if config.mixed_widths else "none without mixed_widths")
+        )
+    for part, runs in widths.items():
+        try:
+            total = Grid(runs, *config.block(part[1])).rank
+        except ConfigError as error:
+            raise AdapterError(f"layer {part[0]} {part[1]}: {error}") from error
+        if total != ranks[part]:
+            raise AdapterError(f"layer {part[0]} {part[1]} has {ranks[part]} latents, and widths for {total}")
 
 
 def read_folder(folder: Path) -> Contents:

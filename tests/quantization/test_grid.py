@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cskv import ConfigError
+from cskv import ConfigError, CSKVConfig
 from cskv.quantization.grid import Grid, dequantise, quantise
 
 
@@ -106,3 +106,31 @@ def test_impossible_widths_are_refused(widths: tuple) -> None:
         Grid(widths, 32, 1)
     with pytest.raises(ConfigError, match="a block is 0 x 1"):
         Grid(((4, 4),), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "k", "v"),
+    [
+        (CSKVConfig(), None, None),
+        (CSKVConfig(k_bits=4), Grid(((4, 12),), 32, 1), None),
+        (CSKVConfig(v_bits=3, group=8), None, Grid(((3, 20),), 1, 32)),
+        (CSKVConfig(k_bits=8, v_bits=4, group=1), Grid(((8, 12),), 1, 32), Grid(((4, 20),), 1, 32)),
+        (
+            CSKVConfig(k_bits=5, v_bits=2, group=8, k_block=(4, 2), v_block=(8, 1)),
+            Grid(((5, 12),), 4, 2),
+            Grid(((2, 20),), 8, 1),
+        ),
+    ],
+)
+def test_grids_that_settings_ask_for(config: CSKVConfig, k: Grid | None, v: Grid | None) -> None:
+    """KIVI's blocks unless others are given; 16 bits are none."""
+    assert (Grid.of(config, "k", 12, None), Grid.of(config, "v", 20, None)) == (k, v)
+
+
+def test_mixed_widths_are_the_layers_own() -> None:
+    runs, config = ((8, 2), (3, 10)), CSKVConfig(group=8, mixed_widths=True)
+    assert Grid.of(config, "k", 12, runs) == Grid(runs, 8, 4)
+    assert Grid.of(config, "k", 12, None) is None
+    assert Grid.of(CSKVConfig(group=8, k_bits=4), "k", 12, runs) == Grid(((4, 12),), 8, 1)  # not asked for
+    with pytest.raises(ConfigError, match="widths are"):
+        Grid.of(config, "k", 12, ((9, 12),))

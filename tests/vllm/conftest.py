@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-WITHOUT_VLLM = ("test_export.py",)
+WITHOUT_VLLM = (
+    "test_blocks.py",
+    "test_compute.py",
+    "test_export.py",
+    "test_refusals.py",
+    "test_served.py",
+    "test_shards.py",
+    "test_step.py",
+)
 # Beside those of pyproject.toml, for tests in this folder alone.
 IGNORED = (
     # As it registers its CPU kernels, vLLM looks at every name in torch.distributed, deprecated ones too.

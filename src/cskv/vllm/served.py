@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from cskv.cache.ring import Ring
 from cskv.config import CSKVConfig
@@ -56,7 +57,8 @@ class Served:
     def is_grouped(self) -> bool:
         """Whether latents are packed in groups of tokens."""
         config = self.config
-        return config.is_quantised and max(config.block("k")[0], config.block("v")[0]) > 1
+        packed = (kind for kind in ("k", "v") if config.mixed_widths or config.bits(kind) < 16)
+        return any(config.block(kind)[0] > 1 for kind in packed)
 
     def layout(self, layer: int, shard: Shard, dtype: Any) -> PageLayout:
         """The pages of one layer's latents on one tensor-parallel rank."""
@@ -79,9 +81,16 @@ class Served:
         """The factors of one layer that one tensor-parallel rank keeps.
 
         Raises:
-            AdapterError: the folder is damaged.
+            AdapterError: the folder is damaged, or its settings do not say how its factors were made.
         """
         factors, groups = read_layer(self.folder, self.settings, layer), self.config.head_groups
+        expected = groups, self.settings.ranks[layer]["kv_dim"]
+        for kind, part in (("k", factors.k), ("v", factors.v)):
+            if (part.groups, part.kv_dim) != expected:  # a rank would keep the wrong part of them
+                raise AdapterError(
+                    f"adapter {self.folder}: layer {layer} {kind} has {part.groups} head groups and {part.kv_dim} "
+                    f"channels, its settings {groups} and {expected[1]}; train the adapter again"
+                )
         return LayerFactors(shard.factors(factors.k, groups), shard.factors(factors.v, groups))
 
     def summary(self) -> dict[str, Any]:
@@ -121,8 +130,20 @@ def _folder(model: str, revision: str | None, adapter: str) -> Path:
         return inside
     if outside.is_dir():
         return outside
-    if Path(model).is_dir() or outside.is_absolute():
-        if "/" not in adapter or outside.is_absolute():
-            raise AdapterError(f"adapter folder {adapter!r} is neither in {model} nor here; export the adapter again")
-        return download(adapter)
-    return Path(snapshot_download(model, revision=revision, allow_patterns=[f"{adapter}/*"])) / adapter
+    if not outside.is_absolute():
+        if not Path(model).is_dir():
+            folder = _in_repository(model, revision, adapter)
+            if folder.is_dir():
+                return folder
+        if "/" in adapter:
+            return download(adapter)
+    raise AdapterError(f"adapter folder {adapter!r} is neither in {model} nor here; export the adapter again")
+
+
+def _in_repository(model: str, revision: str | None, adapter: str) -> Path:
+    """An adapter in the model's repository on the hub; it may not be there."""
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[f"{adapter}/*"])) / adapter
+    except (OSError, HFValidationError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise AdapterError(f"cannot look for adapter folder {adapter!r} in {model!r} on the hub: {reason}") from error
