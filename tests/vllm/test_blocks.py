@@ -117,9 +117,23 @@ def test_it_is_the_least_at_which_a_block_holds_a_ring(
     def share(tokens: int) -> int:
         return sum(adapter.layout(i, WHOLE, torch.bfloat16).page_bytes(tokens) for i in range(len(ranks))) // stages
 
+    most, fewest = -(-len(ranks) // stages), len(ranks) // stages
+    needed = ring * -(-most // fewest)  # as many blocks for the rings on every stage: of 2 and 1 layers two share one
     assert least % step == 0
-    assert share(least) // 16 * 16 >= ring
-    assert least == step or share(least - step) // 16 * 16 < ring
+    assert share(least) // 16 * 16 >= needed
+    assert least == step or share(least - step) // 16 * 16 < needed
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="3 pipeline stages for 2 layers"):
+        least_block_size(served(WINDOW, EQUAL), WHOLE, torch.float32, HEAD_DIM, 16, stages=3)
+
+
+def test_stages_of_very_different_numbers_of_layers_are_refused() -> None:
+    adapter = served(WINDOW, [(8, 8)] * 8)
+    least = least_block_size(adapter, WHOLE, torch.float32, HEAD_DIM, 16, stages=2)
+    with pytest.raises(ConfigError, match=r"cannot hold the exact windows of stages of \[1, 7\] layers"):
+        rings_of(adapter, WHOLE, torch.float32, HEAD_DIM, least, [1, 7])
 
 
 @pytest.fixture

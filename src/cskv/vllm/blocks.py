@@ -49,7 +49,7 @@ def cut_rings(block_bytes: int, ring_bytes: int, layers: Sequence[int]) -> Rings
         ring_bytes: of the largest ring of a layer.
         layers: on each pipeline rank.
     """
-    share = block_bytes // len(layers) // ALIGNMENT * ALIGNMENT
+    share = _share(block_bytes, len(layers))
     together = max(1, share // ring_bytes)
     bundles = min(-(-max(layers) // together), min(layers))
     most = max(-(-count // bundles) for count in layers)
@@ -57,9 +57,19 @@ def cut_rings(block_bytes: int, ring_bytes: int, layers: Sequence[int]) -> Rings
 
 
 def rings_of(served: Served, shard: Shard, dtype: Any, head_dim: int, block_size: int, layers: Sequence[int]) -> Rings:
-    """How the rings of a served adapter are cut."""
+    """How the rings of a served adapter are cut.
+
+    Raises:
+        ConfigError: pipeline stages have so different numbers of layers that a block cannot be used on all of them.
+    """
     block = sum(served.layout(i, shard, dtype).page_bytes(block_size) for i in served.settings.ranks)
-    return cut_rings(block, _largest_ring(served, shard, dtype, head_dim), layers)
+    rings = cut_rings(block, _largest_ring(served, shard, dtype, head_dim), layers)
+    if len(layers) > 1 and rings.page_bytes > _share(block, len(layers)):
+        raise ConfigError(
+            f"blocks of {block_size} tokens cannot hold the exact windows of stages of {list(layers)} layers; give a "
+            "larger --block-size, or as many layers to every stage"
+        )
+    return rings
 
 
 def choose_block_size(served: Served, shard: Shard, vllm_config: Any) -> None:
@@ -96,13 +106,23 @@ def choose_block_size(served: Served, shard: Shard, vllm_config: Any) -> None:
 
 
 def least_block_size(served: Served, shard: Shard, dtype: Any, head_dim: int, step: int, stages: int = 1) -> int:
-    """The least multiple of `step` tokens at which a stage's part of a block is as large as any layer's ring."""
-    ring = _largest_ring(served, shard, dtype, head_dim)
+    """The least multiple of `step` tokens at which a stage's part of a block holds as many rings as it has to."""
+    ring, count = _largest_ring(served, shard, dtype, head_dim), len(served.settings.ranks)
     layouts = [served.layout(i, shard, dtype) for i in served.settings.ranks]
+    if stages > count:
+        raise ConfigError(f"{stages} pipeline stages for {count} layers; give at most as many")
+    layers = [count // stages + (i < count % stages) for i in range(stages)]
     size = step
-    while sum(layout.page_bytes(size) for layout in layouts) // stages // ALIGNMENT * ALIGNMENT < ring:
+    while True:
+        block = sum(layout.page_bytes(size) for layout in layouts)
+        if cut_rings(block, ring, layers).page_bytes <= _share(block, stages):
+            return size
         size += step
-    return size
+
+
+def _share(block_bytes: int, stages: int) -> int:
+    """A pipeline stage's part of a block."""
+    return block_bytes // stages // ALIGNMENT * ALIGNMENT
 
 
 def _largest_ring(served: Served, shard: Shard, dtype: Any, head_dim: int) -> int:

@@ -176,12 +176,14 @@ def _heads(channels: Tensor, like: Tensor) -> Tensor:
 def _seal(step: Step, cache: LayerCache, pages: Pages, which: int, latents: Tensor) -> None:
     """Pack the groups that are due: of latents that wait in the rings, and of the step's own."""
     request, first = step.groups
-    if not len(request) or cache.ring is None or cache.rings is None or cache.ring_page is None:
+    if not len(request):
         return
-    ring = cache.ring
+    ring, rings, ring_page = cache.ring, cache.rings, cache.ring_page
+    if ring is None or rings is None or ring_page is None:
+        raise RuntimeError("latents are packed in groups, and there is no ring in which they wait")
     position = first[:, None] + torch.arange(ring.group, device=first.device)
     new = position - step.length[request][:, None]
-    waiting = ring.tokens(cache.rings, cache.ring_page[request], position).split(ring.row, dim=-1)[2 + which]
+    waiting = ring.tokens(rings, ring_page[request], position).split(ring.row, dim=-1)[2 + which]
     own = latents[(step.start[request][:, None] + new).clamp(min=0)]
     group = torch.where((new >= 0)[..., None], own, waiting.to(own.dtype))
     seal(pages, step.table[request, first // pages.block_size].long(), first % pages.block_size, group)

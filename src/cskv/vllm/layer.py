@@ -27,6 +27,7 @@ from cskv.vllm.shards import Shard
 from cskv.vllm.specs import LatentSpec, RingSpec
 from cskv.workspace import Workspace
 
+REBUILT = 5  # tensors of all channels of all tokens that live at once while keys are rebuilt, rotated and joined
 _workspace = Workspace()  # of all layers of a process
 
 
@@ -67,6 +68,7 @@ class CompressedAttention(Attention):
         self._parent = (parent, forward, child)  # in a tuple, or it would be a module of this one
         self.served, self.shard = served, shard
         self._softcap = getattr(original.impl, "logits_soft_cap", None) or None
+        self._longest = vllm_config.model_config.max_model_len
         self._hidden_size = vllm_config.model_config.get_hidden_size()
         self._commuting = served.config.key_factors == "commuting"
         self.index = extract_layer_index(name)
@@ -74,6 +76,12 @@ class CompressedAttention(Attention):
         self.staged: list[Tensor] = []
         self.ring_layer = RingLayer(self, vllm_config) if served.has_ring else None
         self._pages: tuple[Pages, Pages] | None = None
+
+    @property
+    def rebuilt_bytes(self) -> int:
+        """What a piece of the longest prompt takes on the way: all old keys some times over, and values."""
+        channels = self.num_kv_heads * self.head_size
+        return REBUILT * self._longest * channels * self.layout.dtype.itemsize
 
     @property
     def ring_name(self) -> str | None:
