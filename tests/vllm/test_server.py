@@ -242,7 +242,6 @@ def test_a_request_that_cannot_be_answered_harms_no_other(packed: Server) -> Non
 def test_under_load_answers_are_those_that_each_gets_alone(packed: Server, questions: list[Question]) -> None:
     expected = [ask(packed, question) for question in questions]
     found = load(packed, questions, LOAD_SECONDS)
-    assert len(found) > LOAD_SECONDS
     assert {i for i, _ in found} == set(range(len(questions)))
     compare(found, expected)
     assert packed.metric("vllm:num_preemptions_total") == 0
@@ -313,7 +312,7 @@ def test_the_vllm_command_refuses_as_its_module_does(checkpoints: Checkpoints) -
 
 @pytest.mark.parametrize(("name", "title"), [("whole", "VLLM::Worker"), ("overridden", "VLLM::EngineCore")])
 def test_a_killed_process_ends_requests_with_an_error(name: str, title: str, request: pytest.FixtureRequest) -> None:
-    """Of the last tests, because it leaves no server."""
+    """Of the last tests, because it leaves no server. vLLM's own exit code is 0 even so."""
     server: Server = request.getfixturevalue(name)
     processes = server.descendants()
     with ThreadPoolExecutor(8) as pool:
