@@ -10,7 +10,8 @@
 #                already is kept), then hold it against docs/results and draw its page
 #   make test-kvpress   the tests that need kvpress, in an environment of its own with an older transformers
 #   make test-vllm   the tests that need vLLM, in an environment of its own with an older transformers: vLLM's CPU build, or
-#                on a machine with an NVIDIA GPU the usual one. VLLM_PYTEST_ARGS="-k export" picks some of them
+#                on a machine with an NVIDIA GPU the usual one. VLLM_PYTEST_ARGS="-k export" picks some of them; under
+#                CSKV_LOAD_SECONDS=10 the server is under load for so long, not for a minute
 #   make venv    install only
 #   make clean   remove the environment and everything that was built
 #

@@ -174,25 +174,6 @@ def read_layer(folder: Path, settings: Settings, index: int) -> LayerFactors:
     return layer
 
 
-def check_weights(folder: Path, settings: Settings) -> None:
-    """Check by its header alone that a folder's weights are whole and have every layer.
-
-    Raises:
-        AdapterError: the file is missing or truncated, or lacks a layer.
-    """
-    path = folder / WEIGHTS_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path} is missing; the adapter folder is incomplete") from error
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} is truncated or corrupted ({error}); copy or train the adapter again") from error
-    needed = {f"layers.{i}.{kind}.{side}" for i in settings.ranks for kind in ("k", "v") for side in ("down", "up")}
-    if not needed <= names:
-        raise AdapterError(f"{path} lacks {sorted(needed - names)[0]}; the adapter folder is damaged")
-
-
 def _check_ranks(folder: Path, index: int, layer: LayerFactors, settings: Settings) -> None:
     got = {"k": layer.k.rank, "v": layer.v.rank, "kv_dim": layer.k.kv_dim}
     if got != settings.ranks[index]:

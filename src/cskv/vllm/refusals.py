@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cskv.errors import AdapterError, ConfigError, UnsupportedModelError
-from cskv.folder import check_weights
+from cskv.folder import read_layer
 from cskv.vllm.served import Served
 from cskv.vllm.shards import Shard
 
@@ -29,7 +29,7 @@ def check(served: Served, vllm_config: Any) -> None:
         vllm_config: vLLM's whole configuration. Prefix caching is switched off where there is a window.
 
     Raises:
-        AdapterError: the adapter was made for another model.
+        AdapterError: the adapter was made for another model, or is damaged.
         UnsupportedModelError: the model has layers that are not compressed.
         ConfigError: an option of vLLM's, or the number of ranks, does not go with the compressed cache.
     """
@@ -38,7 +38,7 @@ def check(served: Served, vllm_config: Any) -> None:
     for reason in _unsupported_options(served, vllm_config):
         raise ConfigError(f"a compressed cache cannot be served {reason}")
     _check_shards(served, vllm_config)
-    check_weights(served.folder, served.settings)
+    _check_weights(served)
     cache = vllm_config.cache_config
     if served.has_ring and cache.enable_prefix_caching:
         cache.enable_prefix_caching = False
@@ -75,6 +75,12 @@ def _check_model(served: Served, model: Any) -> None:
                 f"adapter {served.folder}: layer {layer} has {ranks['kv_dim']} channels, this model "
                 f"{heads * head_dim}; serve the base model that it names"
             )
+
+
+def _check_weights(served: Served) -> None:
+    """Read all factors once: what a worker finds damaged later is said by two tracebacks, of two other processes."""
+    for layer in served.settings.ranks:
+        read_layer(served.folder, served.settings, layer)
 
 
 def _unsupported_options(served: Served, vllm_config: Any) -> Iterator[str]:
