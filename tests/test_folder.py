@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cskv import AdapterError, BaseModelInfo, CSKVAdapter, CSKVConfig, Factors, LayerFactors
-from cskv.folder import Settings, check_weights, read_folder, read_layer, read_settings
+from cskv.folder import Settings, read_folder, read_layer, read_settings
 
 CONFIG = CSKVConfig(window=4, group=8, mixed_widths=True)
 BASE = BaseModelInfo("someone/base", "llama", 16, 4, "a" * 40)
@@ -151,24 +151,11 @@ def test_a_damaged_layer_is_refused(folder: Path, changes: dict, message: str) -
     assert message in refused(read_layer, folder, read_settings(folder), 3)
 
 
-def test_whole_weights_pass(folder: Path) -> None:
-    check_weights(folder, read_settings(folder))
-
-
-def test_weights_are_checked_by_their_header(folder: Path) -> None:
+def test_truncated_and_missing_weights_are_refused(folder: Path) -> None:
     settings, path = read_settings(folder), folder / "model.safetensors"
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:20], b""):
         path.write_bytes(damaged)
-        assert refused(check_weights, folder, settings).startswith(f"{path} is truncated or corrupted (")
-        assert "is truncated or corrupted" in refused(read_layer, folder, settings, 0)
+        assert refused(read_layer, folder, settings, 0).startswith(f"{path} is truncated or corrupted (")
     path.unlink()
-    for action in ((check_weights, folder, settings), (read_layer, folder, settings, 0)):
-        assert refused(*action) == f"{path} is missing; the adapter folder is incomplete"
-
-
-def test_weights_without_a_tensor_are_refused(folder: Path) -> None:
-    edit_weights(folder, **{"layers.0.v.down": None})
-    assert "lacks layers.0.v.down; the adapter folder is damaged" in refused(
-        check_weights, folder, read_settings(folder)
-    )
+    assert refused(read_layer, folder, settings, 0) == f"{path} is missing; the adapter folder is incomplete"

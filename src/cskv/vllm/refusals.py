@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from cskv.errors import AdapterError, ConfigError, UnsupportedModelError
-from cskv.folder import read_layer
 from cskv.vllm.served import Served
 from cskv.vllm.shards import Shard
 
@@ -38,7 +37,7 @@ def check(served: Served, vllm_config: Any) -> None:
     for reason in _unsupported_options(served, vllm_config):
         raise ConfigError(f"a compressed cache cannot be served {reason}")
     _check_shards(served, vllm_config)
-    _check_weights(served)
+    _check_weights(served, vllm_config.model_config.get_total_num_kv_heads())
     cache = vllm_config.cache_config
     if served.has_ring and cache.enable_prefix_caching:
         cache.enable_prefix_caching = False
@@ -77,10 +76,10 @@ def _check_model(served: Served, model: Any) -> None:
             )
 
 
-def _check_weights(served: Served) -> None:
+def _check_weights(served: Served, kv_heads: int) -> None:
     """Read all factors once: what a worker finds damaged later is said by two tracebacks, of two other processes."""
     for layer in served.settings.ranks:
-        read_layer(served.folder, served.settings, layer)
+        served.factors(layer, Shard(0, kv_heads, kv_heads))
 
 
 def _unsupported_options(served: Served, vllm_config: Any) -> Iterator[str]:
