@@ -256,4 +256,4 @@ def test_weights_that_lack_a_layer_are_refused(adapter: Served) -> None:
     described["base_model"]["num_layers"] = 3
     path.write_text(json.dumps(described))
     found = find_served(str(adapter.folder.parent), None, SimpleNamespace(cskv={"adapter": "cskv"}))
-    assert "lacks layers.2.k.down; the adapter folder is damaged" in refused(AdapterError, found, vllm_config(layers=3))
+    assert "lacks 'layers.2.k.down'; the adapter folder" in refused(AdapterError, found, vllm_config(layers=3))
