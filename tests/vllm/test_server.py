@@ -274,7 +274,7 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "speculative decoding": ("packed", ("--speculative-config", SPECULATIVE), "with speculative decoding"),
     "another cache dtype": ("packed", ("--kv-cache-dtype", "fp8"), "with kv_cache_dtype 'fp8'"),
     "LoRA": ("packed", ("--enable-lora",), "with LoRA"),
-    "ranks that cost memory": ("half", ("--tensor-parallel-size", "2"), "take 1.00 times the bytes"),
+    "ranks that cost memory": ("half", ("--tensor-parallel-size", "4"), "take 2.00 times the bytes"),
 }
 
 

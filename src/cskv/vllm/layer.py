@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -118,17 +119,14 @@ class CompressedAttention(Attention):
         super().process_weights_after_loading(act_dtype)
         parent, forward, child = self._parent
         device = next(parent.parameters()).device
-        factors = self.served.factors(self.index, self.shard).to(device, self.layout.dtype)
-        self._place(factors)
+        factors = self._placed(self.served.factors(self.index, self.shard).to(device, self.layout.dtype))
         rope = None
         if not self._commuting:
             rope = find_rope(parent, forward, child, self._hidden_size, self.head_size, self.layout.dtype)
-        if device.type == "cuda":
-            factors = LayerFactors(factors.k.aligned(16), factors.v)
         self.rules = LayerRules(factors, rope, Logits(self.impl.scale, self._softcap), _workspace)
 
-    def _place(self, factors: LayerFactors) -> None:
-        """The down-projections, as one product where both read the layer's input."""
+    def _placed(self, factors: LayerFactors) -> LayerFactors:
+        """The factors; down-projections that read the layer's input are one product, of which theirs are views."""
         parts = [factors.v] if self._commuting else [factors.k, factors.v]
         biases = [part.down_bias for part in parts]
         bias = None
@@ -138,6 +136,9 @@ class CompressedAttention(Attention):
         self.register_buffer("down", torch.cat([part.down for part in parts]), persistent=False)
         self.register_buffer("down_bias", bias, persistent=False)
         self.register_buffer("k_down", factors.k.down if self._commuting else None, persistent=False)
+        k = factors.k if self._commuting else replace(factors.k, down=self.down[: factors.k.rank])
+        v = replace(factors.v, down=self.down[-factors.v.rank :])
+        return LayerFactors(k.aligned(16) if k.up.is_cuda else k, v)
 
     def get_kv_cache_spec(self, vllm_config: Any) -> LatentSpec:
         """Pages of latents."""
