@@ -150,7 +150,8 @@ def table(rows: dict[str, Row]) -> str:
     ]
     for row in rows.values():
         base = row["methods"][UNCOMPRESSED]
-        for name, method in row["methods"].items():
+        for name in NAMES:
+            method = row["methods"][name]
             ratios = [method[kind]["median"] / base[kind]["median"] for kind in ("equal batch", "equal memory")]
             held, short = method["pool_tokens"] / base["pool_tokens"], name.removesuffix(", sdpa")
             lines.append(
