@@ -36,7 +36,9 @@ def test_decodes_and_prefills_by_hand() -> None:
     # After it 10, 4, 5 and 15 are there: 6, 0, 0 and 10 are sealed.
     assert step.groups.request.tolist() == [0, 3, 3, 3]
     assert step.groups.first.tolist() == [4, 4, 6, 8]
-    # A ring has 5 places.
+    # A ring has 5 places. Before the step 9, 3, 0 and 9 tokens are there, of which 4, 0, 0 and 4 are not read from it.
+    assert step.recent.position.tolist() == [[4, 5, 6, 7, 8], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+    assert step.recent.exists.sum(1).tolist() == [5, 3, 0, 5]
     assert step.kept.row.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12]
     assert step.kept.request.tolist() == [0, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
     assert step.kept.position.tolist() == [9, 3, 0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
@@ -136,6 +138,8 @@ def test_it_is_a_walk_through_all_tokens(batch: list[tuple[int, int]], window: i
     assert list(zip(*(part.tolist() for part in step.groups))) == found.groups
     assert step.sealed.tolist() == found.sealed
     assert step.length.tolist() == before
+    held = [row[there].tolist() for row, there in zip(step.recent.position, step.recent.exists)]
+    assert held == [list(range(sealed, old)) for sealed, old in zip(found.sealed, before)]
     assert step.decodes == new.count(1)
     decoding = found.sealed[: step.decodes]
     assert (step.most, step.least) == (max(decoding, default=0), min(decoding, default=0))

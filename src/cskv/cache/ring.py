@@ -1,9 +1,9 @@
 """The exact window of many requests: one ring of the newest tokens per request, in pages beside those of latents.
 
-Before a forward that appends to `s` tokens, the first `due(s)` are sealed (`cskv.cache.bibranch`), so that at most
-`window + group - 1` are not: a token's place in the ring is its position modulo that. A ring is read before the forward
-writes its own tokens over the oldest ones. Where latents are packed in groups of tokens, those of tokens that are not
-sealed yet wait in the ring as well.
+Before a forward that appends to a request, all but its newest tokens are sealed (`cskv.cache.bibranch`), so that at
+most `window + group - 1` are not: a token's place in the ring is its position modulo that. A ring is read before the
+forward writes its own tokens over the oldest ones. Where latents are packed in groups of tokens, those of tokens that
+are not sealed yet wait in the ring as well.
 """
 
 from __future__ import annotations
@@ -53,10 +53,6 @@ class Ring:
         size = self.slots * sum(self.row) * self.dtype.itemsize
         return -(-size // ALIGNMENT) * ALIGNMENT
 
-    def due(self, length: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-        """The tokens that are sealed when a forward appends to `length`."""
-        return (length - self.window).clamp(min=0) // self.group * self.group
-
     def rings(self, storage: Tensor) -> Float[Tensor, "pages slots row"]:
         """The rings in pages of bytes, (pages, page_bytes), without a copy."""
         numbers = storage.view(self.dtype)[:, : self.slots * sum(self.row)]
@@ -80,17 +76,21 @@ class Ring:
         )
 
     def recent(
-        self, rings: Float[Tensor, "pages slots row"], page: Int[Tensor, " batch"], length: Int[Tensor, " batch"]
-    ) -> tuple[Tensor, Tensor, Bool[Tensor, "batch slots"]]:
-        """The exact tokens of requests of `length` tokens, oldest first; after a request's last there are zeros.
+        self,
+        rings: Float[Tensor, "pages slots row"],
+        page: Int[Tensor, " batch"],
+        position: Int[Tensor, "batch slots"],
+        exists: Bool[Tensor, "batch slots"],
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values, (batch, kv_heads, slots, head_dim), of the exact tokens of requests.
 
-        Returns:
-            keys and values, (batch, kv_heads, slots, head_dim), and which of them there are.
+        Args:
+            rings: those of all requests.
+            page: of each request.
+            position: of its tokens, oldest first.
+            exists: which of them there are; the others are zeros.
         """
-        position = self.due(length)[:, None] + torch.arange(self.slots, device=length.device)
-        exists = position < length[:, None]
-        rows = self.tokens(rings, page, position).masked_fill(~exists[..., None], 0)  # NaN may lie there
-        return *self.heads(rows), exists
+        return self.heads(self.tokens(rings, page, position).masked_fill(~exists[..., None], 0))  # NaN may lie there
 
     def write(
         self,

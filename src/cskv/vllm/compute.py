@@ -110,7 +110,8 @@ def _decode(step: Step, cache: LayerCache, rules: LayerRules, query: Tensor, key
     n = step.decodes
     keys, values, exists = keys[:, :, None], values[:, :, None], None
     if cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
-        old_keys, old_values, exists = cache.ring.recent(cache.rings, cache.ring_page[:n], step.length[:n])
+        exists = step.recent.exists[:n]
+        old_keys, old_values = cache.ring.recent(cache.rings, cache.ring_page[:n], step.recent.position[:n], exists)
         keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
         exists = torch.nn.functional.pad(exists, (0, 1), value=True)
     k, v = _latents(cache, step.table[:n], step.sealed[:n], step.most, step.least)
@@ -126,7 +127,8 @@ def _prefill(
     recent = prefill.length - prefill.sealed
     if recent and cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
         of_request = slice(prefill.request, prefill.request + 1)
-        held = cache.ring.recent(cache.rings, cache.ring_page[of_request], step.length[of_request])
+        position, exists = (part[of_request] for part in step.recent)
+        held = cache.ring.recent(cache.rings, cache.ring_page[of_request], position, exists)
         keys = torch.cat([held[0][:, :, :recent], keys], dim=2)
         values = torch.cat([held[1][:, :, :recent], values], dim=2)
     k, v = _latents(

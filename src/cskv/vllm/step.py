@@ -8,7 +8,7 @@ the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,18 @@ class Kept(NamedTuple):
     position: Tensor
 
 
+class Recent(NamedTuple):
+    """Tokens that were in the rings before the step, oldest first.
+
+    Attributes:
+        position: (requests, slots): of each.
+        exists: (requests, slots): which of them there are.
+    """
+
+    position: Tensor
+    exists: Tensor
+
+
 @dataclass(frozen=True)
 class Step:
     """One step.
@@ -72,6 +84,7 @@ class Step:
         length: (requests,): tokens that each has in the cache already.
         sealed: (requests,): those of them that are read from latents.
         most, least: sealed tokens of the longest and of the shortest that decodes.
+        recent: what is read from the rings.
         groups: what is sealed at the end, where tokens are packed in groups.
         kept: what goes into the rings.
     """
@@ -86,6 +99,7 @@ class Step:
     sealed: Tensor
     most: int
     least: int
+    recent: Recent
     groups: Groups
     kept: Kept
 
@@ -116,6 +130,7 @@ def plan_step(starts: Numbers, lengths: Numbers, table: Tensor, slots: Tensor, w
         Prefill(i, slice(int(starts[i]), int(starts[i] + new[i])), int(before[i]), int(sealed[i]))
         for i in range(decodes, requests)
     )
+    position = sealed[:, None] + np.arange(window + group - 1)
     sent = _sender(table.device)
     decoding = sealed[:decodes]
     return Step(
@@ -129,6 +144,7 @@ def plan_step(starts: Numbers, lengths: Numbers, table: Tensor, slots: Tensor, w
         sealed=sent(sealed),
         most=int(decoding.max(initial=0)),
         least=int(decoding.min()) if decodes else 0,
+        recent=Recent(sent(position), sent(position < before[:, None])),
         groups=Groups(*map(sent, _groups(sealed, sealed_after, group))),
         kept=Kept(*map(sent, _kept(starts, before, new, window + group - 1))),
     )
@@ -154,8 +170,8 @@ def _counting(count: Numbers) -> Numbers:
 
 
 def _sender(device: torch.device):  # type: ignore[no-untyped-def]
-    def sent(numbers: Numbers) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64))
+    def sent(numbers: npt.NDArray[Any]) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(numbers))
         return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
     return sent
