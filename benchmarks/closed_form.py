@@ -24,21 +24,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 from common import measure_missing, read_results
 
-from cskv.adapter import CSKVAdapter
-from cskv.allocation import allocate_ranks
-from cskv.calibration import calibrate
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.attachment.attach import attach
+from cskv.calibration.calibrate import calibrate
+from cskv.calibration.statistics import Statistics
+from cskv.compression.allocation import allocate_ranks
+from cskv.compression.divergence import Divergence
+from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
 from cskv.data.samples import TokenSamples
 from cskv.data.sources import open_source
 from cskv.demo.text import mixed_source
-from cskv.divergence import Divergence
 from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
-from cskv.initialisation import initialise
-from cskv.models.attach import attach
-from cskv.statistics import Statistics
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
 

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from common import Row, accuracy, fill_page, measured_on
 
-from cskv.atomic import write_atomically
+from cskv.files import write_atomically
 from cskv.plots import COLOURS, MARKERS, STYLE, plot_losses, plot_ranks
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

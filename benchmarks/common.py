@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cskv.atomic import write_text
 from cskv.evaluation.environment import environment
 from cskv.evaluation.wilson import wilson_interval
+from cskv.files import write_text
 
 Row = dict[str, Any]
 

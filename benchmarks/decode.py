@@ -87,7 +87,7 @@ def measure(tokens: int, batch: int, settings: Settings) -> Row:
             row["methods"][name]["nbytes"] = ready[name].nbytes()
             row["methods"][name]["read_nbytes"] = ready[name].read_nbytes()
             if isinstance(ready[name], Ours):
-                row["methods"][name]["workspace_nbytes"] = ready[name].workspace.nbytes()
+                row["methods"][name]["workspace_nbytes"] = ready[name].scratch.nbytes()
     del ready, steps
     gc.collect()
     if settings.device.type == "cuda":

@@ -16,13 +16,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from cskv.attachment.cache_bytes import allocated_bytes
 from cskv.attention.dispatch import AUTO, attention
-from cskv.baselines.quantized import quantized_cache
 from cskv.cache.bibranch import BiBranchStore
 from cskv.errors import CSKVError
-from cskv.models.storage import allocated_bytes
-from cskv.view import PackedLatents, View
-from cskv.workspace import Workspace
+from cskv.latents.view import PackedLatents, View
+from cskv.methods.quantized import quantized_cache
+from cskv.scratch import Scratch
 
 SDPA, BEST, QUANTIZED = "transformers sdpa", "best uncompressed", "QuantizedCache 4 bits"
 DENSE, POSITIONS = "dense rebuild", "cos and sin"
@@ -211,7 +211,7 @@ class Ours(Method):
         super().__init__(problem)
         self._store = BiBranchStore(WINDOW, GROUP, *problem.grids(bits))
         self._store.append(problem.k_latents, problem.v_latents, problem.keys, problem.values)
-        self._backend, self.workspace, self.view = backend, Workspace(), None
+        self._backend, self.scratch, self.view = backend, Scratch(), None
 
     def step(self) -> Tensor:
         return self.attend(self.append())
@@ -233,7 +233,7 @@ class Ours(Method):
             rope,
             problem.logits,
             backend=self._backend,
-            workspace=self.workspace,
+            scratch=self.scratch,
         )
 
     def represented(self) -> Pair | None:

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from cskv.attention.rules import Logits, Rope
+from cskv.attention.inputs import Logits, Rotation
 from cskv.cache.positions import PositionTable
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.models.rope import FixedRope
+from cskv.models.cos_sin import FixedCosSin
 from cskv.quantization.grid import Grid
 
 KINDS = ("joint", "grouped", "commuting")
@@ -75,7 +75,7 @@ class Positions:
 
     def __init__(self, shape: Shape, tokens: int, like: Tensor) -> None:
         embedding = LlamaRotaryEmbedding(shape.config()).to(like.device)
-        self._rope, self._table, self._like = FixedRope(embedding), PositionTable(), like
+        self._rope, self._table, self._like = FixedCosSin(embedding), PositionTable(), like
         self._table.append((torch.arange(tokens + ROOM, device=like.device)[None],))
         self.cos, self.sin = self.make(tokens + ROOM)
         self._head_dim = shape.head_dim
@@ -84,9 +84,9 @@ class Positions:
         """Cos and sin of the first tokens, made anew."""
         return self._rope.cos_sin(self._table.read(length), self._like)
 
-    def rope(self, sealed: int) -> Rope:
+    def rope(self, sealed: int) -> Rotation:
         """How keys that were rebuilt from latents are rotated."""
-        return Rope(self.cos[:, :sealed], self.sin[:, :sealed], self.heads, is_plain=True)
+        return Rotation(self.cos[:, :sealed], self.sin[:, :sealed], self.heads, is_plain=True)
 
     def heads(self, channels: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """From rebuilt channels to rotated keys."""

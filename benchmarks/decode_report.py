@@ -18,7 +18,7 @@ from decode_goals import cpu_goals, gpu_goals
 from decode_methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA, methods
 from decode_tables import batches, measured, median, tables
 
-from cskv.atomic import write_atomically
+from cskv.files import write_atomically
 from cskv.plots import COLOURS, MARKERS, STYLE
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -31,10 +31,10 @@ def step(checkpointed: bool) -> dict[str, float]:
     """One forward and backward; MiB and seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cskv.adapter import CSKVAdapter
-    from cskv.base import BaseModelInfo
+    from cskv.adapter.adapter import CSKVAdapter
+    from cskv.adapter.base_model import BaseModelInfo
+    from cskv.compression.divergence import Divergence
     from cskv.config import CSKVConfig
-    from cskv.divergence import Divergence
     from cskv.factorization.factors import LayerFactors
     from cskv.factorization.svd import svd_factors
     from cskv.models.sites import find_sites

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cskv
+from cskv.attachment.cache_bytes import cache_report
 from cskv.evaluation.forward import clock, forward
 from cskv.factorization.commuting import RopePairs, commuting_factors
-from cskv.models.report import cache_report
 from cskv.models.sites import find_sites
 
 ROOT = Path(__file__).resolve().parent.parent

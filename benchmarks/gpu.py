@@ -29,8 +29,8 @@ from decode_tables import print_tables
 from decode_timing import Stopwatch, summary
 from gpu_tuning import fastest, tuning
 
-from cskv.atomic import write_text
 from cskv.evaluation.environment import environment
+from cskv.files import write_text
 
 GOAL_TOKENS, GOAL_BATCHES = 65_536, (1, 8)
 ODD_SIZES = ((1, 64), (1, 1000), (3, 2049))  # batch and tokens of the correctness section

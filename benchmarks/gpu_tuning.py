@@ -1,4 +1,4 @@
-"""Other plans for the Triton kernels than the reasoned ones of `cskv.attention.plan`, timed: a table to choose from."""
+"""Time other plans for the Triton kernels than those that `cskv.attention.triton.plan` reasons out, as a table."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from decode import Settings, set_up
 from decode_methods import DENSE, Ours
 from decode_timing import Stopwatch, summary
 
-from cskv.attention import fused
-from cskv.attention.plan import Plan, Shapes, split
+from cskv.attention.triton import launch
+from cskv.attention.triton.plan import Plan, Shapes, split
 
 VARIANTS: tuple[dict[str, int], ...] = (
     {},
@@ -57,7 +57,7 @@ def tuning(settings: Settings, batch: int, tokens: int, seconds: float) -> dict[
 @contextmanager
 def plans(variant: dict[str, int]) -> Iterator[list[Plan]]:
     """Change every plan that is made in the block; `splits` multiplies. The list takes what was planned."""
-    planned, used = fused.plan, []
+    planned, used = launch.plan, []
 
     def changed(shapes: Shapes, multiprocessors: int) -> Plan:
         plan = planned(shapes, multiprocessors)
@@ -65,11 +65,11 @@ def plans(variant: dict[str, int]) -> Iterator[list[Plan]]:
         used.append(split(replace(plan, **direct), shapes.tokens, plan.splits * variant.get("splits", 1)))
         return used[-1]
 
-    fused.plan = changed
+    launch.plan = changed
     try:
         yield used
     finally:
-        fused.plan = planned
+        launch.plan = planned
 
 
 def fastest(found: dict[str, Any]) -> list[str]:

@@ -22,22 +22,22 @@ from common import fill_page, measure_missing, measured_on, read_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cskv.adapter import CSKVAdapter
-from cskv.calibration import calibrate
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.calibrate import calibrate
+from cskv.compression.divergence import Divergence
+from cskv.compression.initialise import initialise
+from cskv.compression.observation import observe_latents
+from cskv.compression.reading import Part
+from cskv.compression.widths import allocate_widths, ratio_of
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
 from cskv.data.samples import TokenSamples
 from cskv.data.sources import open_source
 from cskv.demo.text import mixed_source
-from cskv.divergence import Divergence
 from cskv.evaluation.perplexity import token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
 from cskv.factorization.basis import centred, hadamard_blocks, rotated, scaled
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.initialisation import initialise
-from cskv.models.reading import Part
-from cskv.observation import observe_latents
-from cskv.widths import allocate_widths, ratio_of
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "tinymodel" / "checkpoint"

@@ -27,10 +27,11 @@ from decode_timing import Stopwatch, free_bytes, summary, take_turns
 from gpu import captured
 from torch import Tensor
 
-from cskv.attention import fused, reference
-from cskv.paged import PagedLatents, PageLayout, Pages
+from cskv.attention import reference
+from cskv.attention.triton import launch
+from cskv.latents.pages import PagedLatents, PageLayout, Pages
+from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
 from cskv.quantization.grid import Grid, quantise
-from cskv.view import Latents, PackedLatents, PlainLatents, View
 
 BATCHES, CONTEXTS = (1, 8, 32), (2048, 8192, 32_768)
 SDPA, FLASH = "sdpa", "vllm flash, paged"
@@ -108,7 +109,7 @@ def ours(requests: Requests, bits: int | None) -> Method:
     stored = [fill(part, requests.blocks(own, most), table) for part, own in zip(pages, latents)]
     k, v = (PagedLatents(part, table, requests.sealed, most) for part in pages)
     arguments = problem.token.query, View(*requests.exact, k, v), problem.factors, requests.rope, problem.logits
-    refused = fused.refusal(*arguments)
+    refused = launch.refusal(*arguments)
     if refused is not None:
         raise RuntimeError(refused)
 
@@ -118,7 +119,7 @@ def ours(requests: Requests, bits: int | None) -> Method:
         return requests.alone(row, *(of_request(requests, part, row) for part in stored if part is not None))
 
     read = sum(-(-length // size) for length in requests.lengths) * shape[1]
-    return Method(partial(fused.attention, *arguments), read + sum(part.nbytes for part in requests.exact), truth)
+    return Method(partial(launch.attention, *arguments), read + sum(part.nbytes for part in requests.exact), truth)
 
 
 def fill(pages: Pages, blocks: Tensor, table: Tensor) -> PackedLatents | None:

@@ -28,23 +28,23 @@ import typer
 from common import measure_missing, read_results
 
 import cskv
-from cskv.adapter import CSKVAdapter
-from cskv.baselines.quantized import quantized_cache
-from cskv.calibration import calibrate
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.calibrate import calibrate
+from cskv.compression.divergence import Divergence
+from cskv.compression.initialise import initialise
+from cskv.compression.widths import allocate_widths
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
 from cskv.data.samples import TokenSamples
 from cskv.data.sources import open_source
 from cskv.demo.text import mixed_source
-from cskv.divergence import Divergence
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
-from cskv.initialisation import initialise
+from cskv.methods.quantized import quantized_cache
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
-from cskv.widths import allocate_widths
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "tinymodel" / "checkpoint"

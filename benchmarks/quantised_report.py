@@ -11,7 +11,7 @@ import matplotlib
 from common import Row, accuracy, fill_page, measured_on
 from matplotlib.figure import Figure
 
-from cskv.atomic import write_atomically
+from cskv.files import write_atomically
 from cskv.plots import COLOURS, MARKERS, STYLE
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -25,12 +25,12 @@ from results_methods import NUM_LINES, Offer, Workshop, ablation_methods, channe
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cskv.baselines.method import Method
 from cskv.evaluation.environment import environment
 from cskv.evaluation.identity import model_facts
 from cskv.evaluation.results import Run, open_run
 from cskv.evaluation.runner import evaluate, todo
 from cskv.evaluation.settings import EvaluationSettings
+from cskv.methods.method import Method
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "outputs" / "results"

@@ -9,20 +9,20 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from cskv.adapter import CSKVAdapter
-from cskv.allocation import allocate_ranks
-from cskv.baselines.method import Method, compressed, uncompressed
-from cskv.baselines.press import press
-from cskv.baselines.quantized import quantized
-from cskv.calibration import calibrate
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.calibrate import calibrate
+from cskv.calibration.statistics import Statistics
+from cskv.compression.allocation import allocate_ranks
+from cskv.compression.initialise import in_few_bits, initialise
+from cskv.compression.widths import allocate_widths
 from cskv.config import CSKVConfig
 from cskv.data.samples import TokenSamples
 from cskv.demo.text import mixed_source
-from cskv.initialisation import in_few_bits, initialise
-from cskv.statistics import Statistics
+from cskv.methods.method import Method, compressed, uncompressed
+from cskv.methods.press import press
+from cskv.methods.quantized import quantized
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
-from cskv.widths import allocate_widths
 
 BUDGETS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 SNAPKV_BUDGETS = (0.5, 0.4, 0.2)

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import cskv
-from cskv.initialisation import initialise
+from cskv.compression.initialise import initialise
 from tests.cli.support import save_llama
 
 ROOT = Path(__file__).resolve().parent.parent

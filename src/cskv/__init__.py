@@ -12,14 +12,14 @@ Importing registers the adapter format with transformers' auto classes; nothing 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from cskv.adapter import CSKVAdapter
-from cskv.base import BaseModelInfo
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.adapter.base_model import BaseModelInfo
+from cskv.attachment import auto
+from cskv.attachment.attach import Attachment, attach, detach
+from cskv.attachment.cache_bytes import CacheReport, cache_report
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, CacheError, ConfigError, CSKVError, DataError, UnsupportedModelError
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.models import auto
-from cskv.models.attach import Attachment, attach, detach
-from cskv.models.report import CacheReport, cache_report
 
 try:
     __version__ = version("cskv")

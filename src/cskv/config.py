@@ -38,7 +38,7 @@ class CSKVConfig:
             so that latents are kept rotated and nothing is rotated at decode. It is PCA ("pca" or "weighted-pca").
         head_groups: groups of kv heads with factors of their own, at least 1: cheaper to rebuild, less accurate.
         k_bits, v_bits: bits per latent, 2 to 8, or 16: latents stay in the model's own dtype.
-        mixed_widths: every latent channel has a width of its own, chosen under a budget of bytes (`cskv.widths`); the
+        mixed_widths: every latent channel has a width of its own, chosen under a budget of bytes (`compression`); the
             adapter holds them, and `k_bits` and `v_bits` stay 16.
         k_block, v_block: (tokens, channels) of the blocks that share a minimum and a scale (`cskv.quantization.grid`).
             The tokens divide `group`. None is KIVI's layout: keys (group, 1), values (1, 32). Where widths

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cskv.paged import PagedLatents, PageLayout, Pages
+from cskv.latents.pages import PagedLatents, PageLayout, Pages
+from cskv.latents.view import Latents, PackedLatents, PlainLatents
 from cskv.quantization.grid import Grid, quantise
-from cskv.view import Latents, PackedLatents, PlainLatents
 
 UNUSED = 3  # pages that no request has
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cskv.attention.rules import Logits, RMSNorm, Rope
+from cskv.attention.inputs import Logits, RMSNorm, Rotation
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.paged import PageLayout
+from cskv.latents.pages import PageLayout
+from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
 from cskv.quantization.grid import Grid, quantise
-from cskv.view import Latents, PackedLatents, PlainLatents, View
 from tests.attention.pages import by_itself, in_pages
 
 
@@ -74,13 +74,13 @@ class Problem:
     def query(self) -> Tensor:
         return self.draw(self.batch, self.q_heads, self.new, self.head_dim + 2)[..., 2:]
 
-    def rope(self, dtype: torch.dtype = torch.float32) -> Rope | None:
+    def rope(self, dtype: torch.dtype = torch.float32) -> Rotation | None:
         if self.rotary is None:
             return None
         angles = torch.arange(self.sealed)[None, :, None] * 10000 ** (-torch.arange(0, self.rotary, 2) / self.rotary)
         angles = torch.cat([angles, angles], dim=-1).to(self.device)
         norm = RMSNorm(1 + 0.3 * self.draw(self.head_dim).to(dtype), 1e-2) if self.norm else None
-        return Rope(angles.cos().to(dtype), angles.sin().to(dtype), self._heads, is_plain=True, norm=norm)
+        return Rotation(angles.cos().to(dtype), angles.sin().to(dtype), self._heads, is_plain=True, norm=norm)
 
     def mask(self, kind: str | None) -> Tensor | None:
         """None, "bool" or "additive", with some tokens hidden from everyone and causal among the newest."""

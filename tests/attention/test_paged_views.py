@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cskv.attention import dispatch, reference, tiled
-from cskv.view import View
+from cskv.latents.view import View
 from tests.attention.problems import PagedProblem, doubled, one_by_one
 
 LAYOUTS = [None, (4, (8, 1)), (8, (8, 1)), (4, (1, 32)), (8, (1, 32)), (3, (4, 4))]

@@ -6,10 +6,10 @@ import math
 
 import torch
 
+from cskv.attention.inputs import Logits, Rotation
 from cskv.attention.reference import attention
-from cskv.attention.rules import Logits, Rope
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.view import PlainLatents, View
+from cskv.latents.view import PlainLatents, View
 from tests.attention.problems import Problem
 
 ONE = Factors(torch.zeros(1, 1), torch.tensor([[2.0], [0.0]]))  # channels (2c, 0)
@@ -47,7 +47,7 @@ def test_rope_turns_rebuilt_keys_only() -> None:
         x = channels.unflatten(-1, (-1, 2)).transpose(1, 2)
         return x * cos + torch.cat([-x[..., 1:], x[..., :1]], dim=-1) * sin
 
-    rope = Rope(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), heads)
+    rope = Rotation(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), heads)
     first = math.e / (1 + math.e)
     expected = torch.tensor([6 * first, 8 * (1 - first)])
     assert torch.allclose(attention(query, view, factors, rope, Logits(1.0)).flatten(), expected)

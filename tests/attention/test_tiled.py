@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cskv.attention import reference, tiled
-from cskv.attention.rules import Rope
-from cskv.view import PackedLatents, View
-from cskv.workspace import Workspace
+from cskv.attention.inputs import Rotation
+from cskv.latents.view import PackedLatents, View
+from cskv.scratch import Scratch
 from tests.attention.problems import Problem, doubled
 
 # The largest difference allowed, of outputs of size 1. bfloat16 rounds logits and weights, as eager attention does.
@@ -91,11 +91,11 @@ def test_the_cut_into_tiles_does_not_show(layout, rotary: int | None, monkeypatc
 
 def test_a_workspace_full_of_nan_changes_nothing() -> None:
     problem = Problem(sealed=100, k_grid=(4, (8, 1)), v_grid=(3, (1, 4)))
-    workspace = Workspace()
-    _, first = outputs(problem, {}, workspace=workspace)
-    for storage in workspace._storages.values():
+    scratch = Scratch()
+    _, first = outputs(problem, {}, scratch=scratch)
+    for storage in scratch._storages.values():
         storage.fill_(float("nan") if storage.is_floating_point() else 255)
-    _, second = outputs(problem, {}, workspace=workspace)
+    _, second = outputs(problem, {}, scratch=scratch)
     assert torch.equal(first, second)
 
 
@@ -122,7 +122,7 @@ def test_norms_of_keys_and_values_are_applied_to_what_is_rebuilt(groups: int) ->
         heads = channels.unflatten(-1, (-1, 16)).transpose(1, 2)
         return heads / heads.square().mean(-1, keepdim=True).sqrt()
 
-    arguments = (problem.query(), problem.view(), problem.factors(), Rope(None, None, unit), problem.logits(), unit)
+    arguments = (problem.query(), problem.view(), problem.factors(), Rotation(None, None, unit), problem.logits(), unit)
     assert torch.allclose(tiled.attention(*arguments), reference.attention(*arguments), atol=3e-5)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cskv.cache.pages import is_grouped, seal, store
-from cskv.paged import PagedLatents, PageLayout, Pages
+from cskv.latents.pages import PagedLatents, PageLayout, Pages
 from cskv.quantization.grid import Grid, dequantise, quantise
 from tests.attention.pages import memory
 

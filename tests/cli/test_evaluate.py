@@ -27,8 +27,8 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cskv.cli.loading import load_model
+    from cskv.compression.initialise import initialise
     from cskv.config import CSKVConfig
-    from cskv.initialisation import initialise
 
     path = tmp_path_factory.mktemp("adapters") / "quarter"
     model = load_model(str(model_folder))

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import cskv
-from cskv.initialisation import initialise
+from cskv.compression.initialise import initialise
 from tests.cli.conftest import Run
 from tests.cli.support import last_json, mistake
 from tests.harness.support import CHECKPOINT

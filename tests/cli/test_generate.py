@@ -17,7 +17,7 @@ PROMPT = TEXT[:200]
 def full_rank(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained adapter that loses nothing."""
     import cskv
-    from cskv.initialisation import initialise
+    from cskv.compression.initialise import initialise
 
     folder = tmp_path_factory.mktemp("adapters") / "full"
     model = AutoModelForCausalLM.from_pretrained(model_folder)

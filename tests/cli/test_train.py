@@ -104,7 +104,7 @@ def test_pca_needs_second_moments(run: Run, model_folder: Path, text_file: Path)
 
 
 def test_untrained_adapters_do_not_replace_trained_ones(run: Run, model_folder: Path, text_file: Path) -> None:
-    from cskv.adapter import CSKVAdapter
+    from cskv.adapter.adapter import CSKVAdapter
 
     options = ["-m", model_folder, *QUICK, "--dataset", text_file]
     trained = Path(last_json(run("train", *options))["adapter"])

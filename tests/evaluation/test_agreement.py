@@ -9,14 +9,14 @@ import math
 import pytest
 import torch
 
-from cskv.baselines.method import compressed, uncompressed
+from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.errors import DataError
 from cskv.evaluation import agreement as module
 from cskv.evaluation.agreement import agreement
 from cskv.evaluation.forward import forward
 from cskv.evaluation.perplexity import perplexity
-from cskv.initialisation import initialise
+from cskv.methods.method import compressed, uncompressed
 from tests.evaluation.support import VOCABULARY, tiny_llama
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import cskv
+from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity
 from cskv.evaluation.speed import measure_decode
-from cskv.initialisation import initialise
 from tests.evaluation.support import VOCABULARY, character_tokenizer, tiny_llama
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import cskv
+from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.errors import DataError
 from cskv.evaluation.decoding import answer, answer_after_context
 from cskv.evaluation.forward import forward
-from cskv.initialisation import initialise
 from tests.evaluation.support import character_tokenizer, parrot, tiny_llama
 
 TOKENIZER = character_tokenizer()

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from cskv.baselines.method import compressed, uncompressed
+from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.data.sources import texts_source
 from cskv.errors import DataError
@@ -16,7 +16,7 @@ from cskv.evaluation.identity import model_facts
 from cskv.evaluation.results import KEY, open_run, read_run
 from cskv.evaluation.runner import evaluate, todo
 from cskv.evaluation.settings import EvaluationSettings
-from cskv.initialisation import initialise
+from cskv.methods.method import compressed, uncompressed
 from tests.evaluation.support import character_tokenizer, tiny_llama
 
 pytest.importorskip("wonderwords")

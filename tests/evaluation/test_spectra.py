@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cskv.calibration import calibrate
+from cskv.calibration.calibrate import calibrate
 from cskv.errors import AdapterError, DataError
 from cskv.evaluation.spectra import (
     COLUMNS,

@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import cskv
+from cskv.compression.initialise import initialise
 from cskv.data.lines import make_case
 from cskv.data.offline import documents
-from cskv.initialisation import initialise
 from tests.harness.support import CHECKPOINT, LINES, write_tasks
 
 WINDOW, GROUP = 8, 8

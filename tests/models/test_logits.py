@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cskv.models import logits
-from cskv.models.interface import Switch
+from cskv.models.attention_interface import Switch
 from cskv.models.probe import probe
 from cskv.models.sites import find_sites
 from tests.models.families import tiny_model

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.models.test_closed_form import statistics_of
 from torch import Tensor
 
 from cskv import ConfigError, CSKVConfig
-from cskv.divergence import Divergence
-from cskv.initialisation import initialise
+from cskv.compression.divergence import Divergence
+from cskv.compression.initialise import initialise
 from cskv.training.log import read_log
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
 from tests.models.families import tiny_model
-from tests.models.test_closed_form import statistics_of
 
 CONFIG = CSKVConfig(0.25, 0.25, window=0, group=4, init="pca")
 SETTINGS = TrainingSettings(objective="distillation", learning_rate=3e-3, batch_size=2, checkpoint_every=3)

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from cskv.adapter import CSKVAdapter
-from cskv.base import BaseModelInfo
-from cskv.capture import Observation, Teacher
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.adapter.base_model import BaseModelInfo
+from cskv.calibration.hooks import Observation, Teacher
 from cskv.config import CSKVConfig
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.models.sites import find_sites

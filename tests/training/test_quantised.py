@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cskv.adapter import BaseModelInfo, CSKVAdapter
-from cskv.calibration import calibrate
-from cskv.capture import Observation, Teacher
+from cskv.adapter.adapter import BaseModelInfo, CSKVAdapter
+from cskv.calibration.calibrate import calibrate
+from cskv.calibration.hooks import Observation, Teacher
+from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.initialisation import initialise
 from cskv.models.sites import find_sites
 from cskv.quantization.grid import Grid, dequantise, quantise
 from cskv.training.objective import Reconstruction

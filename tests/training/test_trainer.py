@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models.test_closed_form import statistics_of
 from torch import Tensor
 
-from cskv.adapter import CSKVAdapter
-from cskv.calibration import calibrate
-from cskv.capture import Teacher
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.calibrate import calibrate
+from cskv.calibration.hooks import Teacher
+from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, CSKVError, DataError
-from cskv.initialisation import initialise
 from cskv.models.sites import find_sites
 from cskv.training.log import StepRecord, read_log
 from cskv.training.objective import Reconstruction
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
 from tests.models.families import tiny_model as family
-from tests.models.test_closed_form import statistics_of
 from tests.training.tiny import factors_of, tiny_model, token_samples, untrained
 
 SETTINGS = TrainingSettings(learning_rate=1e-2, warmup_steps=3, epochs=2, checkpoint_every=4)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from cskv.adapter import CSKVAdapter
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
-from cskv.initialisation import initialise
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from cskv import BaseModelInfo, CSKVAdapter, CSKVConfig
+from cskv.adapter.folder import Settings, Widths
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.folder import Settings, Widths
 from cskv.vllm.served import Served
 
 HEADS, HEAD_DIM, HIDDEN = 4, 8, 24

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from cskv.attention import reference
-from cskv.attention.rules import Logits
+from cskv.attention.inputs import Logits
 from cskv.cache.bibranch import BiBranchStore
 from cskv.cache.ring import Ring
 from cskv.factorization.factors import LayerFactors
-from cskv.paged import PagedLatents, PageLayout
+from cskv.latents.pages import PagedLatents, PageLayout
+from cskv.latents.view import View
 from cskv.quantization.grid import Grid
-from cskv.view import View
+from cskv.scratch import Scratch
 from cskv.vllm.compute import LayerCache, LayerRules, attend, write
 from cskv.vllm.step import Step, plan_step
-from cskv.workspace import Workspace
 from tests.attention.problems import Problem
 
 MOST = 260  # tokens that a request may get
@@ -66,7 +66,7 @@ class Setting:
     def rules(self) -> LayerRules:
         factors = self.problem.factors().to(dtype=self.dtype)
         logits = Logits(0.3, self.softcap)  # not what a product of queries and keys is usually scaled by
-        return LayerRules(factors, self.problem.rope(self.dtype), logits, Workspace())
+        return LayerRules(factors, self.problem.rope(self.dtype), logits, Scratch())
 
 
 @dataclass

@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cskv
-from cskv.calibration import calibrate
+from cskv.calibration.calibrate import calibrate
+from cskv.calibration.statistics import Statistics
+from cskv.compression.initialise import initialise
 from cskv.data.offline import documents
-from cskv.initialisation import initialise
-from cskv.statistics import Statistics
 from cskv.vllm.export import export
 from tests.models.families import full_rank_adapter
 from tests.vllm.support import adapter_for, edit_config

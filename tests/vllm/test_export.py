@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import cskv
 from cskv import AdapterError, ConfigError, CSKVError, UnsupportedModelError
-from cskv.models.report import adapter_report
+from cskv.attachment.cache_bytes import adapter_report
 from cskv.vllm.export import export
 from tests.vllm.support import CONFIG, adapter_for, as_hub_cache, edit_config, files_in, save_base
 

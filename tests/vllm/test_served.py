@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from cskv import AdapterError, ConfigError, CSKVConfig
+from cskv.adapter.folder import Settings
 from cskv.cache.ring import Ring
 from cskv.errors import CSKVError
-from cskv.folder import Settings
-from cskv.paged import PageLayout
+from cskv.latents.pages import PageLayout
 from cskv.quantization.grid import Grid
 from cskv.vllm import served as module
 from cskv.vllm.served import Served, find_served
@@ -122,7 +122,7 @@ class Hub:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.asked = folder, list[tuple[str, str | None, list[str]]]()
         monkeypatch.setattr(module, "snapshot_download", self.snapshot_download)
-        monkeypatch.setattr("cskv.folder.snapshot_download", self.snapshot_download)
+        monkeypatch.setattr("cskv.adapter.folder.snapshot_download", self.snapshot_download)
 
     def snapshot_download(self, repo_id: str, revision: str | None = None, *, allow_patterns: list[str]) -> str:
         self.asked.append((repo_id, revision, allow_patterns))

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cskv.attention import reference, tiled
-from cskv.attention.rules import Logits, Rope, ToHeads
+from cskv.attention.inputs import Logits, Rotation, ToHeads
 from cskv.errors import ConfigError
 from cskv.factorization.factors import LayerFactors
-from cskv.view import View
-from cskv.workspace import Workspace
+from cskv.latents.view import View
+from cskv.scratch import Scratch
 
 BACKENDS = ("triton", "torch", "reference")  # in the order in which one falls back to the next
 AUTO = "auto"
@@ -24,12 +24,12 @@ def attention(
     query: Float[Tensor, "batch q_heads new head_dim"],
     view: View,
     factors: LayerFactors,
-    rope: Rope | None,
+    rope: Rotation | None,
     logits: Logits,
     *,
     value_heads: ToHeads | None = None,
     backend: str = AUTO,
-    workspace: Workspace | None = None,
+    scratch: Scratch | None = None,
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
     """Attend to sealed tokens by their latents, and to the newest exactly.
 
@@ -43,7 +43,7 @@ def attention(
         value_heads: from rebuilt channels, (batch, tokens, kv_dim), to values, (batch, kv_heads, tokens, head_dim),
             where a family normalises values. None absorbs the up-projection.
         backend: "auto" (Triton on a GPU where it is installed, else torch), "triton", "torch" or "reference".
-        workspace: scratch tensors to use again from step to step.
+        scratch: scratch tensors to use again from step to step.
 
     Returns:
         The output of every head, in the query's dtype.
@@ -52,7 +52,7 @@ def attention(
         ConfigError: an unknown backend.
     """
     for name in _candidates(backend, query):
-        function, refusal = _backend(name, workspace)
+        function, refusal = _backend(name, scratch)
         reason = refusal(query, view, factors, rope, logits, value_heads)
         if reason is None:
             return function(query, view, factors, rope, logits, value_heads).to(query.dtype)
@@ -74,13 +74,13 @@ def _candidates(backend: str, query: Tensor) -> tuple[str, ...]:
     return BACKENDS[BACKENDS.index(backend) :]
 
 
-def _backend(name: str, workspace: Workspace | None) -> tuple[Callable[..., Tensor], Callable[..., str | None]]:
+def _backend(name: str, scratch: Scratch | None) -> tuple[Callable[..., Tensor], Callable[..., str | None]]:
     if name == "triton":
-        from cskv.attention import fused
+        from cskv.attention.triton import launch
 
-        return fused.attention, fused.refusal
+        return launch.attention, launch.refusal
     if name == "torch":
-        return partial(tiled.attention, workspace=workspace), lambda *_: None
+        return partial(tiled.attention, scratch=scratch), lambda *_: None
     return reference.attention, lambda *_: None
 
 

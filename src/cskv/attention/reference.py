@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.attention.rules import Logits, Rope, ToHeads, beyond, causal_mask
+from cskv.attention.inputs import Logits, Rotation, ToHeads, beyond, causal_mask
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.view import Latents, View
+from cskv.latents.view import Latents, View
 
 
 def attention(
     query: Float[Tensor, "batch q_heads new head_dim"],
     view: View,
     factors: LayerFactors,
-    rope: Rope | None,
+    rope: Rotation | None,
     logits: Logits,
     value_heads: ToHeads | None = None,
 ) -> Float[Tensor, "batch q_heads new head_dim"]:

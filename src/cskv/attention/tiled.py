@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cskv.attention.inputs import Logits, Rotation, ToHeads, beyond, causal_mask
 from cskv.attention.partial import Partial
-from cskv.attention.rules import Logits, Rope, ToHeads, beyond, causal_mask
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.view import Latents, PlainLatents, View
-from cskv.workspace import Workspace
+from cskv.latents.view import Latents, PlainLatents, View
+from cskv.scratch import Scratch
 
 SCORES = 2**19  # numbers in the scores of a tile
 REBUILT = 2**21  # numbers in a tile's rebuilt keys, and in its unpacked latents: what was fastest on two cores
@@ -33,22 +33,20 @@ def attention(
     query: Float[Tensor, "batch q_heads new head_dim"],
     view: View,
     factors: LayerFactors,
-    rope: Rope | None,
+    rope: Rotation | None,
     logits: Logits,
     value_heads: ToHeads | None = None,
-    workspace: Workspace | None = None,
+    scratch: Scratch | None = None,
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
     """What `cskv.attention.dispatch.attention` computes, in the query's dtype with sums in fp32."""
-    workspace = Workspace() if workspace is None else workspace
+    scratch = Scratch() if scratch is None else scratch
     parts = [exact(query, view, logits)]
     if view.k is not None and view.v is not None and view.sealed:
-        keys = _Absorbed(query, factors.k, workspace) if rope is None else _Rebuilt(query, factors.k, rope, workspace)
+        keys = _Absorbed(query, factors.k, scratch) if rope is None else _Rebuilt(query, factors.k, rope, scratch)
         values = (
-            _Summed(query, factors.v, workspace)
-            if value_heads is None
-            else _RebuiltValues(query, factors.v, value_heads)
+            _Summed(query, factors.v, scratch) if value_heads is None else _RebuiltValues(query, factors.v, value_heads)
         )
-        parts.append(values.expanded(_sealed(query, view, keys, values, logits, workspace)))
+        parts.append(values.expanded(_sealed(query, view, keys, values, logits, scratch)))
     return reduce(Partial.joined, parts).result(logits.sinks).to(query.dtype)
 
 
@@ -70,7 +68,7 @@ def _sealed(
     keys: _Absorbed | _Rebuilt,
     values: _Summed | _RebuiltValues,
     logits: Logits,
-    workspace: Workspace,
+    scratch: Scratch,
 ) -> Partial:
     """The compressed branch, with sums as `values` gives them."""
     k, v, parts = view.k, view.v, None
@@ -79,11 +77,11 @@ def _sealed(
     tile = _tile(query, (k, v), max(keys.width, values.width))
     for start in range(0, k.length, tile):
         stop = min(start + tile, k.length)
-        scores = logits.of(keys.scores(k.read(start, stop, workspace), start), start)
+        scores = logits.of(keys.scores(k.read(start, stop, scratch), start), start)
         if k.lengths is not None:
             scores.masked_fill_(beyond(k.lengths, start, stop), torch.finfo(scores.dtype).min)
         most, total, weights = _weights(scores)
-        part = Partial(most, total, values.sums(weights, v.read(start, stop, workspace)))
+        part = Partial(most, total, values.sums(weights, v.read(start, stop, scratch)))
         parts = part if parts is None else parts.joined(part)
     return parts  # type: ignore[return-value]
 
@@ -125,8 +123,8 @@ class _Absorbed:
 
     width = 0  # numbers per token that are rebuilt
 
-    def __init__(self, query: Tensor, factors: Factors, workspace: Workspace) -> None:
-        self._shape, self._groups, self._workspace = query.shape[:3], factors.groups, workspace
+    def __init__(self, query: Tensor, factors: Factors, scratch: Scratch) -> None:
+        self._shape, self._groups, self._scratch = query.shape[:3], factors.groups, scratch
         head_dim = query.shape[3]
         self._query = _to_groups(per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), factors.groups)
         self._bias: Tensor | None = None
@@ -136,11 +134,11 @@ class _Absorbed:
     def scores(self, latents: Tensor, _start: int) -> Tensor:
         batch, heads, new = self._shape
         shape = (batch, heads * new, latents.shape[1])
-        products = self._workspace.take("products", shape, latents.dtype, latents.device)
+        products = self._scratch.take("products", shape, latents.dtype, latents.device)
         parts = zip(self._query, latents.chunk(self._groups, dim=2), products.chunk(self._groups, dim=1), strict=True)
         for query, part, out in parts:
             _multiply(query, part.transpose(1, 2), out)
-        scores = _copied(products, torch.promote_types(products.dtype, torch.float32), self._workspace, "scores")
+        scores = _copied(products, torch.promote_types(products.dtype, torch.float32), self._scratch, "scores")
         scores = scores.view(batch, heads, new, -1)
         return scores if self._bias is None else scores.add_(self._bias)
 
@@ -148,20 +146,20 @@ class _Absorbed:
 class _Rebuilt:
     """Keys that are rotated, or normalised, after they were rebuilt."""
 
-    def __init__(self, query: Tensor, factors: Factors, rope: Rope, workspace: Workspace) -> None:
+    def __init__(self, query: Tensor, factors: Factors, rope: Rotation, scratch: Scratch) -> None:
         self.width = factors.kv_dim
-        self._query, self._factors, self._rope, self._workspace = query, factors, rope, workspace
+        self._query, self._factors, self._rope, self._scratch = query, factors, rope, scratch
 
     def scores(self, latents: Tensor, start: int) -> Tensor:
         shape = (*latents.shape[:2], self.width)
-        channels = self._factors.expand(latents, self._workspace.take("channels", shape, latents.dtype, latents.device))
+        channels = self._factors.expand(latents, self._scratch.take("channels", shape, latents.dtype, latents.device))
         return _wide(per_head(self._query, self._keys(channels, start).transpose(2, 3)))
 
     def _keys(self, channels: Tensor, start: int) -> Tensor:
         if not self._rope.is_plain or self._rope.norm is not None:
             return self._rope.keys(channels, start).contiguous()  # products with strided matrices are many times slower
         heads = channels.unflatten(-1, (-1, self._query.shape[3])).transpose(1, 2)
-        keys = self._workspace.take("keys", tuple(heads.shape), heads.dtype, heads.device)
+        keys = self._scratch.take("keys", tuple(heads.shape), heads.dtype, heads.device)
         return self._rope.rotated(heads, start, keys)
 
 
@@ -170,13 +168,13 @@ class _Summed:
 
     width = 0
 
-    def __init__(self, query: Tensor, factors: Factors, workspace: Workspace) -> None:
-        self._head_dim, self._factors, self._workspace = query.shape[3], factors, workspace
+    def __init__(self, query: Tensor, factors: Factors, scratch: Scratch) -> None:
+        self._head_dim, self._factors, self._scratch = query.shape[3], factors, scratch
 
     def sums(self, weights: Tensor, latents: Tensor) -> Tensor:
         batch, heads, new, _ = weights.shape
         groups = self._factors.groups
-        weights = _copied(weights, latents.dtype, self._workspace, "weights").flatten(1, 2)
+        weights = _copied(weights, latents.dtype, self._scratch, "weights").flatten(1, 2)
         sums = latents.new_empty(batch, heads * new, latents.shape[2] // groups)
         parts = zip(weights.chunk(groups, dim=1), latents.chunk(groups, dim=2), sums.chunk(groups, dim=1), strict=True)
         for rows, part, out in parts:
@@ -215,9 +213,9 @@ def _multiply(rows: Tensor, matrices: Tensor, out: Tensor) -> None:
             torch.mm(row, matrix, out=product)
 
 
-def _copied(x: Tensor, dtype: torch.dtype, workspace: Workspace, name: str) -> Tensor:
+def _copied(x: Tensor, dtype: torch.dtype, scratch: Scratch, name: str) -> Tensor:
     """In another dtype, in scratch memory; itself if it has that dtype."""
-    return x if x.dtype == dtype else workspace.take(name, tuple(x.shape), dtype, x.device).copy_(x)
+    return x if x.dtype == dtype else scratch.take(name, tuple(x.shape), dtype, x.device).copy_(x)
 
 
 def expanded(part: Partial, factors: Factors, head_dim: int) -> Partial:

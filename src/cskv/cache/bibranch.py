@@ -24,8 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cskv.cache.latents import LatentBytes, latent_store
+from cskv.latents.view import View
 from cskv.quantization.grid import Grid
-from cskv.view import View
 
 
 class _Recent(NamedTuple):

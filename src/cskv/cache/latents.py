@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cskv.cache.buffer import TokenBuffer
+from cskv.latents.view import Latents, PackedLatents, PlainLatents
 from cskv.quantization.dispatch import quantise
 from cskv.quantization.grid import Grid
-from cskv.view import Latents, PackedLatents, PlainLatents
 
 GPU_ROW_BYTES = 32  # a sector of memory: rows of any rank are loaded 16 bytes at a time, and in whole sectors
 

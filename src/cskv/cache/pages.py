@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cskv.paged import Pages
+from cskv.latents.pages import Pages
 from cskv.quantization.dispatch import quantise
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cskv.paged import ALIGNMENT
+from cskv.latents.pages import ALIGNMENT
 
 
 @dataclass(frozen=True)

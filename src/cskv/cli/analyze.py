@@ -16,8 +16,8 @@ from cskv.cli.settings import model_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cskv.calibration.statistics import Statistics
     from cskv.data.samples import TokenSamples
-    from cskv.statistics import Statistics
 
 Output = Annotated[
     Path | None,
@@ -107,11 +107,11 @@ def compare(model: PreTrainedModel, adapter: str, samples: TokenSamples, folder:
     Raises:
         AdapterError: the adapter is damaged, or belongs to another model.
     """
-    from cskv.adapter import CSKVAdapter
-    from cskv.atomic import write_text
-    from cskv.base import BaseModelInfo
+    from cskv.adapter.adapter import CSKVAdapter
+    from cskv.adapter.base_model import BaseModelInfo
+    from cskv.compression.initialise import initialise
     from cskv.evaluation.reconstruction import reconstruction_losses
-    from cskv.initialisation import initialise
+    from cskv.files import write_text
     from cskv.models.sites import find_sites
     from cskv.plots import plot_losses, plot_ranks
 
@@ -156,8 +156,8 @@ def _statistics(
     seed: int,
 ) -> Statistics:
     """Saved statistics, or those of a short calibration now, with second moments."""
+    from cskv.calibration.statistics import Statistics
     from cskv.cli.loading import load_samples, load_tokenizer
-    from cskv.statistics import Statistics
 
     if statistics is not None:
         return Statistics.load(statistics)

@@ -14,8 +14,8 @@ from cskv.cli.settings import model_name, statistics_path
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cskv.calibration.statistics import Statistics
     from cskv.data.samples import TokenSamples
-    from cskv.statistics import Statistics
 
 Output = Annotated[
     Path | None,
@@ -86,7 +86,7 @@ def calibrate(
 
 def take_statistics(model: PreTrainedModel, samples: TokenSamples, covariance: bool) -> Statistics:
     """Calibrate under a progress bar."""
-    from cskv.calibration import calibrate as run
+    from cskv.calibration.calibrate import calibrate as run
 
     with progress() as bar:
         task = bar.add_task("calibrating", total=len(samples))
@@ -104,7 +104,7 @@ def check_writable(target: Path) -> None:
     Raises:
         CSKVError: the folder cannot be made or written.
     """
-    from cskv.atomic import write_text
+    from cskv.files import write_text
 
     probe = target.with_name(f".{target.name}.writable")
     write_text(probe, "")

@@ -14,7 +14,7 @@ from cskv.errors import AdapterError, CSKVError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cskv.adapter import CSKVAdapter
+    from cskv.adapter.adapter import CSKVAdapter
 
 
 def settings_from(
@@ -88,7 +88,7 @@ class AdapterChoice:
         Raises:
             CSKVError: the options contradict each other, or nothing is found.
         """
-        from cskv.adapter import CSKVAdapter
+        from cskv.adapter.adapter import CSKVAdapter
 
         if self.adapter is not None and (self.origin or self.init_only):
             raise CSKVError("give --adapter, --use-init-params or --use-origin-model, not two of them")
@@ -116,7 +116,7 @@ class AdapterChoice:
         return self.model_path
 
     def _model_path_is_adapter(self) -> bool:
-        from cskv.folder import read_description
+        from cskv.adapter.folder import read_description
 
         if self.model_path is None or not Path(self.model_path).is_dir():
             return False

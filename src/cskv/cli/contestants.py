@@ -13,8 +13,8 @@ from cskv.errors import AdapterError, CSKVError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cskv.adapter import CSKVAdapter
-    from cskv.baselines.method import Method
+    from cskv.adapter.adapter import CSKVAdapter
+    from cskv.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Contestants:
         Raises:
             CSKVError: there is nothing to measure, a specification is none, or no base model is named.
         """
-        from cskv.adapter import CSKVAdapter
-        from cskv.baselines.specification import split
+        from cskv.adapter.adapter import CSKVAdapter
+        from cskv.methods.specification import split
 
         for text in self.baselines:
             split(text)
@@ -69,10 +69,10 @@ class Contestants:
         Raises:
             CSKVError: an adapter does not fit, or a package or statistics are missing.
         """
-        from cskv.adapter import CSKVAdapter
-        from cskv.baselines.method import compressed, uncompressed
-        from cskv.baselines.specification import method_of, needs_statistics
-        from cskv.statistics import Statistics
+        from cskv.adapter.adapter import CSKVAdapter
+        from cskv.calibration.statistics import Statistics
+        from cskv.methods.method import compressed, uncompressed
+        from cskv.methods.specification import method_of, needs_statistics
 
         found = [uncompressed()] if self.uncompressed else []
         for text in self.adapters:
@@ -96,7 +96,7 @@ def _name_and_path(text: str) -> tuple[str, str]:
 
 
 def _check(adapter: CSKVAdapter, model: PreTrainedModel) -> None:
-    from cskv.base import BaseModelInfo
+    from cskv.adapter.base_model import BaseModelInfo
     from cskv.models.sites import find_sites
 
     adapter.check_fits(BaseModelInfo.from_model(model), find_sites(model))

@@ -14,7 +14,7 @@ from cskv.cli.options import FILES, WINDOW, OptionalModelPath
 from cskv.errors import AdapterError
 
 if TYPE_CHECKING:
-    from cskv.adapter import CSKVAdapter
+    from cskv.adapter.adapter import CSKVAdapter
     from cskv.vllm.export import ExportReport
 
 Adapter = Annotated[
@@ -78,7 +78,7 @@ def export(
     * `cskv export outputs/adapters/my-model/k0.2-v0.2-asvd-window32-group32 --out served`
     * `cskv export ADAPTER --out served --window 0 --group 1`
     """
-    from cskv.adapter import CSKVAdapter
+    from cskv.adapter.adapter import CSKVAdapter
     from cskv.vllm.export import check_place
     from cskv.vllm.export import export as write
 

@@ -12,7 +12,7 @@ from cskv.config import CSKVConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cskv.adapter import CSKVAdapter
+    from cskv.adapter.adapter import CSKVAdapter
     from cskv.data.samples import TokenSamples
 
 ALLOCATION_SAMPLES = 8
@@ -30,8 +30,8 @@ def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path
         DataError: there are no usable statistics, or they lack something (made with `--no-covariance`).
         AdapterError: the statistics belong to another model.
     """
-    from cskv.initialisation import initialise
-    from cskv.statistics import Statistics
+    from cskv.calibration.statistics import Statistics
+    from cskv.compression.initialise import initialise
 
     return initialise(model, config, None if config.init == "svd" else Statistics.load(statistics))
 
@@ -51,10 +51,10 @@ def requantised_adapter(
         AdapterError: the adapter or the statistics belong to another model.
         ConfigError: its latents are in few bits already.
     """
-    from cskv.base import BaseModelInfo
-    from cskv.initialisation import in_few_bits
+    from cskv.adapter.base_model import BaseModelInfo
+    from cskv.calibration.statistics import Statistics
+    from cskv.compression.initialise import in_few_bits
     from cskv.models.sites import find_sites
-    from cskv.statistics import Statistics
 
     sites = find_sites(model)
     adapter.check_fits(BaseModelInfo.from_model(model), sites)
@@ -82,9 +82,9 @@ def allocated_adapter(
         ConfigError: the init is not PCA, or the ratio too small.
         DataError: there are no usable statistics, or too little text.
     """
-    from cskv.allocation import allocate_ranks
-    from cskv.statistics import Statistics
-    from cskv.widths import allocate_widths
+    from cskv.calibration.statistics import Statistics
+    from cskv.compression.allocation import allocate_ranks
+    from cskv.compression.widths import allocate_widths
 
     allocate, kind = (allocate_widths, "mixed") if config.mixed_widths else (allocate_ranks, "allocated")
     taken = list(islice(samples, ALLOCATION_SAMPLES))

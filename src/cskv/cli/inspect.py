@@ -14,7 +14,7 @@ from cskv.cli.sizes import cache_lines
 from cskv.errors import AdapterError
 
 if TYPE_CHECKING:
-    from cskv.adapter import CSKVAdapter
+    from cskv.adapter.adapter import CSKVAdapter
 
 DEFAULT_TOKENS = 16_384
 
@@ -34,7 +34,7 @@ def inspect(
     * `cskv inspect outputs/adapters/my-model/k0.2-v0.2-asvd-window32-group32`
     * `cskv inspect ADAPTER --tokens 131072 | tail -n 1 | python -m json.tool`
     """
-    from cskv.adapter import CSKVAdapter
+    from cskv.adapter.adapter import CSKVAdapter
 
     if not adapter.is_dir():
         raise AdapterError(f"adapter folder {str(adapter)!r} does not exist; expected one that `cskv train` wrote")
@@ -46,7 +46,7 @@ def inspect(
 
 def report_of(adapter: CSKVAdapter, folder: Path, tokens: int) -> dict[str, Any]:
     """Everything that `inspect` prints, JSON-ready; sizes in bytes."""
-    from cskv.models.report import adapter_report
+    from cskv.attachment.cache_bytes import adapter_report
 
     description = adapter.describe()
     bits = {

@@ -18,7 +18,7 @@ from cskv.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cskv.adapter import CSKVAdapter
+    from cskv.adapter.adapter import CSKVAdapter
     from cskv.data.samples import TokenSamples
     from cskv.training.settings import TrainingSettings
 
@@ -163,7 +163,7 @@ def train(
     * `torchrun --nproc-per-node 4 -m cskv.cli train --model-path my-model --use-asvd --use-window`
     """
     set_logging(logging_level)
-    from cskv.adapter import CSKVAdapter
+    from cskv.adapter.adapter import CSKVAdapter
     from cskv.cli.initial import allocated_adapter, initial_adapter, requantised_adapter
     from cskv.cli.loading import load_model, load_samples, load_tokenizer
     from cskv.training.settings import TrainingSettings

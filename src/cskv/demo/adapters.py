@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.adapter import CSKVAdapter
-from cskv.allocation import allocate_ranks
-from cskv.calibration import calibrate
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.calibrate import calibrate
+from cskv.calibration.statistics import Statistics
+from cskv.compression.allocation import allocate_ranks
+from cskv.compression.initialise import initialise
+from cskv.compression.widths import allocate_widths
 from cskv.data.samples import TokenSamples
 from cskv.demo.settings import DemoSettings, Variant
 from cskv.demo.text import mixed_source
 from cskv.demo.workspace import Workspace
-from cskv.initialisation import initialise
-from cskv.statistics import Statistics
 from cskv.training.trainer import train
-from cskv.widths import allocate_widths
 
 OnStep = Callable[[int, float | None], None]
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.adapter import CSKVAdapter
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.attachment.attach import attach
 from cskv.demo.adapters import calibration, make_adapter
 from cskv.demo.measure import Example, Material, example, material, measure
 from cskv.demo.report import example_panel, results_table
@@ -20,7 +21,6 @@ from cskv.demo.settings import EXAMPLE, VARIANTS, DemoSettings, Variant
 from cskv.demo.workspace import Workspace
 from cskv.evaluation.environment import environment
 from cskv.fingerprint import fingerprint
-from cskv.models.attach import attach
 from cskv.plots import plot_demo, plot_training
 from cskv.training.log import FILE as TRAINING_LOG
 

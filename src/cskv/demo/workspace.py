@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cskv.atomic import write_text
 from cskv.errors import CSKVError
+from cskv.files import write_text
 
 OURS = (
     "adapters",

@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from cskv.baselines.method import Method
-from cskv.capture import frozen
+from cskv.calibration.hooks import evaluation_mode
 from cskv.errors import DataError
 from cskv.evaluation.bootstrap import bootstrap_interval
 from cskv.evaluation.forward import forward
+from cskv.methods.method import Method
 
 SEGMENT = 1024
 STRETCHES = 16
@@ -111,7 +111,7 @@ def agreement(
         )
     pieces = _pieces(sequences.shape[1], prefix, first, chunk)
     figures = torch.zeros(4, sequences.shape[0], sequences.shape[1] - 1, dtype=torch.float64)
-    with frozen(model):
+    with evaluation_mode(model):
         for start in range(0, sequences.shape[0], batch_size):
             batch = slice(start, start + batch_size)
             _read(model, method, sequences[batch], pieces, prefix, figures[:, batch], on_tokens)

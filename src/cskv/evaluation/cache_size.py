@@ -9,9 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from cskv.capture import frozen
+from cskv.attachment.cache_bytes import CacheReport, cache_report
+from cskv.calibration.hooks import evaluation_mode
 from cskv.evaluation.forward import forward
-from cskv.models.report import CacheReport, cache_report
 
 
 def cache_after_prefill(
@@ -28,7 +28,7 @@ def cache_after_prefill(
         new_cache: makes the empty cache that is filled; the model's own when None. All bytes of one that is not ours
             are `other_bytes`, and `uncompressed_bytes` are measured with a second forward, through the model's own.
     """
-    with frozen(model):
+    with evaluation_mode(model):
         own = cache_report(forward(model, input_ids, last_only=True)[1], model)
         if new_cache is None:
             return own

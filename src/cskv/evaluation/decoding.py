@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from cskv.baselines.method import NewCache
 from cskv.errors import DataError
 from cskv.evaluation.forward import clock, forward
+from cskv.methods.method import NewCache
 from cskv.models.compat import cache_kwarg
 
 IN_PREFILL, CONTEXT_FIRST = "in-prefill", "context-first"

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.capture import frozen
+from cskv.calibration.hooks import evaluation_mode
 from cskv.errors import DataError
 from cskv.evaluation.forward import forward
 
@@ -76,7 +76,7 @@ def perplexity(
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise DataError(f"token sequences have shape {tuple(sequences.shape)}; expected (at least 1, at least 2)")
     total = 0.0
-    with frozen(model):
+    with evaluation_mode(model):
         for rows in sequences.split(batch_size):
             total += _negative_log_likelihood(model, rows, chunk, first, on_tokens, new_cache)
     tokens = sequences.shape[0] * (sequences.shape[1] - 1)

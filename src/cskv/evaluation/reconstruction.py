@@ -11,11 +11,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from cskv.adapter import CSKVAdapter
-from cskv.capture import Teacher
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.hooks import Teacher
 from cskv.errors import DataError
 from cskv.factorization.factors import Factors
-from cskv.models.frozen import frozen
+from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.probe import probe
 from cskv.models.recipe import NormStyle
 from cskv.models.sites import find_sites
@@ -64,7 +64,7 @@ def reconstruction_losses(
     totals = {site.layer_idx: torch.zeros(2, dtype=torch.float64) for site in sites}
     count = 0
     teacher = Teacher(model, sites)
-    with frozen(model), teacher.watching():
+    with evaluation_mode(model), teacher.watching():
         for sample in samples:
             count += 1
             for layer, seen in teacher.observe(sample[None]).items():

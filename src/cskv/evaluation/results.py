@@ -22,7 +22,7 @@ A row is one method on one task with one seed:
     tokens, top1, kl, positions    share of equal first choices, nats per token, their intervals, and both over
                                    stretches of positions [{"start", "stop", "top1", "kl"}, ...]
                                                                                           (agreement, continuation)
-    cache        bytes that are really allocated after the prompt (`cskv.models.report.CacheReport`, with `ratio` and
+    cache        bytes that are really allocated after the prompt (`cskv.CacheReport`, with `ratio` and
                  `bytes_per_token`)
 """
 
@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cskv.atomic import write_text
 from cskv.errors import DataError
+from cskv.files import write_text
 
 FORMAT, VERSION = "cskv-evaluation", 1
 KEY = ("method", "budget", "task", "size", "protocol", "seed")

@@ -11,7 +11,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.baselines.method import Method
 from cskv.errors import DataError
 from cskv.evaluation.agreement import agreement
 from cskv.evaluation.cache_size import cache_after_prefill
@@ -19,6 +18,7 @@ from cskv.evaluation.material import Material
 from cskv.evaluation.results import Row, Run
 from cskv.evaluation.settings import AGREEMENT, CONTINUATION, PERPLEXITY, TEXT_TASKS, EvaluationSettings, Job
 from cskv.evaluation.tasks import evaluate_cases
+from cskv.methods.method import Method
 
 OnWork = Callable[[str, float], None]  # what is being measured, and how much of it has just been done, from 0 to 1
 

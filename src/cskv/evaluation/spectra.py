@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cskv.atomic import write_text
-from cskv.base import BaseModelInfo
+from cskv.adapter.base_model import BaseModelInfo
+from cskv.calibration.statistics import Statistics
 from cskv.errors import DataError
+from cskv.files import write_text
 from cskv.models.sites import find_sites
-from cskv.statistics import Statistics
 
 ENERGY_SHARES = (0.90, 0.95, 0.99)
 COLUMNS = ("layer", "projection", "source", "index", "value", "normalised", "cumulative_energy")
@@ -97,7 +97,7 @@ def calibrated_spectra(model: nn.Module, statistics: Statistics) -> list[Spectru
 
     Args:
         model: the model that was calibrated.
-        statistics: from `cskv.calibration.calibrate(..., covariance=True)`.
+        statistics: from `cskv.calibration.calibrate.calibrate(..., covariance=True)`.
 
     Raises:
         DataError: the statistics hold no second moments, or they are not finite.

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from cskv.capture import frozen
+from cskv.calibration.hooks import evaluation_mode
 from cskv.errors import DataError
 from cskv.evaluation.forward import clock, forward
 
@@ -59,7 +59,7 @@ def measure_decode(
     batch, prompt_tokens = input_ids.shape
     if not batch * prompt_tokens:
         raise DataError(f"the prompt has shape {tuple(input_ids.shape)}; expected at least one row and one token")
-    with frozen(model):
+    with evaluation_mode(model):
         forward(model, input_ids[:, :8])
         began = clock(model.device)
         logits, cache = forward(model, input_ids, last_only=True)

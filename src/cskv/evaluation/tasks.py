@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.baselines.method import NewCache
-from cskv.capture import frozen
+from cskv.calibration.hooks import evaluation_mode
 from cskv.data.cases import Case
 from cskv.errors import DataError
 from cskv.evaluation.decoding import (
@@ -23,6 +22,7 @@ from cskv.evaluation.decoding import (
     question_tokens,
 )
 from cskv.evaluation.wilson import wilson_interval
+from cskv.methods.method import NewCache
 
 MAX_NEW_TOKENS = 64
 
@@ -109,7 +109,7 @@ def evaluate_cases(
             raise DataError(f"{name} is {value}; expected at least 1")
     texts: dict[int, str] = {}
     batches: list[Answers] = []
-    with frozen(model):
+    with evaluation_mode(model):
         for indices in _batches(tokenizer, cases, protocol, batch_size):
             batch = [cases[index] for index in indices]
             made = _answer(model, tokenizer, batch, protocol, max_new_tokens, new_cache)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from cskv.adapter.folder import read_description
 from cskv.errors import AdapterError, CSKVError
-from cskv.folder import read_description
 
 MODEL = "cskv"
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cskv.adapter import CSKVAdapter
+from cskv.adapter.adapter import CSKVAdapter
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError
 from cskv.harness import is_adapter

@@ -16,7 +16,9 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 import cskv
-from cskv.adapter import CSKVAdapter
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.attachment.attach import attach
+from cskv.attachment.cache_bytes import adapter_report
 from cskv.errors import ConfigError, CSKVError, UnsupportedModelError
 from cskv.harness import MODEL
 from cskv.harness.arguments import (
@@ -30,10 +32,8 @@ from cskv.harness.arguments import (
     find_compressor,
 )
 from cskv.harness.reading import chunked_logits, context_cache, parallel_logits
-from cskv.models.attach import attach
 from cskv.models.compat import cache_kwarg
 from cskv.models.probe import SiteRecipe, probe
-from cskv.models.report import adapter_report
 from cskv.models.sites import find_sites
 
 REPORTED_TOKENS = 131_072  # the longest cache that the results give the bytes of

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from cskv.adapter import CSKVAdapter
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.compression.reading import compressed_reading
 from cskv.errors import CacheError
 from cskv.evaluation.forward import forward
 from cskv.models.compat import output_cache
 from cskv.models.probe import SiteRecipe
-from cskv.models.reading import compressed_reading
 
 
 def chunked_logits(model: PreTrainedModel, rows: Tensor, window: int, group: int, keep: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Attaching a compressor to a transformers model. The only room that knows transformers' internals."""
+"""What a transformers model is: where keys and values are made, how they are normalised, rotated and attended to."""

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from cskv.attention import reference
-from cskv.attention.rules import Logits
+from cskv.attention.inputs import Logits
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.models.interface import Original, Switch
-from cskv.view import View
+from cskv.latents.view import View
+from cskv.models.attention_interface import Original, Switch
 
 PREFIX = "cskv_probe"
 UNDERSTOOD = frozenset({"sdpa", "eager"})  # whose masks are None, or say of every query and key what is read

@@ -15,17 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from cskv.attention.rules import RMSNorm
-from cskv.attention.rules import Rope as Rotation
+from cskv.attention.inputs import RMSNorm, Rotation
 from cskv.errors import DataError, UnsupportedModelError
 from cskv.factorization.commuting import RopePairs
-from cskv.models.call import AttentionCall, CallReader
+from cskv.models.calls import AttentionCall, CallReader
 from cskv.models.compat import cache_kwarg
-from cskv.models.frozen import frozen
+from cskv.models.cos_sin import CosSin, find_cos_sin
+from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.logits import Understanding, understanding
-from cskv.models.pairs import find_pairs
-from cskv.models.recipe import KEY_NORMS, TOLERANCE, NormStyle, Recipe, RopeStyle, kernel_norm, rotation_of
-from cskv.models.rope import Rope, find_rope
+from cskv.models.recipe import KEY_NORMS, TOLERANCE, NormStyle, Recipe, RopeStyle, find_pairs, kernel_norm, rotation_of
 from cskv.models.sites import AttentionSite
 
 PROBE_TOKENS = 8
@@ -49,7 +47,7 @@ class SiteRecipe:
     queries: Recipe
     keys: Recipe
     values: Recipe
-    rope: Rope | None
+    rope: CosSin | None
     pairs: RopePairs | None
     plain_rope: bool
     key_norm: RMSNorm | None
@@ -101,7 +99,7 @@ def _run(model: nn.Module, sites: list[AttentionSite]) -> tuple[DynamicCache, di
     tokens = (torch.arange(1, PROBE_TOKENS + 1, device=device) % config.vocab_size)[None]
     cache = DynamicCache(config=config)
     decoder = model.base_model
-    with _recording(sites) as records, frozen(model), torch.no_grad():
+    with _recording(sites) as records, evaluation_mode(model), torch.no_grad():
         decoder(input_ids=tokens, use_cache=True, **{cache_kwarg(decoder): cache})  # type: ignore[operator, arg-type]
     return cache, records
 
@@ -212,8 +210,8 @@ def _match(
     return best
 
 
-def _rope(model: nn.Module, site: AttentionSite, call: AttentionCall) -> Rope:
+def _rope(model: nn.Module, site: AttentionSite, call: AttentionCall) -> CosSin:
     layer_types = getattr(getattr(site.module, "config", None), "layer_types", None)
     kind = layer_types[site.layer_idx] if layer_types else None
     with torch.no_grad():
-        return find_rope(model, call.x, call.cos, call.sin, call.position_ids, kind)  # type: ignore[arg-type]
+        return find_cos_sin(model, call.x, call.cos, call.sin, call.position_ids, kind)  # type: ignore[arg-type]

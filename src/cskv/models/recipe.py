@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,9 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cskv.attention.rules import RMSNorm
+from cskv.attention.inputs import RMSNorm
+from cskv.errors import UnsupportedModelError
+from cskv.factorization.commuting import RopePairs
 
 KEY_NORMS = {"k_norm": "q_norm", "k_layernorm": "q_layernorm", "key_layernorm": "query_layernorm"}  # and the queries'
+ANGLE = 0.75  # radians: neither cos nor sin is near zero
 # The largest error that is still rounding, relative to the largest value.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
@@ -111,3 +115,41 @@ def kernel_norm(recipe: Recipe, heads: Tensor) -> RMSNorm | None:
     expected = norm(heads)
     tolerance = TOLERANCE.get(heads.dtype, 3e-2) * float(expected.abs().max())
     return found if float((normalised - expected).abs().max()) <= tolerance else None
+
+
+def find_pairs(keys: Recipe, cos: Tensor) -> RopePairs:
+    """The pairs of a layer.
+
+    Args:
+        keys: the layer's recipe; its keys are rotated.
+        cos: (batch or 1, tokens, rotary_dim), as the layer is given it; only its width counts.
+
+    Raises:
+        UnsupportedModelError: the rotation turns other than pairs of channels.
+    """
+    turned = _turned_unit_vectors(keys, cos.shape[-1])
+    partners: dict[int, int] = {}
+    for channel, row in enumerate(turned):
+        others = [other for other in row.nonzero().flatten().tolist() if other != channel]
+        if len(others) > 1:
+            raise UnsupportedModelError(f"RoPE turns channel {channel} into {len(others)} others; expected one partner")
+        if others:
+            partners[channel] = others[0]
+    if any(partners.get(partner) != channel for channel, partner in partners.items()):
+        raise UnsupportedModelError(f"RoPE's partners are not mutual: {partners}")
+    # A real unit vector becomes cos e_real + sin e_imaginary; an imaginary one gets -sin.
+    real = [channel for channel, partner in sorted(partners.items()) if turned[channel, partner] > 0]
+    imaginary = [partners[channel] for channel in real]
+    rest = [channel for channel in range(keys.head_dim) if channel not in partners]
+    return RopePairs(*(torch.tensor(channels, dtype=torch.long) for channels in (real, imaginary, rest)))
+
+
+def _turned_unit_vectors(keys: Recipe, width: int) -> Tensor:
+    """(head_dim, head_dim): row i is unit vector i after the rotation."""
+    vectors = torch.eye(keys.head_dim, dtype=torch.float64)[None, None]
+    shape = (1, keys.head_dim, width)
+    return keys.rotated(
+        vectors,
+        torch.full(shape, math.cos(ANGLE), dtype=torch.float64),
+        torch.full(shape, math.sin(ANGLE), dtype=torch.float64),
+    )[0, 0]

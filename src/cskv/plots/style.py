@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from cskv.atomic import write_atomically
 from cskv.errors import DataError
+from cskv.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

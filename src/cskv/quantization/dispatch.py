@@ -12,8 +12,8 @@ from cskv.quantization.grid import Grid, Quantised
 def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantised:
     """What `cskv.quantization.grid.quantise` computes."""
     if latents.is_cuda:
-        from cskv.quantization import fused
+        from cskv.quantization.triton import launch
 
-        if fused.installed():
-            return Quantised(*fused.quantise(latents, grid))
+        if launch.installed():
+            return Quantised(*launch.quantise(latents, grid))
     return by_torch.quantise(latents, grid)

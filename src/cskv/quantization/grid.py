@@ -21,7 +21,7 @@ from torch import Tensor
 from cskv.config import CSKVConfig
 from cskv.errors import ConfigError
 from cskv.quantization.packing import WIDTHS, pack, row_bytes, unpack
-from cskv.workspace import Workspace
+from cskv.scratch import Scratch
 
 PARAMETER_DTYPE = torch.bfloat16
 
@@ -140,7 +140,7 @@ def dequantise(
     grid: Grid,
     token_block: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    workspace: Workspace | None = None,
+    scratch: Scratch | None = None,
 ) -> Float[Tensor, "batch tokens rank"]:
     """Read latents from the grid: minimum + scale * code in fp32, rounded once to `dtype`.
 
@@ -150,14 +150,14 @@ def dequantise(
         token_block: (tokens,) the row of `scales` and `minima` that holds for each token; None counts blocks of
             `grid.block_tokens` from the first token on.
         dtype: any floating dtype.
-        workspace: where the result and all on the way to it are made; the result is valid until it is used again.
+        scratch: where the result and all on the way to it are made; the result is valid until it is used again.
     """
-    workspace = Workspace() if workspace is None else workspace
+    scratch = Scratch() if scratch is None else scratch
     # In bfloat16, codes and parameters are exact and addcmul computes in fp32 inside: the same result from half the
     # bytes.
     computed = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     tokens, size = payload.shape[1], grid.block_tokens
-    values = _codes(payload, grid, computed, workspace)
+    values = _codes(payload, grid, computed, scratch)
     if token_block is None and tokens % size == 0:
         blocks = values.unflatten(1, (-1, size))
         scales, minima = scales[:, : tokens // size], minima[:, : tokens // size]
@@ -165,26 +165,26 @@ def dequantise(
         token_block = torch.arange(tokens, device=payload.device) // size if token_block is None else token_block
         blocks = values[:, :, None]
         scales, minima = scales[:, token_block], minima[:, token_block]
-    scale = _by_channel(scales, grid, computed, workspace, "scale")
-    minimum = _by_channel(minima, grid, computed, workspace, "minimum")
+    scale = _by_channel(scales, grid, computed, scratch, "scale")
+    minimum = _by_channel(minima, grid, computed, scratch, "minimum")
     torch.addcmul(minimum[:, :, None], blocks, scale[:, :, None], out=blocks)
     return values.to(dtype)
 
 
-def _codes(payload: Tensor, grid: Grid, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+def _codes(payload: Tensor, grid: Grid, dtype: torch.dtype, scratch: Scratch) -> Tensor:
     """The code of every latent, (batch, tokens, rank), as a number of `dtype`."""
     shape = (*payload.shape[:2], grid.rank)
-    codes = workspace.take("codes", shape, torch.uint8, payload.device)
+    codes = scratch.take("codes", shape, torch.uint8, payload.device)
     for bits, channels, own in grid.runs():
         unpack(payload[..., own], bits, channels.stop - channels.start, out=codes[..., channels])
-    return workspace.take("values", shape, dtype, payload.device).copy_(codes)
+    return scratch.take("values", shape, dtype, payload.device).copy_(codes)
 
 
-def _by_channel(parameters: Tensor, grid: Grid, dtype: torch.dtype, workspace: Workspace, name: str) -> Tensor:
+def _by_channel(parameters: Tensor, grid: Grid, dtype: torch.dtype, scratch: Scratch, name: str) -> Tensor:
     """The parameters of channel blocks, (batch, rows, channel_blocks), repeated for every channel of each."""
     if grid.channel_blocks == grid.rank:
         return parameters.to(dtype)
-    repeated = workspace.take(name, (*parameters.shape[:2], grid.rank), dtype, parameters.device)
+    repeated = scratch.take(name, (*parameters.shape[:2], grid.rank), dtype, parameters.device)
     size, block = grid.block_channels, 0
     for _, channels, _ in grid.runs():
         whole, rest = divmod(channels.stop - channels.start, size)

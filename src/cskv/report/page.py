@@ -9,10 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from cskv.atomic import write_text
 from cskv.errors import CSKVError
 from cskv.evaluation.pooling import Pooled, pool
 from cskv.evaluation.results import Run
+from cskv.files import write_text
 from cskv.plots.series import method_names
 from cskv.report.figures import Section, draw_sections
 from cskv.report.sources import Replaced, Sources, newest_rows

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cskv.atomic import write_tensors, write_text
 from cskv.errors import CSKVError
+from cskv.files import write_tensors, write_text
 
 FOLDER = "checkpoints"
 FACTORS_FILE = "factors.safetensors"

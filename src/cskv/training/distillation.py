@@ -2,7 +2,7 @@
 
 Reconstruction counts every channel alike, and its minimum has a closed form. What is wanted is the model's output.
 Here the loss is the KL divergence of the next-token distributions over whole texts, old tokens read compressed and the
-window exactly, in one differentiable forward (`cskv.models.reading`). Start it from PCA factors. It keeps the
+window exactly, in one differentiable forward (`cskv.compression.reading`). Start it from PCA factors. It keeps the
 activations of the whole model for the backward pass, so it needs the memory of fine-tuning with a frozen base, or with
 gradient checkpointing those of one layer; logits are made a few positions at a time.
 """
@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cskv.adapter import CSKVAdapter
-from cskv.capture import device_of
-from cskv.divergence import Divergence
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.hooks import device_of
+from cskv.compression.divergence import Divergence
 
 
 class WholeTexts:

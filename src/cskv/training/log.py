@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from cskv.atomic import write_text
 from cskv.errors import CSKVError
+from cskv.files import write_text
 
 FILE = "train_log.jsonl"
 

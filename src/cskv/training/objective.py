@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from cskv.adapter import CSKVAdapter
-from cskv.capture import Observation
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.hooks import Observation
 from cskv.factorization.factors import Factors
 from cskv.quantization.fake import read_back
 from cskv.quantization.grid import Grid

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cskv.adapter import CSKVAdapter
-from cskv.base import BaseModelInfo
-from cskv.capture import Teacher, device_of
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.adapter.base_model import BaseModelInfo
+from cskv.calibration.hooks import Teacher, device_of
 from cskv.errors import ConfigError, CSKVError
 from cskv.models.sites import find_sites
 from cskv.training.checkpoint import Checkpoints, Progress

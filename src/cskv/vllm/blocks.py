@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cskv.errors import ConfigError
-from cskv.paged import ALIGNMENT
+from cskv.latents.pages import ALIGNMENT
 from cskv.vllm.served import Served
 from cskv.vllm.shards import Shard
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cskv.attachment.attending import MOST_NEW
 from cskv.attention.dispatch import attention
-from cskv.attention.rules import Logits, Rope, causal_mask
+from cskv.attention.inputs import Logits, Rotation, causal_mask
 from cskv.cache.pages import is_grouped, seal, store
 from cskv.cache.ring import Ring
 from cskv.factorization.factors import LayerFactors
-from cskv.models.attending import MOST_NEW
-from cskv.paged import PagedLatents, Pages
-from cskv.view import View
+from cskv.latents.pages import PagedLatents, Pages
+from cskv.latents.view import View
+from cskv.scratch import Scratch
 from cskv.vllm.step import Prefill, Step
-from cskv.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,20 @@ class LayerRules:
         rope: how rebuilt keys become those that queries meet, with cos and sin of all positions; None where they are
             those already.
         logits: scaling and soft-capping.
-        workspace: scratch tensors.
+        scratch: scratch tensors.
     """
 
     factors: LayerFactors
-    rope: Rope | None
+    rope: Rotation | None
     logits: Logits
-    workspace: Workspace
+    scratch: Scratch
 
-    def rope_until(self, sealed: int) -> Rope | None:
+    def rope_until(self, sealed: int) -> Rotation | None:
         """The rope with cos and sin of the first tokens."""
         if self.rope is None or self.rope.cos is None or self.rope.sin is None:
             return self.rope
         cos, sin = self.rope.cos[:, :sealed], self.rope.sin[:, :sealed]
-        return Rope(cos, sin, self.rope.heads, self.rope.is_plain, self.rope.norm)
+        return Rotation(cos, sin, self.rope.heads, self.rope.is_plain, self.rope.norm)
 
 
 def attend(
@@ -116,7 +116,7 @@ def _decode(step: Step, cache: LayerCache, rules: LayerRules, query: Tensor, key
         exists = torch.nn.functional.pad(exists, (0, 1), value=True)
     k, v = _latents(cache, step.table[:n], step.sealed[:n], step.most, step.least)
     view, rope = View(keys, values, k, v, exists), rules.rope_until(step.most)
-    return attention(query[:, :, None], view, rules.factors, rope, rules.logits, workspace=rules.workspace)[:, :, 0]
+    return attention(query[:, :, None], view, rules.factors, rope, rules.logits, scratch=rules.scratch)[:, :, 0]
 
 
 def _prefill(
@@ -141,7 +141,7 @@ def _prefill(
     view = View(keys, values, k, v)
     rope = rules.rope_until(prefill.sealed)
     if query.shape[2] <= MOST_NEW or rules.logits.softcap is not None:
-        result = attention(query, view, rules.factors, rope, rules.logits, workspace=rules.workspace)
+        result = attention(query, view, rules.factors, rope, rules.logits, scratch=rules.scratch)
     else:
         result = _on_rebuilt(query, view, rules, rope)
     return result[0].transpose(0, 1)
@@ -156,7 +156,7 @@ def _latents(
     return PagedLatents(cache.k, table, lengths, most, least), PagedLatents(cache.v, table, lengths, most, least)
 
 
-def _on_rebuilt(query: Tensor, view: View, rules: LayerRules, rope: Rope | None) -> Tensor:
+def _on_rebuilt(query: Tensor, view: View, rules: LayerRules, rope: Rotation | None) -> Tensor:
     """Attention of a long piece of a prompt, for which all old keys and values are rebuilt once."""
     keys, values, new = view.keys, view.values, query.shape[2]
     if view.k is not None and view.v is not None:

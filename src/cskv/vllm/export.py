@@ -1,7 +1,7 @@
 """A base model and its adapter as one checkpoint that vLLM loads: the base's files, and the adapter in a subfolder.
 
 config.json     the base model's, with an architecture that the plugin knows and where the adapter is
-cskv/           the adapter (`cskv.folder`)
+cskv/           the adapter (`cskv.adapter.folder`)
 ...             the base model's weights, hard-linked where that is possible, and all its other files
 
 What the plugin does not serve is refused here, before anything is written: a server that fails to start says less.
@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cskv.adapter import CSKVAdapter
-from cskv.atomic import write_folder, write_text
-from cskv.base import BaseModelInfo
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.adapter.base_model import BaseModelInfo
+from cskv.adapter.folder import CONFIG_FILE
 from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
-from cskv.folder import CONFIG_FILE
+from cskv.files import write_folder, write_text
 from cskv.vllm.architectures import PREFIX
 from cskv.vllm.source import SUBFOLDER, BaseConfig, BaseFiles, is_exported, list_files, read_config
 
@@ -171,7 +171,7 @@ def bytes_per_token(adapter: CSKVAdapter, dtype: torch.dtype) -> tuple[int, floa
 
 
 class _Layer(NamedTuple):
-    """What the config says of an attention layer (`cskv.adapter.LayerShape`)."""
+    """What the config says of an attention layer (`cskv.adapter.adapter.LayerShape`)."""
 
     layer_idx: int
     kv_dim: int

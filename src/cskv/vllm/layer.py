@@ -16,9 +16,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 
-from cskv.attention.rules import Logits
+from cskv.attention.inputs import Logits
 from cskv.factorization.factors import LayerFactors
-from cskv.paged import Pages
+from cskv.latents.pages import Pages
+from cskv.scratch import Scratch
 from cskv.vllm.backend import Backend, RingBackend
 from cskv.vllm.blocks import rings_of
 from cskv.vllm.compute import LayerCache, LayerRules
@@ -26,10 +27,9 @@ from cskv.vllm.probe import find_rope
 from cskv.vllm.served import Served
 from cskv.vllm.shards import Shard
 from cskv.vllm.specs import LatentSpec, RingSpec
-from cskv.workspace import Workspace
 
 REBUILT = 5  # tensors of all channels of all tokens that live at once while keys are rebuilt, rotated and joined
-_workspace = Workspace()  # of all layers of a process
+_scratch = Scratch()  # of all layers of a process
 
 
 class CompressedAttention(Attention):
@@ -123,7 +123,7 @@ class CompressedAttention(Attention):
         rope = None
         if not self._commuting:
             rope = find_rope(parent, forward, child, self._hidden_size, self.head_size, self.layout.dtype)
-        self.rules = LayerRules(factors, rope, Logits(self.impl.scale, self._softcap), _workspace)
+        self.rules = LayerRules(factors, rope, Logits(self.impl.scale, self._softcap), _scratch)
 
     def _placed(self, factors: LayerFactors) -> LayerFactors:
         """The factors; down-projections that read the layer's input are one product, of which theirs are views."""

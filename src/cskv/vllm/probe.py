@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cskv.attention.rules import Rope
+from cskv.attention.inputs import Rotation
 from cskv.errors import UnsupportedModelError
 from cskv.models.recipe import KEY_NORMS, TOLERANCE, NormStyle, Recipe, RopeStyle, kernel_norm
 
@@ -46,7 +46,7 @@ class _Recorder(nn.Module):
 @torch.no_grad()
 def find_rope(
     parent: Any, forward: Any, child: str, hidden_size: int, head_dim: int, dtype: torch.dtype
-) -> Rope | None:
+) -> Rotation | None:
     """How keys that are rebuilt become those that queries meet; None where they are those already.
 
     Args:
@@ -71,13 +71,13 @@ def find_rope(
     found = _match(parent, k, given.keys.flatten(1), tables, head_dim)
     _check_values(parent, v, given.values.flatten(1))
     if found.rope_style is RopeStyle.NONE:
-        return None if found.norm_style is NormStyle.NONE else Rope(None, None, found.heads)
+        return None if found.norm_style is NormStyle.NONE else Rotation(None, None, found.heads)
     cos, sin = tables  # type: ignore[misc]
     plain = bool(getattr(parent.rotary_emb, "is_neox_style", False))
     heads = k[None].unflatten(-1, (-1, head_dim)).transpose(1, 2)
     norm = kernel_norm(found, heads)
     is_plain = plain and (found.norm_style is NormStyle.NONE or norm is not None)
-    return Rope(cos[None], sin[None], found.heads, is_plain, norm)
+    return Rotation(cos[None], sin[None], found.heads, is_plain, norm)
 
 
 def _record(parent: Any, forward: Any, child: str, positions: Tensor, x: Tensor) -> Any:

@@ -19,12 +19,12 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from cskv.adapter.folder import Settings, download, read_layer, read_settings
 from cskv.cache.ring import Ring
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError
 from cskv.factorization.factors import LayerFactors
-from cskv.folder import Settings, download, read_layer, read_settings
-from cskv.paged import PageLayout
+from cskv.latents.pages import PageLayout
 from cskv.quantization.grid import Grid
 from cskv.vllm.shards import Shard
 

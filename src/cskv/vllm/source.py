@@ -17,8 +17,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PretrainedConfig
 
+from cskv.adapter.folder import CONFIG_FILE, MODEL_TYPE
 from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
-from cskv.folder import CONFIG_FILE, MODEL_TYPE
 from cskv.vllm.architectures import PREFIX
 
 SUBFOLDER = "cskv"  # of the checkpoint, where the adapter is

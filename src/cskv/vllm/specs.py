@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.v1.kv_cache_interface import CircularBufferSpec, FullAttentionSpec
 
-from cskv.paged import PageLayout
+from cskv.latents.pages import PageLayout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,204 @@
+"""The trained compressor of one base model: the factors of every compressed layer, kept as a folder.
+
+Every file is written atomically and nothing is pickled. `push_to_hub` comes from the hub's own mixin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+
+from cskv.adapter.base_model import BaseModelInfo
+from cskv.adapter.card import model_card
+from cskv.adapter.folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    MODEL_TYPE,
+    WEIGHTS_FILE,
+    Widths,
+    check_widths,
+    download,
+    read_folder,
+)
+from cskv.config import CSKVConfig
+from cskv.errors import AdapterError
+from cskv.factorization.factors import Factors, LayerFactors
+from cskv.files import write_tensors, write_text
+from cskv.quantization.grid import Grid
+
+
+class LayerShape(Protocol):
+    """An attention layer of a base model: its index in the cache, and what its projections of keys and values map."""
+
+    @property
+    def layer_idx(self) -> int: ...
+
+    @property
+    def kv_dim(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+
+class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
+    """Low-rank factors of the key and value projections of a base model, per compressed layer.
+
+    Down- and up-projections are parameters named `layers.{i}.{k|v}.{down|up}`; biases, which are exact, are buffers.
+
+    Args:
+        config: the settings that made it.
+        layers: layer index in the cache -> factors. Tensors are taken over, not copied.
+        base: the model it belongs to.
+        metrics: JSON-ready figures (losses, accuracies, ...) for `config.json` and the model card.
+        widths: (layer index, "k" or "v") -> runs of (bits, channels) that sum to the rank, for `config.mixed_widths`.
+    """
+
+    def __init__(
+        self,
+        config: CSKVConfig,
+        layers: Mapping[int, LayerFactors],
+        base: BaseModelInfo,
+        metrics: Mapping[str, Any] | None = None,
+        widths: Mapping[tuple[int, str], Widths] | None = None,
+    ) -> None:
+        super().__init__()
+        if not layers:
+            raise AdapterError("an adapter needs the factors of at least one layer, got none")
+        self.widths = dict(widths or {})
+        ranks = {(index, kind): getattr(layers[index], kind).rank for index in layers for kind in ("k", "v")}
+        check_widths(config, ranks, self.widths)
+        self.config = config
+        self.base = base
+        self.metrics: dict[str, Any] = dict(metrics or {})
+        self.layers = nn.ModuleDict({str(index): _LayerModule(layers[index]) for index in sorted(layers)})
+
+    @property
+    def layer_indices(self) -> list[int]:
+        """The compressed layers, by their index in the cache."""
+        return [int(name) for name in self.layers]
+
+    def factors(self, layer_idx: int) -> LayerFactors:
+        """The factors of one layer. Their tensors are this module's parameters: gradients reach them."""
+        if str(layer_idx) not in self.layers:
+            raise AdapterError(f"the adapter has no layer {layer_idx}; it has {self.layer_indices}")
+        return self.layers[str(layer_idx)].factors()  # type: ignore[operator]
+
+    def grid(self, layer_idx: int, kind: str) -> Grid | None:
+        """How latents of one layer's keys ("k") or values ("v") are stored; None leaves them in the model's dtype."""
+        rank = getattr(self.factors(layer_idx), kind).rank
+        return Grid.of(self.config, kind, rank, self.widths.get((layer_idx, kind)))
+
+    def grids(self, layer_idx: int) -> tuple[Grid | None, Grid | None]:
+        """The grids of a layer's key and value latents."""
+        return self.grid(layer_idx, "k"), self.grid(layer_idx, "v")
+
+    def check_fits(self, base: BaseModelInfo, sites: Sequence[LayerShape]) -> None:
+        """Compare with a base model.
+
+        Raises:
+            AdapterError: names, layers or shapes differ; the message says which.
+        """
+        for name in ("model_type", "hidden_size", "num_layers"):
+            ours, theirs = getattr(self.base, name), getattr(base, name)
+            if ours != theirs:
+                raise AdapterError(
+                    f"made for {self.base.name or 'a model'} with {name} {ours}, this model has {theirs}: "
+                    "load the base model that it names"
+                )
+        indices = [site.layer_idx for site in sites]
+        if indices != self.layer_indices:
+            raise AdapterError(f"the adapter compresses layers {self.layer_indices}, this model's cache has {indices}")
+        for site in sites:
+            factors = self.factors(site.layer_idx)
+            for kind, ours in (("k", factors.k), ("v", factors.v)):
+                reads = site.kv_dim if kind == "k" and self.config.key_factors == "commuting" else site.hidden_size
+                if (ours.kv_dim, ours.hidden_size) != (site.kv_dim, reads):
+                    raise AdapterError(
+                        f"layer {site.layer_idx} {kind}: the adapter maps {ours.hidden_size} to {ours.kv_dim} channels,"
+                        f" the model {reads} to {site.kv_dim}"
+                    )
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that `config.json` holds."""
+        description = {
+            "model_type": MODEL_TYPE,
+            "format_version": FORMAT_VERSION,
+            "base_model": dataclasses.asdict(self.base),
+            "compression": self.config.to_dict(),
+            "ranks": {
+                str(i): {"k": self.factors(i).k.rank, "v": self.factors(i).v.rank, "kv_dim": self.factors(i).k.kv_dim}
+                for i in self.layer_indices
+            },
+            "metrics": self.metrics,
+        }
+        if self.widths:
+            description["widths"] = {
+                str(i): {kind: [list(run) for run in self.widths[i, kind]] for kind in ("k", "v")}
+                for i in self.layer_indices
+            }
+        return description
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the folder, for `save_pretrained` and `push_to_hub`. The config is last: with it, all is there."""
+        folder = Path(save_directory)
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict(), metadata={"format": "pt"})
+        write_text(folder / CARD_FILE, model_card(self.describe()))
+        write_text(folder / CONFIG_FILE, json.dumps(self.describe(), indent=2, sort_keys=True) + "\n")
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write config.json, model.safetensors and the model card into a folder, each atomically.
+
+        Args:
+            save_directory: the folder, made if absent.
+            **kwargs: the hub mixin's own (`repo_id`, `push_to_hub`, ...).
+
+        Raises:
+            CSKVError: the folder cannot be written.
+        """
+        if kwargs.get("push_to_hub"):
+            return super().save_pretrained(save_directory, **kwargs)
+        self._save_pretrained(Path(save_directory))
+        return None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> CSKVAdapter:
+        """Load an adapter from a folder or the hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository on the hub.
+            **hub: `huggingface_hub.snapshot_download`'s own (`revision`, `token`, `cache_dir`, ...).
+
+        Raises:
+            AdapterError: no such folder, or its files are missing, truncated, or do not agree with each other.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        return cls(*read_folder(folder if folder.is_dir() else download(str(pretrained_model_name_or_path), **hub)))
+
+
+class _FactorModule(nn.Module):
+    def __init__(self, factors: Factors) -> None:
+        super().__init__()
+        self.down = nn.Parameter(factors.down)
+        self.up = nn.Parameter(factors.up)
+        self.register_buffer("bias", factors.bias)
+        self.register_buffer("down_bias", factors.down_bias)
+
+    def factors(self) -> Factors:
+        return Factors(self.down, self.up, self.bias, self.down_bias)  # type: ignore[arg-type]
+
+
+class _LayerModule(nn.Module):
+    def __init__(self, factors: LayerFactors) -> None:
+        super().__init__()
+        self.k = _FactorModule(factors.k)
+        self.v = _FactorModule(factors.v)
+
+    def factors(self) -> LayerFactors:
+        return LayerFactors(self.k.factors(), self.v.factors())

@@ -1,0 +1,211 @@
+"""What a cache really occupies: the bytes of the tensors that it holds, beside what the uncompressed cache would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.attachment.layer import CSKVLayer
+from cskv.cache.bibranch import BiBranchStore
+from cskv.cache.latents import LatentBytes
+from cskv.cache.positions import PositionTable
+from cskv.config import CSKVConfig
+from cskv.errors import ConfigError
+from cskv.models.sites import find_sites
+
+PIECE = 65_536  # tokens that `adapter_report` fills a store with at a time
+HELD = ("payload_bytes", "scale_bytes", "minimum_bytes", "window_bytes", "position_bytes", "slack_bytes", "other_bytes")
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Allocated bytes of a cache, all layers together.
+
+    Attributes:
+        tokens: tokens cached per sequence.
+        batch: sequences.
+        payload_bytes: latents of sealed tokens, or their packed codes.
+        scale_bytes, minimum_bytes: of the blocks of packed latents.
+        window_bytes: exact keys and values of the newest tokens, in compressed layers, and their latents to come.
+        position_bytes: what RoPE needs to rotate rebuilt keys.
+        slack_bytes: room for latents of tokens yet to come.
+        other_bytes: layers that are not compressed (sliding windows, or all layers of an ordinary cache).
+        uncompressed_bytes: what an ordinary cache holds of the same tokens.
+    """
+
+    tokens: int
+    batch: int
+    payload_bytes: int
+    scale_bytes: int
+    minimum_bytes: int
+    window_bytes: int
+    position_bytes: int
+    slack_bytes: int
+    other_bytes: int
+    uncompressed_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything that the cache holds."""
+        return sum(getattr(self, name) for name in HELD)
+
+    @property
+    def ratio(self) -> float:
+        """Total bytes as a share of the uncompressed cache's."""
+        return self.total_bytes / self.uncompressed_bytes if self.uncompressed_bytes else 1.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Total bytes per cached token."""
+        return self.total_bytes / (self.tokens * self.batch) if self.tokens else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON-ready values."""
+        figures = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return figures | {"total_bytes": self.total_bytes, "ratio": self.ratio, "bytes_per_token": self.bytes_per_token}
+
+
+def cache_report(cache: Cache, model: nn.Module) -> CacheReport:
+    """Measure a cache, compressed or not.
+
+    Args:
+        cache: what `generate` or a forward returned. Layers of other classes, transformers' quantised ones too, count
+            as `other_bytes`, and as no smaller when uncompressed (`cskv.evaluation.cache_size` measures that as well).
+        model: the model that filled it; it tells the shape of uncompressed keys and values.
+    """
+    ours = [layer for layer in cache.layers if isinstance(layer, CSKVLayer)]
+    others = [layer for layer in cache.layers if not isinstance(layer, CSKVLayer)]
+    other_bytes = allocated_bytes(others)
+    channels = {site.layer_idx: site.kv_dim for site in find_sites(model)}
+    uncompressed = other_bytes
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, CSKVLayer) and layer.store.length:
+            elements = layer.store.batch * layer.store.length * 2 * channels[index]
+            uncompressed += elements * layer.dtype.itemsize
+    latents = sum((layer.store.latent_nbytes() for layer in ours), LatentBytes())
+    return CacheReport(
+        tokens=cache.get_seq_length(),
+        batch=_batch(ours, others),
+        payload_bytes=latents.payload,
+        scale_bytes=latents.scales,
+        minimum_bytes=latents.minima,
+        window_bytes=sum(layer.store.window_nbytes() for layer in ours),
+        position_bytes=sum(layer.table.nbytes() for layer in ours if layer.owns_table and layer.table is not None),
+        slack_bytes=latents.slack,
+        other_bytes=other_bytes,
+        uncompressed_bytes=uncompressed,
+    )
+
+
+def adapter_report(adapter: CSKVAdapter, tokens: int, dtype: torch.dtype = torch.bfloat16) -> CacheReport:
+    """The bytes of a cache that an adapter would fill, without its model: stores of its shapes are filled and measured.
+
+    Layers of a model that are not compressed (sliding windows) are unknown here and left out. Positions count 4 bytes a
+    token, once for all layers, as for RoPE of fixed frequencies; commuting keys have none.
+
+    Args:
+        adapter: any.
+        tokens: of one sequence, prefilled at once up to 65536 and piece by piece beyond; at least 1.
+        dtype: of the model.
+
+    Raises:
+        ConfigError: `tokens` is no whole number from 1 up.
+    """
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ConfigError(f"tokens is {tokens!r}; expected a whole number, at least 1")
+    latents, window, uncompressed = LatentBytes(), 0, 0
+    measured: dict[object, tuple[LatentBytes, int, int]] = {}
+    for index in adapter.layer_indices:
+        factors, grids = adapter.factors(index), adapter.grids(index)
+        shape = (factors.k.rank, factors.v.rank, factors.k.kv_dim, *grids)
+        if shape not in measured:
+            measured[shape] = _filled(adapter.config, shape, tokens, dtype)
+        own, exact, full = measured[shape]
+        latents, window, uncompressed = latents + own, window + exact, uncompressed + full
+    table = PositionTable()
+    if adapter.config.key_factors != "commuting":
+        table.append((torch.zeros(1, tokens, dtype=torch.int64),))
+    return CacheReport(
+        tokens=tokens,
+        batch=1,
+        payload_bytes=latents.payload,
+        scale_bytes=latents.scales,
+        minimum_bytes=latents.minima,
+        window_bytes=window,
+        position_bytes=table.nbytes(),
+        slack_bytes=latents.slack,
+        other_bytes=0,
+        uncompressed_bytes=uncompressed,
+    )
+
+
+def _filled(config: CSKVConfig, shape: Any, tokens: int, dtype: torch.dtype) -> tuple[LatentBytes, int, int]:
+    """Latent, window and uncompressed bytes of one layer whose store was filled with zeros."""
+    k_rank, v_rank, kv_dim, k_grid, v_grid = shape
+    store = BiBranchStore(config.window, config.group, k_grid, v_grid)
+    for start in range(0, tokens, PIECE):  # exact keys of a million tokens need not exist at once
+        new = min(PIECE, tokens - start)
+        exact = torch.zeros((1, 1, new, kv_dim), dtype=dtype)
+        k_latents, v_latents = (torch.zeros((1, new, rank), dtype=dtype) for rank in (k_rank, v_rank))
+        store.append(k_latents, v_latents, exact, exact)
+    return store.latent_nbytes(), store.window_nbytes(), 2 * tokens * kv_dim * dtype.itemsize
+
+
+def _batch(ours: list[CSKVLayer], others: list[Any]) -> int:
+    sizes = [layer.store.batch for layer in ours if layer.store.length]
+    sizes += [tensor.shape[0] for layer in others for tensor in _tensors(layer) if tensor.numel()]
+    return sizes[0] if sizes else 0
+
+
+def _tensors(layer: Any) -> Iterable[Tensor]:
+    return (value for value in (getattr(layer, "keys", None), getattr(layer, "values", None)) if value is not None)
+
+
+def allocated_bytes(held: Any) -> int:
+    """The bytes of all tensor storages that an object leads to, each counted once.
+
+    Found by walking attributes and containers, whatever the classes: payload, scales, zero points and exact tokens of a
+    quantised cache, slack of one that grows ahead. Modules are passed over, since their weights are the model's.
+    """
+    storages: dict[tuple[torch.device, int], int] = {}
+    for tensor in _held_tensors(held):
+        storage = tensor.untyped_storage()
+        storages[storage.device, storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _held_tensors(root: Any) -> Iterator[Tensor]:
+    """The plain tensors that an object leads to."""
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor) and not hasattr(item, "__tensor_flatten__"):
+            yield item
+        else:
+            stack.extend(_children(item))
+
+
+def _children(item: Any) -> Iterable[Any]:
+    """What an object holds directly."""
+    if isinstance(item, Tensor):  # a wrapper: its own storage is a fiction, of the size of the numbers it stands for
+        names, _ = item.__tensor_flatten__()  # type: ignore[attr-defined]
+        return [getattr(item, name) for name in names]
+    if isinstance(item, type | ModuleType | FunctionType | MethodType | nn.Module):
+        return ()
+    if isinstance(item, dict):
+        return item.values()
+    if isinstance(item, list | tuple | set | frozenset):
+        return item
+    slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(item, name)]
+    return [*getattr(item, "__dict__", {}).values(), *(getattr(item, name) for name in slots)]

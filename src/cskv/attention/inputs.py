@@ -1,0 +1,116 @@
+"""What attention is told beside the query and what it reads: how keys are rotated, and how logits become weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+ToHeads = Callable[[Tensor], Tensor]
+
+
+class RMSNorm(NamedTuple):
+    """x * rsqrt(mean of x squared + eps) * weight, over the channels of a head."""
+
+    weight: Float[Tensor, " head_dim"]
+    eps: float
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """From rebuilt key channels to the keys that queries meet: a family's norm and RoPE.
+
+    Attributes:
+        cos, sin: of the sealed tokens, or None where keys are only normalised.
+        heads: `heads(channels, cos, sin)`, from (batch, tokens, kv_dim) to (batch, kv_heads, tokens, head_dim), with
+            cos and sin of the same tokens.
+        is_plain: whether `heads` is x * cos + rotate_half(x) * sin on the first rotary_dim channels of every head,
+            after `norm` if there is one, and nothing else, so that a kernel can do it.
+        norm: see there.
+    """
+
+    cos: Float[Tensor, "#batch sealed rotary_dim"] | None
+    sin: Float[Tensor, "#batch sealed rotary_dim"] | None
+    heads: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    is_plain: bool = False
+    norm: RMSNorm | None = None
+
+    def keys(
+        self, channels: Float[Tensor, "batch tokens kv_dim"], start: int
+    ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
+        """The keys of sealed tokens from `start` on."""
+        stop = start + channels.shape[1]
+        cos, sin = (None if part is None else part[:, start:stop] for part in (self.cos, self.sin))
+        return self.heads(channels, cos, sin)
+
+    def rotated(
+        self,
+        heads: Float[Tensor, "batch kv_heads tokens head_dim"],
+        start: int,
+        out: Float[Tensor, "batch kv_heads tokens head_dim"],
+    ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
+        """The plain rotation alone, of sealed tokens from `start` on, into `out`, without a tensor as large."""
+        if self.cos is None or self.sin is None:
+            raise ValueError("there is no rotation")
+        rotary, stop = self.cos.shape[-1], start + heads.shape[2]
+        half = rotary // 2
+        cos, sin = self.cos[:, None, start:stop], self.sin[:, None, start:stop]
+        first, second = heads[..., :half], heads[..., half:rotary]
+        if torch.compiler.is_compiling():  # it fuses this, and cannot trace products written into a part of a tensor
+            turned = (
+                first * cos[..., :half] - second * sin[..., :half],
+                second * cos[..., half:] + first * sin[..., half:],
+            )
+            return torch.cat([*turned, heads[..., rotary:]], dim=-1)
+        torch.mul(first, cos[..., :half], out=out[..., :half]).addcmul_(second, sin[..., :half], value=-1)
+        torch.mul(second, cos[..., half:], out=out[..., half:rotary]).addcmul_(first, sin[..., half:])
+        out[..., rotary:] = heads[..., rotary:]
+        return out
+
+
+@dataclass(frozen=True)
+class Logits:
+    """From products of queries and keys to logits: cap(scaling * q k) + mask, cap(x) = softcap * tanh(x / softcap).
+
+    Attributes:
+        scaling: mostly head_dim ** -0.5.
+        softcap: None for no capping (Gemma2 has 50).
+        mask: which tokens of both branches, the sealed ones first, a query reads: True where it does, or a number that
+            is added. None lets every query read all tokens up to its own, the newest being the queries' own.
+        sinks: a further logit per query head that takes weight and gives nothing (GPT-OSS).
+    """
+
+    scaling: float
+    softcap: float | None = None
+    mask: Bool[Tensor, "#batch #q_heads new length"] | Float[Tensor, "#batch #q_heads new length"] | None = None
+    sinks: Float[Tensor, " q_heads"] | None = None
+
+    def of(
+        self, products: Float[Tensor, "batch q_heads new tokens"], start: int
+    ) -> Float[Tensor, "batch q_heads new tokens"]:
+        """The logits of the tokens from `start` on, in place of the products. A mask that is None is not applied."""
+        products *= self.scaling
+        if self.softcap is not None:
+            products.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.mask is not None:
+            mask = self.mask[..., start : start + products.shape[-1]]
+            if mask.dtype == torch.bool:
+                products.masked_fill_(~mask, torch.finfo(products.dtype).min)
+            else:
+                products += mask
+        return products
+
+
+def causal_mask(new: int, tokens: int, device: torch.device) -> Bool[Tensor, "new tokens"]:
+    """Which of `tokens` exact tokens the queries of the last `new` of them read: those up to their own."""
+    return torch.ones(new, tokens, dtype=torch.bool, device=device).tril_(tokens - new)
+
+
+def beyond(lengths: Int[Tensor, " batch"], start: int, stop: int) -> Bool[Tensor, "batch 1 1 tokens"]:
+    """Which tokens of a range lie past the end of each sequence, to hide them in (batch, heads, new, tokens)."""
+    token = torch.arange(start, stop, device=lengths.device)
+    return (token >= lengths[:, None])[:, None, None]

@@ -1,0 +1,1 @@
+"""Attention on latents with Triton kernels: plan, arguments, launch, kernels."""

@@ -1,0 +1,173 @@
+"""The tensors, strides and constants that the Triton kernels take, from what attention is given."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cskv.attention.inputs import Rotation
+from cskv.attention.tiled import per_head
+from cskv.attention.triton.plan import padded
+from cskv.factorization.factors import Factors
+from cskv.latents.pages import PagedLatents, Pages
+from cskv.latents.view import Latents, PackedLatents, PlainLatents
+from cskv.quantization.grid import Grid
+from cskv.quantization.tables import channel_table, most_planes
+
+
+def keys_arguments(query: Tensor, factors: Factors, rope: Rotation | None) -> dict[str, Any]:
+    """The query, absorbed or as it is, and what rebuilds keys."""
+    head_dim, bias = query.shape[3], factors.bias
+    of_query: Tensor | None = None
+    up, cos, sin, norm = None, None, None, None
+    if rope is None:
+        if bias is not None:
+            of_query = per_head(query, bias.view(1, -1, head_dim, 1)).float().contiguous()
+        query = per_head(query, factors.up.unflatten(0, (-1, head_dim))[None])
+    else:
+        up, norm = _aligned(factors.up), rope.norm
+        cos, sin = (_by_sequence(part, query.shape[0]) for part in (rope.cos, rope.sin))
+    rows = _rows_contiguous(query.flatten(1, 2))
+    return {
+        "query": rows,
+        "query_bias": of_query,
+        "up": up,
+        "key_bias": None if rope is None or bias is None else bias.contiguous(),
+        "cos": cos,
+        "sin": sin,
+        "key_norm": norm.weight.contiguous() if norm is not None else None,
+        "norm_eps": norm.eps if norm is not None else 0.0,
+        "query_batch": rows.stride(0),
+        "query_row": rows.stride(1),
+        "up_row": 0 if up is None else up.stride(0),
+        "cos_batch": 0 if cos is None else cos.stride(0),
+        "cos_token": 0 if cos is None else cos.stride(1),
+        "sin_batch": 0 if sin is None else sin.stride(0),
+        "sin_token": 0 if sin is None else sin.stride(1),
+        "ROTATED": rope is not None,
+        "HEAD_DIM": head_dim,
+        "ROTARY_DIM": 0 if cos is None else cos.shape[-1],
+        "HALF": padded(head_dim // 2),
+        "HAS_BIAS": bias is not None,
+        "HAS_NORM": norm is not None,
+    }
+
+
+def mask_arguments(mask: Tensor | None, query: Tensor, sealed: int) -> dict[str, Any]:
+    """The sealed tokens' mask; strides of 0 for what it is broadcast over. None lets all queries read all of them."""
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    kind = 0
+    if mask is not None:
+        kind = 1 if mask.dtype == torch.bool else 2
+        mask = mask[..., :sealed].expand(*query.shape[:3], sealed)
+        strides = mask.stride()
+        mask = mask.view(torch.uint8) if kind == 1 else mask
+    names = ("mask_batch", "mask_head", "mask_new", "mask_token")
+    return {"mask": mask, "MASK": kind, **dict(zip(names, strides, strict=True))}
+
+
+def page_arguments(latents: Latents) -> dict[str, Any]:
+    """The tokens of every request and the pages that they lie in; nothing where latents are not in pages."""
+    if not isinstance(latents, PagedLatents):
+        return {"page_table": None, "lengths": None, "page_row": None, "PAGE": 0}
+    table = _rows_contiguous(latents.table)
+    return {
+        "page_table": table,
+        "lengths": latents.lengths.contiguous(),
+        "page_row": table.stride(0),
+        "PAGE": latents.pages.block_size,
+    }
+
+
+class _Store(NamedTuple):
+    """Latents as the kernels take them. Those of a batch are strides of pages where they lie in pages."""
+
+    data: Tensor
+    batch: int
+    token: int
+    scales: Tensor | None = None
+    minima: Tensor | None = None
+    rows: Tensor | None = None
+    table: Tensor | None = None
+    parameter_batch: int = 0
+    parameter_row: int = 0
+    planes: int = 0
+    block_tokens: int = 1
+
+    @classmethod
+    def of(cls, latents: Latents) -> _Store:
+        if isinstance(latents, PlainLatents):
+            tokens = _rows_contiguous(latents.tokens)
+            return cls(tokens, tokens.stride(0), tokens.stride(1))
+        if isinstance(latents, PagedLatents):
+            return cls._of_pages(latents.pages)
+        assert isinstance(latents, PackedLatents), "refused otherwise"
+        return cls._packed(latents.payload, latents.scales, latents.minima, latents.grid, latents.token_block)
+
+    @classmethod
+    def _of_pages(cls, pages: Pages) -> _Store:
+        if pages.grid is None:
+            return cls(pages.data, pages.data.stride(0), pages.data.stride(1))
+        assert pages.scales is not None, "packed latents have both"
+        assert pages.minima is not None, "packed latents have both"
+        return cls._packed(pages.data, pages.scales, pages.minima, pages.grid, None)
+
+    @classmethod
+    def _packed(cls, payload: Tensor, scales: Tensor, minima: Tensor, grid: Grid, rows: Tensor | None) -> _Store:
+        payload, scales, minima = (_rows_contiguous(part) for part in (payload, scales, minima))
+        if scales.stride() != minima.stride():
+            scales, minima = scales.contiguous(), minima.contiguous()
+        return cls(
+            payload, payload.stride(0), payload.stride(1), scales, minima, rows,
+            channel_table(grid, payload.device), scales.stride(0), scales.stride(1), most_planes(grid),
+            grid.block_tokens,
+        )  # fmt: skip
+
+
+def store_arguments(name: str, latents: Latents) -> dict[str, Any]:
+    """The latents of "k" or "v"."""
+    store = _Store.of(latents)
+    upper = name.upper()
+    return {
+        **{
+            f"{name}_{field}": getattr(store, field)
+            for field in _Store._fields
+            if field not in ("planes", "block_tokens")
+        },
+        f"{upper}_PLANES": store.planes,
+        f"{upper}_BLOCK_TOKENS": store.block_tokens,
+        f"{upper}_HAS_ROWS": store.rows is not None,
+    }
+
+
+def arithmetic_arguments(dtype: torch.dtype) -> dict[str, Any]:
+    """In what the products are computed: the dtype, and fp32 without TF32."""
+    import triton.language as tl
+
+    from cskv.attention.triton import kernels
+
+    return {
+        "ELEMENT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype],
+        "EMULATED": kernels.INTERPRETED and dtype == torch.bfloat16,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+
+
+def _rows_contiguous(part: Tensor) -> Tensor:
+    """With the last dimension contiguous, as the kernels take it to be."""
+    return part if part.stride(-1) == 1 else part.contiguous()
+
+
+def _aligned(up: Tensor) -> Tensor:
+    """With rows that start at multiples of 16 bytes, so that they can be loaded 16 bytes at a time."""
+    if up.stride(1) == 1 and up.stride(0) * up.element_size() % 16 == 0:
+        return up  # as the layer's factors are on a GPU: nothing is copied in a step
+    missing = -up.shape[1] % (16 // up.element_size())
+    return torch.nn.functional.pad(up, (0, missing)) if missing else _rows_contiguous(up)
+
+
+def _by_sequence(part: Tensor | None, batch: int) -> Tensor:
+    assert part is not None, "refused otherwise"
+    return _rows_contiguous(part).expand(batch, -1, -1)

@@ -1,4 +1,0 @@
-"""What a compressed cache is compared with: the uncompressed one, dropped tokens, and quantised channels.
-
-Every method is put on a model in the same way (`cskv.baselines.method.Method`), so that one measurement serves all.
-"""

@@ -1,0 +1,171 @@
+"""What calibration knows of each layer: named tensors, kept as one safetensors file.
+
+Names and contents, all fp64, all means over tokens:
+
+    input.mean_abs       (hidden,)         mean |x| of the layer input; what ASVD scales by
+    input.mean           (hidden,)         mean x; what centres latents that are stored in few bits
+    k.mean, v.mean       (kv_dim,)         mean of the projection's output, bias included
+    k.moment, v.moment   (kv_dim, kv_dim)  mean of y y^T of that output
+    key.mean, key.moment (kv_dim, ...)     the same of keys after their norm, before RoPE; where the family has a norm
+    query.energy         (kv_dim,)         mean of q^2 after the norm, summed over the query heads of each kv head
+
+All but the first two come with `covariance=True`, the default.
+
+A further statistic is one more name here: files and checks do not change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cskv.adapter.base_model import BaseModelInfo
+from cskv.errors import AdapterError, DataError
+from cskv.files import write_tensors
+
+if TYPE_CHECKING:
+    from cskv.models.sites import AttentionSite
+
+FORMAT = "cskv-statistics-1"
+HIDDEN_SIZED = ("input.mean_abs", "input.mean")
+KV_SIZED = ("k.mean", "v.mean", "k.moment", "v.moment", "key.mean", "key.moment", "query.energy")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of every layer of one base model.
+
+    Attributes:
+        layers: layer index -> name -> fp64 tensor on the CPU; the names are in the module's docstring.
+        base: the model they were taken from.
+        tokens: how many tokens they are means over.
+        source: the text's name.
+        seed: of the text's order.
+    """
+
+    layers: Mapping[int, Mapping[str, Tensor]]
+    base: BaseModelInfo
+    tokens: int
+    source: str = ""
+    seed: int = 0
+
+    @property
+    def has_covariance(self) -> bool:
+        """True if calibration also took the second moments of keys and values."""
+        return all("k.moment" in layer and "v.moment" in layer for layer in self.layers.values())
+
+    def mean_abs(self, layer_idx: int) -> Float[Tensor, " hidden"]:
+        """Mean |x| of a layer's input, by channel."""
+        return self.get(layer_idx, "input.mean_abs")
+
+    def get(self, layer_idx: int, name: str) -> Tensor:
+        """One statistic of one layer.
+
+        Raises:
+            DataError: it was not collected.
+        """
+        try:
+            return self.layers[layer_idx][name]
+        except KeyError as error:
+            hint = " with covariance=True" if name in KV_SIZED else ""
+            raise DataError(f"the statistics lack {name} of layer {layer_idx}; calibrate again{hint}") from error
+
+    def singular_values(self, layer_idx: int, kind: Literal["k", "v"]) -> Float[Tensor, " kv_dim"]:
+        """Singular values, largest first, of the (tokens, kv_dim) matrix of all calibrated keys or values."""
+        eigenvalues = torch.linalg.eigvalsh(self.get(layer_idx, f"{kind}.moment"))
+        return (self.tokens * eigenvalues.clamp(min=0)).sqrt().flip(0)
+
+    def key_moment(self, layer_idx: int) -> Float[Tensor, "kv_dim kv_dim"]:
+        """Mean of k k^T of keys as RoPE gets them: after the norm, where there is one."""
+        name = "key.moment" if "key.moment" in self.layers[layer_idx] else "k.moment"
+        return self.get(layer_idx, name)
+
+    def check_fits(self, base: BaseModelInfo, sites: Sequence[AttentionSite]) -> None:
+        """Compare with a base model.
+
+        Raises:
+            AdapterError: architecture, layers or shapes differ; the message says which.
+        """
+        where = f"the statistics were taken from {self.base.name or 'another model'}"
+        for name in ("model_type", "hidden_size", "num_layers"):
+            ours, theirs = getattr(self.base, name), getattr(base, name)
+            if ours != theirs:
+                raise AdapterError(f"{where} with {name} {ours}, this model has {theirs}; calibrate this model")
+        indices = [site.layer_idx for site in sites]
+        if indices != sorted(self.layers):
+            raise AdapterError(
+                f"{where} for layers {sorted(self.layers)}, this one has {indices}; calibrate this model"
+            )
+        for site in sites:
+            for name, tensor in self.layers[site.layer_idx].items():
+                expected = {**dict.fromkeys(HIDDEN_SIZED, site.hidden_size), **dict.fromkeys(KV_SIZED, site.kv_dim)}
+                if tensor.shape[-1] != expected.get(name, tensor.shape[-1]):
+                    raise AdapterError(
+                        f"{where}: {name} of layer {site.layer_idx} has {tensor.shape[-1]} channels, this model has "
+                        f"{expected[name]}; calibrate this model"
+                    )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically.
+
+        Raises:
+            CSKVError: the folder cannot be written.
+        """
+        tensors = {f"layers.{i}.{name}": tensor for i, layer in self.layers.items() for name, tensor in layer.items()}
+        facts = {"base": asdict(self.base), "tokens": self.tokens, "source": self.source, "seed": self.seed}
+        write_tensors(path, tensors, metadata={"format": FORMAT, "statistics": json.dumps(facts, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: the file is missing, truncated, not ours, or holds NaN or infinity.
+        """
+        tensors, metadata = _read(Path(path))
+        if metadata.get("format") != FORMAT:
+            raise DataError(f"{path} holds no calibration statistics; expected a file that `cskv calibrate` wrote")
+        layers: dict[int, dict[str, Tensor]] = {}
+        try:
+            facts = json.loads(metadata["statistics"])
+            for key, tensor in tensors.items():
+                _, index, name = key.split(".", 2)
+                layers.setdefault(int(index), {})[name] = tensor
+            base = BaseModelInfo(**facts.pop("base"))
+            statistics = cls({i: layers[i] for i in sorted(layers)}, base, **facts)
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error}); calibrate again") from error
+        statistics.check_finite()
+        return statistics
+
+    def check_finite(self, advice: str = "calibrate again") -> None:
+        """Refuse statistics that are not numbers.
+
+        Raises:
+            DataError: some tensor holds NaN or infinity; the message names the layer.
+        """
+        for layer_idx, layer in self.layers.items():
+            for name, tensor in layer.items():
+                if not torch.isfinite(tensor).all():
+                    raise DataError(f"{name} of layer {layer_idx} holds NaN or infinity; {advice}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"there are no calibration statistics at {path}; make them with `cskv calibrate`, or take init svd, which "
+            "needs none"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is truncated or no safetensors file ({error}); calibrate again") from error

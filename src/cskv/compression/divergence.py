@@ -1,0 +1,95 @@
+"""How far a compressed cache moves a model's predictions: KL divergence per token, by one forward for a whole text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.hooks import device_of
+from cskv.compression.lm_head import Head
+from cskv.compression.reading import Part, compressed_reading
+from cskv.models.evaluation_mode import evaluation_mode
+from cskv.models.probe import SiteRecipe, probe
+from cskv.models.sites import find_sites
+
+CHUNK = 256  # positions whose logits exist at the same time
+
+
+class Divergence:
+    """KL(uncompressed || compressed) of next-token distributions, old tokens read compressed and the window exactly.
+
+    Args:
+        model: a decoder model with a language-model head.
+
+    Raises:
+        UnsupportedModelError: the model's attention or head is not understood.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.head = Head(model)
+        self.recipes: dict[int, SiteRecipe] = probe(model, find_sites(model))
+
+    def of(
+        self,
+        adapter: CSKVAdapter,
+        input_ids: Int[Tensor, "batch tokens"],
+        *,
+        exact: Float[Tensor, "batch tokens hidden"] | None = None,
+        only: frozenset[Part] | None = None,
+        checkpointed: bool = False,
+    ) -> Float[Tensor, ""]:
+        """The mean over tokens, in nats; gradients reach the adapter's factors.
+
+        Args:
+            adapter: made for the model.
+            input_ids: whole texts without padding.
+            exact: from `exact_hidden`, to save a forward.
+            only: the parts that are compressed; None compresses all.
+            checkpointed: run every layer a second time in the backward pass, rather than keep its activations.
+        """
+        exact = self.exact_hidden(input_ids) if exact is None else exact
+        reading = compressed_reading(self.model, adapter, recipes=self.recipes, only=only, checkpointed=checkpointed)
+        with evaluation_mode(self.model), reading:
+            hidden = self.model.base_model(input_ids=input_ids, use_cache=False)[0]  # type: ignore[operator]
+        total = torch.zeros((), device=hidden.device)
+        for ours, theirs in zip(hidden.split(CHUNK, dim=1), exact.split(CHUNK, dim=1), strict=True):
+            # Recomputed in the backward pass: only one chunk's logits are ever held.
+            total = total + checkpoint(self._chunk, ours, theirs, use_reentrant=False)
+        return total / input_ids.numel()
+
+    @torch.no_grad()
+    def exact_hidden(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens hidden"]:
+        """The unpatched model's last hidden states."""
+        with evaluation_mode(self.model):
+            return self.model.base_model(input_ids=input_ids, use_cache=False)[0]  # type: ignore[operator]
+
+    def exact(self, samples: Iterable[Int[Tensor, " tokens"]]) -> list[Float[Tensor, "1 tokens hidden"]]:
+        """`exact_hidden` of every sample, for `mean`, when several adapters are compared on the same samples."""
+        return [self.exact_hidden(sample.to(device_of(self.model))[None]) for sample in samples]
+
+    @torch.no_grad()
+    def mean(
+        self,
+        adapter: CSKVAdapter,
+        samples: Iterable[Int[Tensor, " tokens"]],
+        only: frozenset[Part] | None = None,
+        exact: Sequence[Float[Tensor, "1 tokens hidden"]] | None = None,
+    ) -> float:
+        """The mean over samples; `exact` saves a forward of each."""
+        device = device_of(self.model)
+        values = [
+            self.of(adapter, sample.to(device)[None], only=only, exact=None if exact is None else exact[i]).item()
+            for i, sample in enumerate(samples)
+        ]
+        return sum(values) / len(values)
+
+    def _chunk(self, hidden: Tensor, exact: Tensor) -> Tensor:
+        ours = torch.log_softmax(self.head(hidden).float(), dim=-1)
+        theirs = torch.log_softmax(self.head(exact).float(), dim=-1)
+        return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")

@@ -1,0 +1,1 @@
+"""Sealed latents as they are stored and read: one sequence after the other in memory, or in pages."""

@@ -1,0 +1,199 @@
+"""Latents in pages: how a server that deals out memory in blocks of tokens keeps them, and how they are read.
+
+A page holds `block_size` tokens of one layer. Every request has a row of a block table that names its pages in order,
+so that token t is in page `table[t // block_size]` at `t % block_size`. Pages are bytes; key latents come first:
+
+    plain     | k: block_size x k_rank | v: block_size x v_rank |
+    packed    | k codes | v codes | k scales | k minima | v scales | v minima |
+
+Each part begins at a multiple of 16 bytes. Pages need not be packed together in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import BFloat16, Float, Int, Shaped, UInt8
+from torch import Tensor
+
+from cskv.errors import ConfigError
+from cskv.quantization.grid import PARAMETER_DTYPE, Grid, dequantise
+from cskv.scratch import Scratch
+
+ALIGNMENT = 16  # bytes
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """What a page of one layer holds.
+
+    Attributes:
+        k_rank, v_rank: latents per token.
+        dtype: of plain latents, and of packed ones when they are read.
+        k_grid, v_grid: on which they are packed; None keeps them plain.
+    """
+
+    k_rank: int
+    v_rank: int
+    dtype: torch.dtype
+    k_grid: Grid | None = None
+    v_grid: Grid | None = None
+
+    def page_bytes(self, block_size: int) -> int:
+        """Bytes of a page.
+
+        Raises:
+            ConfigError: blocks of the grids do not fit into the page evenly.
+        """
+        return self._parts(block_size)[-1].stop
+
+    def pages(self, storage: UInt8[Tensor, "pages bytes"], block_size: int) -> tuple[Pages, Pages]:
+        """Views of the key and of the value latents in the memory of all pages."""
+        k, v, *parameters = self._parts(block_size)
+        k_parameters, v_parameters = parameters[:2], parameters[2:]
+        return (
+            self._view(storage, block_size, self.k_rank, self.k_grid, k, k_parameters),
+            self._view(storage, block_size, self.v_rank, self.v_grid, v, v_parameters),
+        )
+
+    def _parts(self, block_size: int) -> list[slice]:
+        """The bytes of both latents, or their codes, and of the scales and minima of either."""
+        sizes = []
+        for rank, grid in ((self.k_rank, self.k_grid), (self.v_rank, self.v_grid)):
+            sizes.append(block_size * (rank * self.dtype.itemsize if grid is None else grid.row_bytes))
+        for grid in (self.k_grid, self.v_grid):
+            sizes += [0 if grid is None else _parameter_bytes(grid, block_size)] * 2
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(slice(start, start + -(-size // ALIGNMENT) * ALIGNMENT))
+            start = parts[-1].stop
+        return parts
+
+    def _view(
+        self, storage: Tensor, block_size: int, rank: int, grid: Grid | None, data: slice, parameters: list[slice]
+    ) -> Pages:
+        if grid is None:
+            tokens = _as(storage[:, data], self.dtype, block_size, rank)
+            return Pages(tokens, self.dtype)
+        rows, columns = block_size // grid.block_tokens, grid.channel_blocks
+        scales, minima = (_as(storage[:, part], PARAMETER_DTYPE, rows, columns) for part in parameters)
+        return Pages(_as(storage[:, data], torch.uint8, block_size, grid.row_bytes), self.dtype, grid, scales, minima)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The latents of keys or values in all pages of a layer.
+
+    Attributes:
+        data: plain latents, or codes of packed ones.
+        dtype: that of the latents.
+        grid: None for plain latents.
+        scales, minima: of the blocks of the grid; None for plain latents.
+    """
+
+    data: Shaped[Tensor, "pages block_size row"]
+    dtype: torch.dtype
+    grid: Grid | None = None
+    scales: BFloat16[Tensor, "pages token_blocks channel_blocks"] | None = None
+    minima: BFloat16[Tensor, "pages token_blocks channel_blocks"] | None = None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a page."""
+        return self.data.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Latents per token."""
+        return self.data.shape[2] if self.grid is None else self.grid.rank
+
+
+@dataclass(frozen=True)
+class PagedLatents:
+    """The latents of some requests, wherever their pages are (see `cskv.latents.view.Latents`).
+
+    Attributes:
+        pages: of all requests.
+        table: the pages of each request in order, in columns for `most` tokens. Entries past the last name any page.
+        lengths: tokens of each request.
+        most, least: the largest of them, or a bound above it, and a bound below the smallest; 0 is always one. They are
+            what sizes follow from, so that nobody waits for the device to learn them.
+    """
+
+    pages: Pages
+    table: Int[Tensor, "batch blocks"]
+    lengths: Int[Tensor, " batch"]
+    most: int
+    least: int = 0
+
+    def __post_init__(self) -> None:
+        if self.table.shape[1] * self.pages.block_size < self.most:
+            raise ValueError(
+                f"a table of {self.table.shape[1]} pages of {self.pages.block_size} tokens holds no {self.most}"
+            )
+
+    @property
+    def batch(self) -> int:
+        return self.table.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.most
+
+    @property
+    def rank(self) -> int:
+        return self.pages.rank
+
+    @property
+    def granularity(self) -> int:
+        return self.pages.block_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of latents when they are read."""
+        return self.pages.dtype
+
+    def read(
+        self, start: int = 0, stop: int | None = None, scratch: Scratch | None = None
+    ) -> Float[Tensor, "batch tokens rank"]:
+        """The latents of a range of tokens; zeros where a request has no such token."""
+        scratch = Scratch() if scratch is None else scratch
+        stop = max(start, self.most if stop is None else min(stop, self.most))
+        size, grid = self.pages.block_size, self.pages.grid
+        first = start // size
+        names = self.table[:, first : -(-stop // size)]
+        latents = self._gathered(self.pages.data, names, scratch, "pages")
+        if grid is not None:
+            scales, minima = (
+                self._gathered(part, names, scratch, name)  # type: ignore[arg-type]
+                for part, name in ((self.pages.scales, "page scales"), (self.pages.minima, "page minima"))
+            )
+            latents = dequantise(latents, scales, minima, grid, None, self.dtype, scratch)
+        latents = latents[:, start - first * size : stop - first * size]
+        if stop > self.least:  # what lies there was never written, or by another request: it may be NaN
+            token = torch.arange(start, stop, device=latents.device)
+            latents.masked_fill_((token >= self.lengths[:, None])[..., None], 0)
+        return latents
+
+    def _gathered(self, part: Tensor, names: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """The named pages of every request, one after the other: (batch, blocks * rows, columns)."""
+        shape = (names.numel(), *part.shape[1:])
+        out = scratch.take(name, shape, part.dtype, part.device)
+        torch.index_select(part, 0, names.flatten(), out=out)
+        return out.view(names.shape[0], names.shape[1] * part.shape[1], part.shape[2])
+
+
+def _parameter_bytes(grid: Grid, block_size: int) -> int:
+    """Bytes of the scales, or of the minima, of a page."""
+    if block_size % grid.block_tokens:
+        raise ConfigError(
+            f"a page of {block_size} tokens cannot hold groups of {grid.block_tokens}: give a block size that is a "
+            "multiple of the group"
+        )
+    return block_size // grid.block_tokens * grid.channel_blocks * PARAMETER_DTYPE.itemsize
+
+
+def _as(part: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    """Bytes of every page as rows of numbers, without a copy."""
+    return part.view(dtype)[:, : rows * columns].unflatten(1, (rows, columns))

@@ -1,0 +1,172 @@
+"""What a query reads of one layer's cache: tensors and their layout, without a word on how they came there.
+
+The cache makes views and attention reads them. Neither knows the other, so kernels are tested without a cache and the
+cache without kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import BFloat16, Bool, Float, Int, UInt8
+from torch import Tensor
+
+from cskv.quantization.grid import Grid, dequantise
+from cskv.scratch import Scratch
+
+
+@runtime_checkable
+class Latents(Protocol):
+    """Latents of the tokens from the first on."""
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+
+    @property
+    def rank(self) -> int:
+        """Latents per token."""
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"] | None:
+        """Tokens of every sequence, where they differ; `length` is the largest then. None: all have `length`."""
+
+    @property
+    def granularity(self) -> int:
+        """Tokens that are best read together: a range should begin at a multiple of so many."""
+
+    def read(
+        self, start: int = 0, stop: int | None = None, scratch: Scratch | None = None
+    ) -> Float[Tensor, "batch tokens rank"]:
+        """The latents of a range of tokens, in the dtype in which they were appended.
+
+        Args:
+            start, stop: the range; None reads to the end.
+            scratch: where packed latents are unpacked; the result is valid until it is used again.
+        """
+
+
+@dataclass(frozen=True)
+class PlainLatents:
+    """Latents in the dtype in which they came.
+
+    Attributes:
+        tokens: the latents. Rows of a batch may be further apart in memory than their tokens: there is room for more.
+    """
+
+    tokens: Float[Tensor, "batch tokens rank"]
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.tokens.shape[2]
+
+    @property
+    def lengths(self) -> None:
+        return None
+
+    @property
+    def granularity(self) -> int:
+        return 1
+
+    def read(
+        self, start: int = 0, stop: int | None = None, scratch: Scratch | None = None
+    ) -> Float[Tensor, "batch tokens rank"]:
+        return self.tokens[:, start:stop]
+
+
+@dataclass(frozen=True)
+class PackedLatents:
+    """Latents as codes of a few bits, with a minimum and a scale per block.
+
+    Attributes:
+        payload: codes, in the layout of `cskv.quantization.packing`.
+        scales, minima: of the blocks of `grid`.
+        grid: widths and blocks.
+        dtype: that of the latents before they were packed.
+        token_block: the row of `scales` and `minima` that holds for each token. None where blocks of
+            `grid.block_tokens` follow one another from the first token on, as they do unless a crop cut one short.
+    """
+
+    payload: UInt8[Tensor, "batch tokens bytes"]
+    scales: BFloat16[Tensor, "batch token_blocks channel_blocks"]
+    minima: BFloat16[Tensor, "batch token_blocks channel_blocks"]
+    grid: Grid
+    dtype: torch.dtype
+    token_block: Int[Tensor, " tokens"] | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.payload.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.payload.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.grid.rank
+
+    @property
+    def lengths(self) -> None:
+        return None
+
+    @property
+    def granularity(self) -> int:
+        return self.grid.block_tokens
+
+    def read(
+        self, start: int = 0, stop: int | None = None, scratch: Scratch | None = None
+    ) -> Float[Tensor, "batch tokens rank"]:
+        payload, scales, minima, rows = self.payload[:, start:stop], self.scales, self.minima, self.token_block
+        size = self.grid.block_tokens
+        if rows is not None:
+            rows = rows[start:stop]
+        elif start % size == 0:
+            scales, minima = (part[:, start // size :] for part in (scales, minima))
+        else:
+            rows = torch.arange(start, start + payload.shape[1], device=payload.device) // size
+        return dequantise(payload, scales, minima, self.grid, rows, self.dtype, scratch)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a forward's queries read, the tokens that it appends included. It is valid until the next append or crop.
+
+    Attributes:
+        keys, values: the exact branch, after norm and RoPE. The newest of its tokens are those of the forward.
+        k: latents of the older tokens' keys, before norm and RoPE (commuting ones: after both); None where there are
+            no older tokens.
+        v: latents of their values; None as well.
+        exists: which exact tokens there are, where sequences have different numbers of them. The others hold zeros.
+            None: all.
+    """
+
+    keys: Float[Tensor, "batch kv_heads recent head_dim"]
+    values: Float[Tensor, "batch kv_heads recent head_dim"]
+    k: Latents | None = None
+    v: Latents | None = None
+    exists: Bool[Tensor, "batch recent"] | None = None
+
+    @property
+    def sealed(self) -> int:
+        """Tokens of the compressed branch."""
+        return 0 if self.k is None else self.k.length
+
+    @property
+    def length(self) -> int:
+        """Tokens of both branches."""
+        return self.sealed + self.keys.shape[2]

@@ -1,0 +1,90 @@
+"""One way to keep the cache, to be put on a model for the time of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Cache, PreTrainedModel
+
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.attachment.attach import attach
+from cskv.compression.widths import ratio_of
+from cskv.fingerprint import fingerprint
+
+NewCache = Callable[[], Cache]
+Scope = AbstractContextManager[NewCache | None]
+PIECE = 32
+
+
+@dataclass(frozen=True)
+class Method:
+    """A cache method.
+
+    Attributes:
+        name: of its series in tables and figures; methods that differ only in their budget share it.
+        budget: the share of the cache that it is meant to keep; None for the uncompressed cache.
+        on: puts it on a model, as a context that gives what makes its empty caches, or None for the model's own.
+        facts: what it is, JSON-ready.
+        pads: whether rows of different lengths can be read together, padded on the left.
+        streams: whether it compresses a text as it grows, and not only the prompt.
+        first_piece, piece: tokens per forward in which a text is read, so that it is compressed as in decoding.
+    """
+
+    name: str
+    budget: float | None
+    on: Callable[[PreTrainedModel], Scope]
+    facts: dict[str, Any] = field(default_factory=dict)
+    pads: bool = True
+    streams: bool = True
+    first_piece: int = 2 * PIECE
+    piece: int = PIECE
+
+    @property
+    def label(self) -> str:
+        """The name with the budget, for a person."""
+        return self.name if self.budget is None else f"{self.name} {100 * self.budget:.3g} %"
+
+
+def uncompressed() -> Method:
+    """The model's own cache."""
+    return Method("uncompressed", None, _bare, {"kind": "uncompressed"})
+
+
+def compressed(adapter: CSKVAdapter, name: str, budget: float | None = None, **facts: Any) -> Method:
+    """A CSKV adapter.
+
+    Args:
+        adapter: fits the model that is measured.
+        name: of its series.
+        budget: the share that it is meant to keep; of its channels and bits when None (`ratio_of`).
+        facts: what else is to be remembered of it, JSON-ready.
+    """
+
+    @contextmanager
+    def on(model: PreTrainedModel) -> Iterator[None]:
+        with attach(model, adapter):
+            yield None
+
+    config = adapter.config
+    known = {
+        "kind": "cskv",
+        "fingerprint": fingerprint(adapter.state_dict().items()),
+        "settings": adapter.describe()["compression"],
+        "ratio": ratio_of(adapter),
+    }
+    return Method(
+        name,
+        ratio_of(adapter) if budget is None else budget,
+        on,
+        known | facts,
+        first_piece=config.window + config.group,
+        piece=config.group,
+    )
+
+
+@contextmanager
+def _bare(_model: PreTrainedModel) -> Iterator[None]:
+    yield None

@@ -1,0 +1,129 @@
+"""transformers' own quantised cache.
+
+`QuantizedCache` quantises the whole prompt after its prefill, the newest tokens too. Tokens that come later stay exact
+until there are `residual_length` of them; then all are dequantised and quantised again together.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, QuantizedCache
+
+from cskv.errors import CacheError, CSKVError
+from cskv.methods.method import Method, NewCache
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A package that transformers can quantise its cache with.
+
+    Attributes:
+        module: what is imported.
+        package: its name in a package index.
+        axis: the axis that makes groups of consecutive channels of a token, as transformers advises.
+    """
+
+    module: str
+    package: str
+    axis: int
+
+
+BACKENDS = {"hqq": Backend("hqq", "hqq", 1), "quanto": Backend("optimum.quanto", "optimum-quanto", 0)}
+
+
+def quantized_cache(
+    model: PreTrainedModel,
+    backend: str = "hqq",
+    *,
+    nbits: int = 4,
+    q_group_size: int = 64,
+    residual_length: int = 128,
+    axis_key: int | None = None,
+    axis_value: int | None = None,
+) -> QuantizedCache:
+    """An empty quantised cache, for one batch: `functools.partial(quantized_cache, model, nbits=2)` makes fresh ones.
+
+    Args:
+        model: a decoder, not attached, whose layers all cache every token.
+        backend: "hqq", or "quanto", which compiles a C++ kernel when it is first used.
+        nbits: bits per number: 2 or 4, and with hqq also 1, 3 or 8.
+        q_group_size: numbers that share a scale and a zero point. The cached keys have to make whole groups, and with
+            hqq a multiple of 8 / nbits groups; any number of tokens does so if kv_heads * head_dim numbers do.
+        residual_length: tokens after the prompt that are kept exactly before they are quantised.
+        axis_key, axis_value: as the backend counts them; None for groups of consecutive channels of one token.
+
+    Raises:
+        CSKVError: the backend is unknown, its package is missing, or its kernel cannot be built.
+        CacheError: transformers refuses the settings or the model.
+    """
+    known = _backend(backend)
+    if backend == "quanto":
+        _build_kernel(model.device)
+    try:
+        return QuantizedCache(
+            backend=backend,
+            config=model.config,
+            nbits=nbits,
+            axis_key=known.axis if axis_key is None else axis_key,
+            axis_value=known.axis if axis_value is None else axis_value,
+            q_group_size=q_group_size,
+            residual_length=residual_length,
+        )
+    except (ImportError, ValueError) as error:
+        raise CacheError(f"no {backend} cache for this model: {' '.join(str(error).split())}") from error
+
+
+def quantized(nbits: int, backend: str = "hqq", **settings: Any) -> Method:
+    """The quantised cache as a method; `settings` are those of `quantized_cache`.
+
+    Raises:
+        CSKVError: the backend is unknown, its package is missing, or its kernel cannot be built.
+    """
+    _backend(backend)
+
+    @contextmanager
+    def on(model: PreTrainedModel) -> Iterator[NewCache]:
+        yield functools.partial(quantized_cache, model, backend, nbits=nbits, **settings)
+
+    facts = {"kind": "quantised", "backend": backend, "bits": nbits, **settings}
+    return Method(f"QuantizedCache ({backend})", nbits / 16, on, facts)
+
+
+def _backend(name: str) -> Backend:
+    """The backend of this name, known to be installed.
+
+    Raises:
+        CSKVError: the name is unknown or the package missing.
+    """
+    if name not in BACKENDS:
+        raise CSKVError(f"backend is {name!r}; expected one of {', '.join(sorted(BACKENDS))}")
+    backend = BACKENDS[name]
+    try:
+        found = importlib.util.find_spec(backend.module) is not None
+    except ModuleNotFoundError:  # the package that holds the module is missing
+        found = False
+    if not found:
+        raise CSKVError(f"the {name} cache needs {backend.package}: pip install 'cskv[peers]'")
+    return backend
+
+
+def _build_kernel(device: torch.device) -> None:
+    """Make quanto compile what it unpacks with now, so that no measurement pays for it.
+
+    Raises:
+        CSKVError: it could not be compiled.
+    """
+    try:
+        importlib.import_module(BACKENDS["quanto"].module)  # registers the operator
+        torch.ops.quanto.unpack(torch.zeros(1, dtype=torch.uint8, device=device), 4)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:100]
+        raise CSKVError(f"quanto compiles its kernel with ninja and g++, and could not ({reason}); use hqq") from error

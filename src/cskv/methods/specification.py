@@ -1,0 +1,66 @@
+"""Methods by name: `NAME@BUDGET`, as the command line takes them."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from cskv.calibration.statistics import Statistics
+from cskv.errors import CSKVError
+from cskv.methods.method import Method, uncompressed
+from cskv.methods.press import KNOWN, press
+from cskv.methods.quantized import quantized
+from cskv.methods.untrained import TITLES, untrained
+
+QUANTISED = {"quantized": "hqq", "quantized-hqq": "hqq", "quantized-quanto": "quanto"}
+EXAMPLES = "uncompressed, svd@0.2, asvd@0.2, pca@0.2, quantized@4, streaming@0.2, h2o@0.2, SnapKVPress@0.2"
+
+
+def split(text: str) -> tuple[str, float | None]:
+    """The name and the budget of a specification: a share of the cache, or bits for a quantised one.
+
+    Raises:
+        CSKVError: it names no method, or its budget is no such number.
+    """
+    name, at, number = text.partition("@")
+    known = name in (*QUANTISED, *TITLES, *KNOWN) or name.endswith("Press")
+    if name == "uncompressed" and not at:
+        return name, None
+    if not known:
+        raise CSKVError(f"there is no baseline {text!r}; expected one like {EXAMPLES}")
+    try:
+        budget = float(number)
+    except ValueError:
+        raise CSKVError(f"baseline {text!r} has no budget; expected NAME@SHARE, or NAME@BITS for quantized") from None
+    fits = budget in (1, 2, 3, 4, 8) if name in QUANTISED else 0.0 < budget <= 1.0
+    if not fits:
+        wanted = "1, 2, 3, 4 or 8 bits" if name in QUANTISED else "a share in (0, 1]"
+        raise CSKVError(f"baseline {text!r} has budget {number}; expected {wanted}")
+    return name, budget
+
+
+def needs_statistics(text: str) -> bool:
+    """Whether the method is made from calibration statistics."""
+    name, _ = split(text)
+    return name in TITLES and name != "svd"
+
+
+def method_of(text: str, model: PreTrainedModel, statistics: Statistics | None, window: int, group: int) -> Method:
+    """Make the method.
+
+    Args:
+        text: its specification.
+        model: the bare model.
+        statistics: where `needs_statistics`.
+        window, group: exact tokens of untrained factors.
+
+    Raises:
+        CSKVError: it names no method, or a package or statistics are missing.
+    """
+    name, budget = split(text)
+    if budget is None:
+        return uncompressed()
+    if name in QUANTISED:
+        return quantized(int(budget), QUANTISED[name])
+    if name in TITLES:
+        return untrained(model, name, budget, statistics, window, group)
+    return press(name, budget)

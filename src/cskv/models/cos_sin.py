@@ -1,0 +1,116 @@
+"""Cos and sin for keys that were sealed long ago.
+
+`FixedCosSin` recomputes them from position numbers with the model's own rotary embedding. `StoredCosSin` keeps them as
+they were given, for embeddings that change with the length of the sequence (dynamic, longrope) or are not understood.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cskv.errors import UnsupportedModelError
+
+PIECE = 1024  # tokens whose cos and sin are made at a time on a CPU
+# Scalings in which cos and sin are a function of the position alone (transformers' `rope_type`).
+FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+
+
+class CosSin(Protocol):
+    """What is stored for each token, and how it becomes cos and sin again."""
+
+    def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
+        """What a `PositionTable` stores of the tokens of a forward."""
+        ...
+
+    def cos_sin(self, rows: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin, (batch or 1, tokens, rotary_dim), of stored rows. `x` gives dtype and device."""
+        ...
+
+
+class StoredCosSin:
+    """Keeps cos and sin themselves: 2 * rotary_dim numbers a token, shared by all layers."""
+
+    def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
+        return cos, sin
+
+    def cos_sin(self, rows: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rows
+        return cos.to(x.device), sin.to(x.device)
+
+
+@dataclass(frozen=True)
+class FixedCosSin:
+    """Keeps position numbers only: 4 bytes a token, shared by all layers.
+
+    Attributes:
+        embedding: the model's rotary embedding, called as `embedding(x, position_ids, *extra)`.
+        extra: `(layer_type,)` for embeddings that serve several kinds of layers (Gemma3), else ().
+    """
+
+    embedding: nn.Module
+    extra: tuple[str, ...] = ()
+
+    def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
+        if position_ids is None or position_ids.ndim != 2:
+            raise UnsupportedModelError(
+                "the attention layer got no (batch, tokens) position_ids in this forward, but did when it was attached"
+            )
+        return (position_ids,)
+
+    def cos_sin(self, rows: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+        (positions,) = rows
+        if not x.is_cpu or positions.shape[1] <= PIECE or torch.compiler.is_compiling():
+            return self._cos_sin(positions, x)
+        # Fresh memory for all of it, fp32 on the way, would cost a CPU more than the angles do.
+        pieces = positions.split(PIECE, dim=1)
+        first = self._cos_sin(pieces[0], x)
+        cos, sin = (part.new_empty(part.shape[0], positions.shape[1], part.shape[2]) for part in first)
+        for index, piece in enumerate(pieces):
+            own = slice(index * PIECE, index * PIECE + piece.shape[1])
+            cos[:, own], sin[:, own] = first if index == 0 else self._cos_sin(piece, x)
+        return cos, sin
+
+    def _cos_sin(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.embedding(x, positions.to(x.device), *self.extra)
+        return cos, sin
+
+
+def find_cos_sin(
+    model: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, kind: str | None
+) -> CosSin:
+    """The cheapest form that gives back exactly `cos` and `sin`.
+
+    Args:
+        model: where the rotary embedding is searched.
+        x: the layer input of the same forward.
+        cos, sin: what the attention layer was given, (batch or 1, tokens, rotary_dim).
+        position_ids: what it was given beside them, (batch or 1, tokens), or None.
+        kind: the layer's type in `config.layer_types`, or None.
+    """
+    if position_ids is None or position_ids.ndim != 2:
+        return StoredCosSin()
+    for module in model.modules():
+        if not type(module).__name__.endswith("RotaryEmbedding"):
+            continue
+        for extra in ((kind,), ()) if kind else ((),):
+            if not _is_fixed(module, kind):
+                continue
+            rope = FixedCosSin(module, extra)
+            try:
+                again = rope.cos_sin((position_ids,), x)
+            except (TypeError, AttributeError, KeyError, ValueError):  # this embedding is called in another way
+                continue
+            if torch.equal(again[0], cos) and torch.equal(again[1], sin):
+                return rope
+    return StoredCosSin()
+
+
+def _is_fixed(module: nn.Module, kind: str | None) -> bool:
+    rope_type = getattr(module, "rope_type", None)
+    if isinstance(rope_type, dict):
+        rope_type = rope_type.get(kind)
+    return rope_type in FIXED_ROPE_TYPES

@@ -1,0 +1,63 @@
+"""Quantise and pack with two Triton kernels, where `cskv.quantization.grid` has a dozen of torch's per width.
+
+The result is that of `grid.quantise` on the CPU, bit for bit but for the sign of a zero.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from jaxtyping import BFloat16, Float, UInt8
+from torch import Tensor
+
+from cskv.quantization.grid import PARAMETER_DTYPE, Grid
+from cskv.quantization.packing import planes
+from cskv.quantization.tables import block_table, byte_table, channel_table
+
+BLOCKS = 128  # of a program that finds parameters
+TOKENS, BYTES = 16, 64  # of a program that packs
+
+
+@cache
+def installed() -> bool:
+    """Whether Triton is there."""
+    return find_spec("triton") is not None
+
+
+def quantise(
+    latents: Float[Tensor, "batch tokens rank"], grid: Grid
+) -> tuple[
+    UInt8[Tensor, "batch tokens bytes"],
+    BFloat16[Tensor, "batch token_blocks channel_blocks"],
+    BFloat16[Tensor, "batch token_blocks channel_blocks"],
+]:
+    """The payload, scales and minima of `grid.quantise`."""
+    from cskv.quantization.triton import kernels
+
+    if latents.stride(2) != 1:
+        latents = latents.contiguous()
+    batch, tokens, _ = latents.shape
+    rows, columns, row_bytes = -(-tokens // grid.block_tokens), grid.channel_blocks, grid.row_bytes
+    payload = latents.new_empty(batch, tokens, row_bytes, dtype=torch.uint8)
+    scales, minima = (latents.new_empty(batch, rows, columns, dtype=PARAMETER_DTYPE) for _ in range(2))
+    bits = scales.view(torch.int16), minima.view(torch.int16)
+    if not latents.numel():
+        return payload, scales, minima
+    strides = latents.stride(0), latents.stride(1)
+    kernels.parameters[(-(-rows * columns // BLOCKS), batch)](
+        latents, *bits, block_table(grid, latents.device), tokens, rows, columns, *strides,
+        BLOCK_TOKENS=grid.block_tokens, BLOCK_CHANNELS=min(grid.block_channels, grid.rank), BLOCKS=BLOCKS,
+    )  # fmt: skip
+    kernels.codes[(-(-tokens // TOKENS), -(-row_bytes // BYTES), batch)](
+        latents, *bits, payload, byte_table(grid, latents.device), channel_table(grid, latents.device), tokens,
+        row_bytes, rows, columns, *strides,
+        BLOCK_TOKENS=grid.block_tokens, SLOTS=_slots(grid), TOKENS=TOKENS, BYTES=BYTES,
+    )  # fmt: skip
+    return payload, scales, minima
+
+
+@cache
+def _slots(grid: Grid) -> int:
+    return 8 // min(width for bits, _ in grid.widths for width in planes(bits))

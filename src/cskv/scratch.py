@@ -1,0 +1,34 @@
+"""Scratch tensors that are made once and used again, tile after tile and step after step.
+
+On a CPU a fresh tensor of some megabytes costs more in page faults than most of what is done with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Named scratch tensors. A name's tensor is valid until the name is taken again."""
+
+    def __init__(self) -> None:
+        self._storages: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised contiguous tensor. Memory grows to the largest that was asked for under a name."""
+        key, size = (name, dtype, device), math.prod(shape)
+        storage = self._storages.get(key)
+        if storage is None or storage.numel() < size:
+            storage = self._storages[key] = torch.empty(size, dtype=dtype, device=device)
+        return storage[:size].view(shape)
+
+    def nbytes(self) -> int:
+        """Bytes really allocated."""
+        return sum(storage.untyped_storage().nbytes() for storage in self._storages.values())
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        self._storages.clear()

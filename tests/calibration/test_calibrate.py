@@ -1,0 +1,258 @@
+import math
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
+
+from cskv.calibration.calibrate import Statistics, calibrate
+from cskv.errors import AdapterError, DataError
+from cskv.models.sites import find_sites
+
+SHAPE = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny(config_class: type = LlamaConfig, dtype: torch.dtype = torch.float32, **changes: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = config_class(**{**SHAPE, **changes}, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+def random_samples(number: int = 5, length: int = 12) -> list[Tensor]:
+    return list(torch.randint(3, 40, (number, length), generator=torch.Generator().manual_seed(1)))
+
+
+def layer_inputs(model: PreTrainedModel, sample: Tensor) -> list[Tensor]:
+    """Each layer's attention input by transformers' own `output_hidden_states`, not by the code under test."""
+    with torch.no_grad():
+        hidden = model(sample[None], output_hidden_states=True).hidden_states
+        return [layer.input_layernorm(h)[0] for layer, h in zip(model.model.layers, hidden)]
+
+
+def hooks_in(model: PreTrainedModel) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Phi3Config])
+def test_statistics_are_the_means_over_all_tokens(config_class: type) -> None:
+    model, samples = tiny(config_class), random_samples()
+    statistics = calibrate(model, samples, covariance=True)
+    assert statistics.tokens == 60
+    inputs = [torch.cat(x).double() for x in zip(*(layer_inputs(model, sample) for sample in samples))]
+    for site, x in zip(find_sites(model), inputs):
+        torch.testing.assert_close(statistics.mean_abs(site.layer_idx), x.abs().mean(0), rtol=1e-5, atol=1e-6)
+        for kind, projection in (("k", site.k), ("v", site.v)):
+            y = x @ projection.weight.detach().double().T
+            y = y if projection.bias is None else y + projection.bias.detach().double()
+            torch.testing.assert_close(statistics.get(site.layer_idx, f"{kind}.mean"), y.mean(0), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                statistics.get(site.layer_idx, f"{kind}.moment"), y.T @ y / 60, rtol=1e-4, atol=1e-6
+            )
+            torch.testing.assert_close(
+                statistics.singular_values(site.layer_idx, kind), torch.linalg.svdvals(y), rtol=1e-3, atol=1e-4
+            )
+
+
+def test_batches_and_single_samples_agree() -> None:
+    model, samples = tiny(), random_samples()
+    one, batched = (
+        calibrate(model, samples, covariance=False),
+        calibrate(model, [torch.stack(samples)], covariance=False),
+    )
+    for i in one.layers:
+        torch.testing.assert_close(one.mean_abs(i), batched.mean_abs(i), rtol=1e-5, atol=1e-7)
+    assert not one.has_covariance
+
+
+def test_bf16_models_are_summed_in_fp64() -> None:
+    # bf16 sums stall after a few hundred terms; a long stream of one sample must keep that sample's mean.
+    model, sample = tiny(dtype=torch.bfloat16), random_samples(1)[0]
+    one, many = calibrate(model, [sample]), calibrate(model, [sample] * 300)
+    for i in one.layers:
+        assert many.mean_abs(i).dtype == torch.float64
+        torch.testing.assert_close(one.mean_abs(i), many.mean_abs(i), rtol=1e-12, atol=0)
+
+
+def test_samples_are_streamed_and_let_go() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def stream() -> Iterator[Tensor]:
+        nonlocal most
+        for sample in random_samples(20):
+            sample = sample.clone()
+            alive.append(weakref.ref(sample))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield sample
+
+    seen: list[tuple[int, int | None]] = []
+    calibrate(tiny(), stream(), progress=lambda done, total: seen.append((done, total)))
+    assert most <= 2
+    assert seen == [(i, None) for i in range(1, 21)]
+
+
+def test_the_model_comes_back_as_it_was() -> None:
+    model = tiny()
+    model.train()
+    model.model.layers[1].eval()
+    calibrate(model, random_samples())
+    assert model.training
+    assert not model.model.layers[1].mlp.training
+    assert hooks_in(model) == 0
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_model_comes_back_as_it_was_after_an_error() -> None:
+    model = tiny().train()
+    with pytest.raises(IndexError):
+        calibrate(model, [torch.tensor([1, 2]), torch.tensor([999])])
+    assert model.training
+    assert hooks_in(model) == 0
+
+
+def test_nan_names_the_layer() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(math.nan)
+    with pytest.raises(DataError, match=r"input\.mean_abs of layer 1 holds NaN or infinity; after 12 tokens"):
+        calibrate(model, random_samples(), covariance=False)
+    with pytest.raises(DataError, match=r"cached keys of model.layers.1.self_attn hold NaN"):
+        calibrate(model, random_samples())
+
+
+def test_no_samples_is_refused() -> None:
+    with pytest.raises(DataError, match="no samples"):
+        calibrate(tiny(), [])
+
+
+def test_saved_statistics_come_back(tmp_path: Path) -> None:
+    model = tiny()
+    statistics = calibrate(model, random_samples(), covariance=True, source="a text", seed=7)
+    path = tmp_path / "new" / "statistics.safetensors"
+    statistics.save(path)
+    loaded = Statistics.load(path)
+    assert (loaded.base, loaded.tokens, loaded.source, loaded.seed) == (statistics.base, 60, "a text", 7)
+    assert list(loaded.layers) == [0, 1, 2]
+    assert loaded.has_covariance
+    for i, layer in statistics.layers.items():
+        assert loaded.layers[i].keys() == layer.keys()
+        assert all(torch.equal(loaded.get(i, name), tensor) for name, tensor in layer.items())
+    loaded.check_fits(loaded.base, find_sites(model))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2}, "num_layers 3, this model has 2"),
+        ({"hidden_size": 32}, "hidden_size 16, this model has 32"),
+    ],
+)
+def test_statistics_of_another_model_are_refused(changes: dict[str, int], message: str) -> None:
+    other = tiny(**changes)
+    statistics = calibrate(tiny(), random_samples())
+    with pytest.raises(AdapterError, match=message):
+        statistics.check_fits(calibrate(other, random_samples()).base, find_sites(other))
+
+
+def test_moments_of_another_kv_dim_are_refused() -> None:
+    statistics = calibrate(tiny(), random_samples(), covariance=True)
+    other = tiny(num_key_value_heads=4)
+    with pytest.raises(AdapterError, match=r"of layer 0 has 8 channels, this model has 16"):
+        statistics.check_fits(statistics.base, find_sites(other))
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(DataError, match="there are no calibration statistics"):
+        Statistics.load(path)
+    statistics = calibrate(tiny(), random_samples())
+    statistics.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    with pytest.raises(DataError, match="truncated or no safetensors"):
+        Statistics.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(DataError, match="holds no calibration statistics"):
+        Statistics.load(path)
+
+
+def test_a_file_with_nan_is_refused(tmp_path: Path) -> None:
+    statistics = calibrate(tiny(), random_samples())
+    broken = {i: dict(layer) for i, layer in statistics.layers.items()}
+    broken[2]["input.mean_abs"] = torch.full((16,), math.nan)
+    Statistics(broken, statistics.base, 60).save(tmp_path / "s.safetensors")
+    assert load_file(tmp_path / "s.safetensors")["layers.2.input.mean_abs"].isnan().all()
+    with pytest.raises(DataError, match="layer 2 holds NaN"):
+        Statistics.load(tmp_path / "s.safetensors")
+
+
+def test_a_statistic_that_was_not_collected_says_how_to_get_it() -> None:
+    with pytest.raises(DataError, match=r"lack k\.moment of layer 0; calibrate again with covariance=True"):
+        calibrate(tiny(), random_samples(), covariance=False).singular_values(0, "k")
+
+
+def test_a_large_mean_does_not_drown_the_variance() -> None:
+    """fp32 products of values around 3000 would lose variances of 1 altogether."""
+    model = tiny(Qwen2Config)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.bias.data.fill_(3000.0)
+    samples = random_samples()
+    statistics = calibrate(model, samples)
+    inputs = torch.cat([layer_inputs(model, sample)[0] for sample in samples]).double()
+    exact = torch.cov((inputs @ model.model.layers[0].self_attn.v_proj.weight.detach().double().T).T, correction=0)
+    mean, moment = statistics.get(0, "v.mean"), statistics.get(0, "v.moment")
+    torch.testing.assert_close(
+        moment - torch.outer(mean, mean), exact, rtol=1e-2, atol=1e-2 * float(exact.diagonal().max())
+    )
+
+
+def test_normalised_keys_and_query_energies_are_those_that_attention_sees() -> None:
+    """Against what transformers itself passes to its attention function, which RoPE has turned but not resized."""
+    from transformers import AttentionInterface, Qwen3Config
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    model, samples = tiny(Qwen3Config, head_dim=4), random_samples()
+    torch.nn.init.normal_(model.model.layers[1].self_attn.k_norm.weight)
+    torch.nn.init.normal_(model.model.layers[1].self_attn.q_norm.weight)
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def recording(module, query, key, value, mask, **kwargs):
+        seen.setdefault(module.layer_idx, []).append((query.double(), key.double()))
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register("recording", recording)
+    statistics = calibrate(model, samples)
+    model.set_attn_implementation("recording")
+    with torch.no_grad():
+        for sample in samples:
+            model(sample[None])
+    queries, keys = (torch.cat([call[i] for call in seen[1]]) for i in (0, 1))
+    energy = queries.square().mean((0, 2)).unflatten(0, (2, 2)).sum(1)
+    pairs = statistics.get(1, "query.energy").unflatten(0, (2, 4))
+    torch.testing.assert_close(pairs[:, :2] + pairs[:, 2:], energy[:, :2] + energy[:, 2:], rtol=1e-4, atol=1e-6)
+    sizes = keys.square().mean((0, 2))
+    moment = statistics.key_moment(1).diagonal().unflatten(0, (2, 4))
+    torch.testing.assert_close(moment[:, :2] + moment[:, 2:], sizes[:, :2] + sizes[:, 2:], rtol=1e-4, atol=1e-6)
+    assert torch.equal(statistics.key_moment(1), statistics.get(1, "key.moment"))
+
+
+def test_without_a_norm_keys_are_what_the_projection_puts_out() -> None:
+    statistics = calibrate(tiny(), random_samples())
+    assert torch.equal(statistics.key_moment(0), statistics.get(0, "k.moment"))

@@ -1,0 +1,133 @@
+"""Reading a whole text as compressed, in one forward: the same numbers as decoding it token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.models.test_closed_form import statistics_of
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import cskv
+from cskv import CSKVConfig
+from cskv.compression.divergence import Divergence
+from cskv.compression.reading import compressed_reading
+from cskv.models.compat import cache_kwarg
+from tests.models.families import FAMILIES, tiny_model, truncated_adapter
+
+TOKENS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(8))
+
+
+def decoded(model: nn.Module, adapter: cskv.CSKVAdapter) -> Tensor:
+    """Logits of token-by-token decoding from the first token on."""
+    cache = {cache_kwarg(model): DynamicCache(config=model.config)}
+    with cskv.attach(model, adapter), torch.no_grad():
+        return torch.cat([model(TOKENS[:, t : t + 1], **cache).logits for t in range(TOKENS.shape[1])], dim=1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "dynamic" not in name])
+def test_it_reads_what_decoding_reads(family: str, attention: str) -> None:
+    model = tiny_model(family)
+    if family not in ("gemma2", "gpt-oss"):  # soft-capping and sinks exist in eager attention only
+        model.set_attn_implementation(attention)
+    adapter = truncated_adapter(model, CSKVConfig(0.5, 0.25, window=3, group=4))
+    expected = decoded(model, adapter)
+    before = model.config._attn_implementation
+    with compressed_reading(model, adapter), torch.no_grad():
+        got = model(TOKENS, use_cache=False).logits
+    assert (got - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert model.config._attn_implementation == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_commuting_keys_are_read_likewise() -> None:
+    from cskv.compression.initialise import initialise
+
+    model = tiny_model("qwen3")
+    config = CSKVConfig(0.5, 0.5, window=0, group=4, init="pca", key_factors="commuting")
+    adapter = initialise(model, config, statistics_of(model))
+    expected = decoded(model, adapter)
+    with compressed_reading(model, adapter), torch.no_grad():
+        got = model(TOKENS, use_cache=False).logits
+    assert (got - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+def test_parts_can_be_compressed_alone() -> None:
+    model = tiny_model("llama")
+    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=1))
+    with torch.no_grad():
+        exact = model(TOKENS, use_cache=False).logits
+        errors = {}
+        for only in (frozenset(), frozenset({(0, "k")}), frozenset({(1, "v")}), None):
+            with compressed_reading(model, adapter, only=only):
+                errors[only] = float((model(TOKENS, use_cache=False).logits - exact).square().mean())
+    assert errors[frozenset()] == 0
+    assert 0 < errors[frozenset({(0, "k")})] < errors[None]
+    assert 0 < errors[frozenset({(1, "v")})] < errors[None]
+
+
+def test_gradients_reach_every_factor() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
+    with compressed_reading(model, adapter):
+        model(TOKENS, use_cache=False).logits.square().mean().backward()
+    for name, parameter in adapter.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+def test_checkpointed_layers_give_the_same_gradients(family: str) -> None:
+    model = tiny_model(family).requires_grad_(False).train()  # dropout must not come in with the second forward either
+    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
+    divergence = Divergence(model)
+    gradients = []
+    for checkpointed in (False, True):
+        adapter.zero_grad()
+        divergence.of(adapter, TOKENS, checkpointed=checkpointed).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in adapter.named_parameters()})
+    assert all(gradients[0][name].abs().max() > 0 for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+    assert model.training
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in model.modules())
+
+
+def test_checkpointing_keeps_only_the_layers_inputs() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
+    divergence = Divergence(model)
+    held = []
+    for checkpointed in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t):
+            divergence.of(adapter, TOKENS, checkpointed=checkpointed)
+        held.append(sum(sizes))
+    assert held[1] < 0.4 * held[0]
+
+
+def test_a_cache_is_refused() -> None:
+    model = tiny_model("llama")
+    adapter = truncated_adapter(model, CSKVConfig())
+    with compressed_reading(model, adapter), pytest.raises(cskv.CSKVError, match="without a cache"):
+        model(TOKENS, use_cache=True)
+    model(TOKENS, use_cache=True)
+
+
+def test_a_layers_own_forward_comes_back() -> None:
+    """Accelerate's `device_map` replaces the forward of each layer: checkpointing must call that one and leave it."""
+    model = tiny_model("llama").requires_grad_(False)
+    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
+    layer, calls = model.model.layers[0], []
+    plain = layer.forward
+
+    def replaced(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    layer.forward = replaced
+    Divergence(model).of(adapter, TOKENS, checkpointed=True).backward()
+    assert layer.forward is replaced
+    assert len(calls) >= 3  # the exact forward, the compressed one, and again in the backward pass
