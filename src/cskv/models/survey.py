@@ -1,0 +1,46 @@
+"""What a model is, found once and passed on: the facts that tie an adapter to it, its sites, and their recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from cskv.adapter.base_model import BaseModelInfo
+from cskv.models.probe import SiteRecipe, probe
+from cskv.models.sites import AttentionSite, find_sites
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What calibration, factorisation, training and attaching need to know of a model.
+
+    Attributes:
+        model: the model.
+        base: the facts that are remembered of it.
+        sites: its full-attention layers, in cache order.
+    """
+
+    model: nn.Module
+    base: BaseModelInfo
+    sites: list[AttentionSite]
+
+    @cached_property
+    def recipes(self) -> dict[int, SiteRecipe]:
+        """The recipe of every site, by layer index. Probed when first asked for: SVD and ASVD need none.
+
+        Raises:
+            UnsupportedModelError: a layer's keys or values match no recipe.
+            DataError: the model's keys or values are not finite.
+        """
+        return probe(self.model, self.sites)
+
+
+def survey(model: nn.Module) -> Survey:
+    """Find what a transformers decoder model is made of.
+
+    Raises:
+        UnsupportedModelError: it is no decoder, or has no layer that can be compressed.
+    """
+    return Survey(model, BaseModelInfo.from_model(model), find_sites(model))
