@@ -71,7 +71,7 @@ $(KVPRESS)/ready: pyproject.toml constraints-kvpress.txt scripts/install_torch.s
 	touch $@
 
 test-kvpress: $(KVPRESS)/ready
-	$(KVPRESS)/bin/python -m pytest tests/baselines tests/evaluation
+	$(KVPRESS)/bin/python -m pytest tests/methods tests/evaluation
 
 # vLLM takes transformers below 5.20. In its environment nothing of ours may move what it is held at.
 $(VLLM)/ready: pyproject.toml constraints.txt constraints-vllm.txt scripts/install_torch.sh scripts/install_vllm.sh

@@ -9,7 +9,7 @@ import copy
 import json
 
 import torch
-from tests.models.test_decode_step import SETTINGS, prefilled
+from tests.attachment.test_decode_step import SETTINGS, prefilled
 from torch._dynamo.utils import counters
 
 from cskv.models.compat import cache_kwarg

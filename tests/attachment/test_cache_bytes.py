@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.test_closed_form import statistics_of
+from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.test_closed_form import statistics_of
+from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache
@@ -122,7 +122,7 @@ def test_the_workspace_does_not_grow_from_step_to_step() -> None:
 
 def test_a_step_compiles_as_one_graph() -> None:
     root = Path(__file__).resolve().parents[2]
-    program = [sys.executable, "-W", "ignore", "-m", "tests.models.compile_program"]
+    program = [sys.executable, "-W", "ignore", "-m", "tests.attachment.compile_program"]
     done = subprocess.run(program, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, outcome in json.loads(done.stdout.splitlines()[-1]).items():

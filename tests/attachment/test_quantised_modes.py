@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.models.test_generation_modes import MODES, PROMPT
+from tests.attachment.test_generation_modes import MODES, PROMPT
 from tests.models.test_reading import TOKENS, decoded
-from tests.models.test_report import storages
+from tests.attachment.test_report import storages
 from torch import Tensor, nn
 
 import cskv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.models.test_closed_form import statistics_of
+from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor, nn
 
 from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError, UnsupportedModelError

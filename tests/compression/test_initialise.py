@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from tests.models.test_closed_form import statistics_of
+from tests.attachment.test_closed_form import statistics_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
 
 from cskv.adapter.base_model import BaseModelInfo

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.models.test_closed_form import statistics_of
+from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor, nn
 
 import cskv

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.models.test_closed_form import statistics_of
+from tests.attachment.test_closed_form import statistics_of
 
 from cskv import CSKVConfig, DataError
 from cskv.compression.initialise import initialise, part_spectra

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.test_closed_form import statistics_of
+from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor
 
 from cskv import ConfigError, CSKVConfig

@@ -123,7 +123,7 @@ def test_bf16_is_bf16_of_the_transformers_path(
 
 
 def commuting_adapter(model: nn.Module) -> cskv.CSKVAdapter:
-    from tests.models.test_closed_form import statistics_of
+    from tests.attachment.test_closed_form import statistics_of
 
     from cskv.compression.initialise import initialise
 
