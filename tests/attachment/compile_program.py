@@ -9,10 +9,10 @@ import copy
 import json
 
 import torch
-from tests.attachment.test_decode_step import SETTINGS, prefilled
 from torch._dynamo.utils import counters
 
 from cskv.models.compat import cache_kwarg
+from tests.attachment.test_decode_step import SETTINGS, prefilled
 
 STEPS = 4
 

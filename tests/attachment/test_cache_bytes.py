@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
@@ -26,6 +25,7 @@ from cskv.compression.widths import ratio_of
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.models.compat import output_cache
 from cskv.models.sites import find_sites
+from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model, truncated_adapter
 
 # The shape ratios of an 8B model: 8 kv heads, 4 query heads for each, kv_dim a quarter of the hidden size.

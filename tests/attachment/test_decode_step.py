@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache
 
 import cskv
 from cskv.models.compat import cache_kwarg
+from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model, truncated_adapter
 
 SEALED = 992

@@ -6,9 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.attachment.test_generation_modes import MODES, PROMPT
-from tests.models.test_reading import TOKENS, decoded
-from tests.attachment.test_report import storages
 from torch import Tensor, nn
 
 import cskv
@@ -18,6 +15,9 @@ from cskv.compression.reading import compressed_reading
 from cskv.models.compat import output_cache
 from cskv.quantization.fake import read_back
 from cskv.quantization.grid import Grid
+from tests.attachment.test_cache_bytes import storages
+from tests.attachment.test_generation_modes import MODES, PROMPT
+from tests.compression.test_reading import TOKENS, decoded
 from tests.models.families import tiny_model, truncated_adapter
 
 SETTINGS = {

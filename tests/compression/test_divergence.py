@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor, nn
 
 from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError, UnsupportedModelError
@@ -13,6 +12,7 @@ from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import initialise, part_spectra
 from cskv.compression.lm_head import Head
 from cskv.compression.reading import compressed_reading
+from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import full_rank_adapter, tiny_model, truncated_adapter
 
 CONFIG = CSKVConfig(0.25, 0.25, window=0, group=2, init="pca")

@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from tests.attachment.test_closed_form import statistics_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
 
 from cskv.adapter.base_model import BaseModelInfo
@@ -15,6 +14,7 @@ from cskv.errors import AdapterError, ConfigError, DataError
 from cskv.factorization.asvd import asvd_factors
 from cskv.factorization.svd import svd_factors
 from cskv.models.sites import find_sites
+from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model
 
 

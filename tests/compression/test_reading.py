@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -13,6 +12,7 @@ from cskv import CSKVConfig
 from cskv.compression.divergence import Divergence
 from cskv.compression.reading import compressed_reading
 from cskv.models.compat import cache_kwarg
+from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import FAMILIES, tiny_model, truncated_adapter
 
 TOKENS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(8))

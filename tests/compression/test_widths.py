@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor, nn
 
 import cskv
@@ -19,6 +18,7 @@ from cskv.compression.sensitivity import Allocation, deal, halves, sensitivities
 from cskv.compression.widths import allocate_widths, ratio_of
 from cskv.models.compat import output_cache
 from cskv.models.sites import find_sites
+from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model, truncated_adapter
 
 CONFIG = CSKVConfig(window=0, group=32, init="pca", mixed_widths=True)

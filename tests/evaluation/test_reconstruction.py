@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.attachment.test_closed_form import statistics_of
 
 from cskv import CSKVConfig, DataError
 from cskv.compression.initialise import initialise, part_spectra
 from cskv.evaluation.reconstruction import reconstruction_losses
+from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import full_rank_adapter, tiny_model
 
 SAMPLES = torch.randint(3, 96, (6, 40), generator=torch.Generator().manual_seed(5))  # those of `statistics_of`

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor
 
 from cskv import ConfigError, CSKVConfig
@@ -16,6 +15,7 @@ from cskv.compression.initialise import initialise
 from cskv.training.log import read_log
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
+from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model
 
 CONFIG = CSKVConfig(0.25, 0.25, window=0, group=4, init="pca")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attachment.test_closed_form import statistics_of
 from torch import Tensor
 
 from cskv.adapter.adapter import CSKVAdapter
@@ -21,6 +20,7 @@ from cskv.training.log import StepRecord, read_log
 from cskv.training.objective import Reconstruction
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
+from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model as family
 from tests.training.tiny import factors_of, tiny_model, token_samples, untrained
 

@@ -123,9 +123,8 @@ def test_bf16_is_bf16_of_the_transformers_path(
 
 
 def commuting_adapter(model: nn.Module) -> cskv.CSKVAdapter:
-    from tests.attachment.test_closed_form import statistics_of
-
     from cskv.compression.initialise import initialise
+    from tests.attachment.test_closed_form import statistics_of
 
     settings = cskv.CSKVConfig(k_density=0.5, v_density=0.5, window=8, group=4, init="pca", key_factors="commuting")
     return initialise(model, settings, statistics_of(model))
