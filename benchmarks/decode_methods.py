@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cskv.attachment.cache_bytes import allocated_bytes
 from cskv.attention.dispatch import AUTO, attention
+from cskv.attention.rebuild import rebuilt
 from cskv.cache.bibranch import BiBranchStore
 from cskv.errors import CSKVError
 from cskv.latents.view import PackedLatents, View
@@ -224,17 +225,8 @@ class Ours(Method):
 
     def attend(self, view: View) -> Tensor:
         """The attention call alone."""
-        problem = self.problem
-        rope = None if problem.kind == "commuting" else problem.positions.rope(view.sealed)
-        return attention(
-            problem.token.query,
-            view,
-            problem.factors,
-            rope,
-            problem.logits,
-            backend=self._backend,
-            scratch=self.scratch,
-        )
+        query = self.problem.token.query
+        return attention(query, self.problem.inputs(view), backend=self._backend, scratch=self.scratch)
 
     def represented(self) -> Pair | None:
         view = self.view
@@ -260,16 +252,10 @@ class DenseRebuild(Ours):
     """All keys and values are rebuilt, rotated and joined with the window at every step, as the official code does."""
 
     def attend(self, view: View) -> Tensor:
-        problem, keys, values = self.problem, view.keys, view.values
-        if view.k is not None and view.v is not None:
-            old = problem.positions.rope(view.sealed).keys(problem.factors.k.expand(view.k.read()), 0)
-            keys = torch.cat([old, keys], dim=2)
-            old = problem.factors.v.expand(view.v.read()).unflatten(-1, (-1, problem.shape.head_dim)).transpose(1, 2)
-            values = torch.cat([old, values], dim=2)
-        scaling = problem.logits.scaling
-        return sdpa_attention_forward(problem.stub(), problem.token.query, keys, values, None, scaling=scaling)[
-            0
-        ].transpose(1, 2)
+        problem = self.problem
+        keys, values = rebuilt(problem.inputs(view))
+        attend = partial(sdpa_attention_forward, scaling=problem.logits.scaling)
+        return attend(problem.stub(), problem.token.query, keys, values, None)[0].transpose(1, 2)
 
 
 class CosAndSin(Method):

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from cskv.attention.inputs import Logits, Rotation
+from cskv.attention.inputs import AttentionInputs, Logits, Rotation, split_heads
 from cskv.cache.positions import PositionTable
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.latents.view import View
 from cskv.models.cos_sin import FixedCosSin
 from cskv.quantization.grid import Grid
 
@@ -90,7 +91,7 @@ class Positions:
 
     def heads(self, channels: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """From rebuilt channels to rotated keys."""
-        return rotate(channels.unflatten(-1, (-1, self._head_dim)).transpose(1, 2), cos, sin)
+        return rotate(split_heads(channels, self._head_dim), cos, sin)
 
     def nbytes(self) -> int:
         """Of cos and sin."""
@@ -141,6 +142,11 @@ class Problem:
         self.keys, self.values = keys[:, :, :tokens], values[:, :, :tokens]
         self.k_latents, self.v_latents = k[:, :tokens], v[:, :tokens]
 
+    def inputs(self, view: View) -> AttentionInputs:
+        """Return what attention reads and is told beside the query."""
+        rotation = None if self.kind == "commuting" else self.positions.rope(view.sealed)
+        return AttentionInputs(view, self.factors, rotation, self.logits)
+
     def forget(self) -> None:
         """Let go of what only filling caches needs."""
         del self.keys, self.values, self.k_latents, self.v_latents
@@ -181,8 +187,7 @@ class Problem:
         return rotate(heads, cos, sin)
 
     def _heads(self, factors: Factors, latents: Tensor) -> Tensor:
-        channels = factors.expand(latents)
-        return channels.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2).contiguous()
+        return split_heads(factors.expand(latents), self.shape.head_dim).contiguous()
 
     def _factors(self, kind: str) -> Factors:
         """Orthogonal up-projections that give channels of variance 1. Latents are drawn, so `down` only has a shape."""

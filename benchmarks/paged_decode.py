@@ -28,6 +28,7 @@ from gpu import captured
 from torch import Tensor
 
 from cskv.attention import reference
+from cskv.attention.inputs import AttentionInputs
 from cskv.attention.triton import launch
 from cskv.latents.pages import PagedLatents, PageLayout, Pages
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
@@ -86,7 +87,7 @@ class Requests:
         """The reference's output of one request, in fp32."""
         view = View(*(part[row : row + 1] for part in self.exact), k, v)
         query, factors = self.problem.token.query[row : row + 1].float(), self.problem.factors.to(dtype=torch.float32)
-        return reference.attention(query, view, factors, self.rope, self.problem.logits)[0, :, 0]
+        return reference.attention(query, AttentionInputs(view, factors, self.rope, self.problem.logits))[0, :, 0]
 
     def plain(self, row: int) -> Tensor:
         """That of the latents as they are."""
@@ -108,8 +109,9 @@ def ours(requests: Requests, bits: int | None) -> Method:
     pages = layout.pages(torch.zeros(shape, dtype=torch.uint8, device=requests.device), size)
     stored = [fill(part, requests.blocks(own, most), table) for part, own in zip(pages, latents)]
     k, v = (PagedLatents(part, table, requests.sealed, most) for part in pages)
-    arguments = problem.token.query, View(*requests.exact, k, v), problem.factors, requests.rope, problem.logits
-    refused = launch.refusal(*arguments)
+    query = problem.token.query
+    inputs = AttentionInputs(View(*requests.exact, k, v), problem.factors, requests.rope, problem.logits)
+    refused = launch.refusal(query, inputs)
     if refused is not None:
         raise RuntimeError(refused)
 
@@ -119,7 +121,7 @@ def ours(requests: Requests, bits: int | None) -> Method:
         return requests.alone(row, *(of_request(requests, part, row) for part in stored if part is not None))
 
     read = sum(-(-length // size) for length in requests.lengths) * shape[1]
-    return Method(partial(launch.attention, *arguments), read + sum(part.nbytes for part in requests.exact), truth)
+    return Method(partial(launch.attention, query, inputs), read + sum(part.nbytes for part in requests.exact), truth)
 
 
 def fill(pages: Pages, blocks: Tensor, table: Tensor) -> PackedLatents | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cskv.attention.inputs import Logits, RMSNorm, Rotation
+from cskv.attention.inputs import AttentionInputs, Logits, RMSNorm, Rotation, split_heads
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.pages import PageLayout
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
@@ -82,6 +82,14 @@ class Problem:
         norm = RMSNorm(1 + 0.3 * self.draw(self.head_dim).to(dtype), 1e-2) if self.norm else None
         return Rotation(angles.cos().to(dtype), angles.sin().to(dtype), self._heads, is_plain=True, norm=norm)
 
+    def inputs(
+        self, logits: Logits | None = None, dtype: torch.dtype = torch.float32, view: View | None = None
+    ) -> AttentionInputs:
+        """What attention is given beside the query."""
+        view = self.view(dtype) if view is None else view
+        logits = self.logits() if logits is None else logits
+        return AttentionInputs(view, self.factors().to(dtype=dtype), self.rope(dtype), logits)
+
     def mask(self, kind: str | None) -> Tensor | None:
         """None, "bool" or "additive", with some tokens hidden from everyone and causal among the newest."""
         if kind is None:
@@ -100,7 +108,7 @@ class Problem:
         assert cos is not None
         assert sin is not None
         assert self.rotary is not None
-        heads = channels.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads = split_heads(channels, self.head_dim)
         if self.norm:
             weight = (1 + 0.3 * self.draw(self.head_dim)).to(heads.dtype)
             heads = heads * (heads.square().mean(-1, keepdim=True) + 1e-2).rsqrt() * weight
@@ -150,6 +158,12 @@ class PagedProblem(Problem):
             keys, values = (part.masked_fill(~exists[:, None, :, None], 0) for part in (keys, values))
         return View(keys, values, *pages, exists)
 
+    def inputs(
+        self, logits: Logits | None = None, dtype: torch.dtype = torch.float32, view: View | None = None
+    ) -> AttentionInputs:
+        """Of all requests together, unless the view is of one."""
+        return super().inputs(logits, dtype, self.paged(dtype) if view is None else view)
+
     def alone(self, row: int, dtype: torch.dtype = torch.float32) -> View:
         """One request, in memory of its own."""
         length, exists = self.lengths[row], self.exists()
@@ -193,15 +207,8 @@ class PagedProblem(Problem):
 
 def one_by_one(attention: Callable[..., Tensor], problem: PagedProblem, dtype: torch.dtype, logits: Logits) -> Tensor:
     """Every request's output by itself: computed in fp64 from numbers that are given in `dtype`."""
-    query, factors, rope = problem.query().to(dtype), problem.factors().to(dtype=dtype), problem.rope(dtype)
-    query, factors = query.double(), doubled(factors)
-    rows = [
-        attention(query[i : i + 1], problem.alone(i, dtype), factors, rope, problem.logits_alone(i, logits))
-        for i in range(problem.batch)
-    ]
+    query, rows = problem.query().to(dtype).double(), []
+    for i in range(problem.batch):
+        inputs = problem.inputs(problem.logits_alone(i, logits), dtype, problem.alone(i, dtype))
+        rows.append(attention(query[i : i + 1], inputs))
     return torch.cat(rows)
-
-
-def doubled(factors: LayerFactors) -> LayerFactors:
-    """The same factors in fp64."""
-    return factors.to(dtype=torch.float64)

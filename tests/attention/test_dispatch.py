@@ -14,20 +14,17 @@ PROBLEM = Problem()
 
 
 def attend(backend: str) -> torch.Tensor:
-    p = PROBLEM
-    return attention(p.query(), p.view(), p.factors(), p.rope(), p.logits(), backend=backend)
+    return attention(PROBLEM.query(), PROBLEM.inputs(), backend=backend)
 
 
 def test_auto_on_a_cpu_is_torch_and_silent() -> None:
-    p = PROBLEM
-    expected = tiled.attention(p.query(), p.view(), p.factors(), p.rope(), p.logits())
+    expected = tiled.attention(PROBLEM.query(), PROBLEM.inputs())
     assert torch.equal(attend("auto"), expected)
     assert torch.equal(attend("torch"), expected)
 
 
 def test_the_reference_can_be_asked_for() -> None:
-    p = PROBLEM
-    assert torch.equal(attend("reference"), reference.attention(p.query(), p.view(), p.factors(), p.rope(), p.logits()))
+    assert torch.equal(attend("reference"), reference.attention(PROBLEM.query(), PROBLEM.inputs()))
 
 
 def test_an_unknown_backend_is_one_line() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cskv.attention import dispatch, reference, tiled
 from cskv.latents.view import View
-from tests.attention.problems import PagedProblem, doubled, one_by_one
+from tests.attention.problems import PagedProblem, one_by_one
 
 LAYOUTS = [None, (4, (8, 1)), (8, (8, 1)), (4, (1, 32)), (8, (1, 32)), (3, (4, 4))]
 
@@ -50,10 +50,10 @@ rules = st.fixed_dictionaries(
 def test_together_is_one_by_one(problem: PagedProblem, told: dict[str, Any]) -> None:
     logits = problem.logits(**told)
     expected = one_by_one(reference.attention, problem, torch.float32, logits)
-    query, view, factors = problem.query(), problem.paged(), problem.factors()
-    together = reference.attention(query.double(), view, doubled(factors), problem.rope(), logits)
+    query, inputs = problem.query(), problem.inputs(logits)
+    together = reference.attention(query.double(), inputs)
     assert (together - expected).abs().max() < 1e-10
-    got = tiled.attention(query, view, factors, problem.rope(), logits)
+    got = tiled.attention(query, inputs)
     assert got.dtype == torch.float32
     assert (got - expected).abs().max() < 3e-5
 
@@ -74,18 +74,17 @@ def test_the_cut_into_tiles_does_not_show(rotary: int | None, block_size: int, m
     monkeypatch.setattr(tiled, "LEAST_TILE", 8)
     for numbers in (1, 3000, 2**19):
         monkeypatch.setattr(tiled, "SCORES", numbers)
-        got = tiled.attention(problem.query(), problem.paged(), problem.factors(), problem.rope(), logits)
+        got = tiled.attention(problem.query(), problem.inputs(logits))
         assert (got - expected).abs().max() < 3e-5
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_nobody_has_sealed_tokens(backend: str) -> None:
     problem = PagedProblem(lengths=(0, 0), hides=False)
-    view, factors, logits = problem.paged(), problem.factors(), problem.logits()
+    view = problem.paged()
     exact = View(view.keys, view.values)
     got, expected = (
-        dispatch.attention(problem.query(), part, factors, problem.rope(), logits, backend=backend)
-        for part in (view, exact)
+        dispatch.attention(problem.query(), problem.inputs(view=part), backend=backend) for part in (view, exact)
     )
     assert torch.equal(got, expected)
 
@@ -93,11 +92,9 @@ def test_nobody_has_sealed_tokens(backend: str) -> None:
 def test_rows_that_are_no_requests_change_nothing() -> None:
     """A server pads its batch: such rows come out as numbers, and the others as before."""
     problem = PagedProblem(lengths=(40, 0, 17), hides=True)
-    view, logits = problem.paged(), problem.logits()
+    view = problem.paged()
     assert view.exists is not None
     none = replace(view, exists=view.exists.clone().index_fill_(0, torch.tensor([1]), False))
-    got, expected = (
-        tiled.attention(problem.query(), part, problem.factors(), problem.rope(), logits) for part in (none, view)
-    )
+    got, expected = (tiled.attention(problem.query(), problem.inputs(view=part)) for part in (none, view))
     assert torch.isfinite(got).all()
     assert torch.equal(got[[0, 2]], expected[[0, 2]])

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from cskv.attention.inputs import Logits, Rotation
+from cskv.attention.inputs import AttentionInputs, Logits, Rotation, split_heads
 from cskv.attention.reference import attention
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.view import PlainLatents, View
@@ -29,14 +29,14 @@ def two_tokens(query: list[float]) -> tuple[torch.Tensor, View, LayerFactors]:
 def test_equal_logits_average_both_branches() -> None:
     """Keys (2, 0) and (0, 1): the query (1, 2) gives both 2. Values (6, 0) and (0, 8)."""
     query, view, factors = two_tokens([1.0, 2.0])
-    assert attention(query, view, factors, None, Logits(1.0)).flatten().tolist() == [3.0, 4.0]
+    assert attention(query, AttentionInputs(view, factors, None, Logits(1.0))).flatten().tolist() == [3.0, 4.0]
 
 
 def test_the_softmax_of_0_and_1_is_1_over_1_plus_e() -> None:
     query, view, factors = two_tokens([0.0, 1.0])
     first = 1 / (1 + math.e)
     expected = torch.tensor([6 * first, 8 * (1 - first)])
-    assert torch.allclose(attention(query, view, factors, None, Logits(1.0)).flatten(), expected)
+    assert torch.allclose(attention(query, AttentionInputs(view, factors, None, Logits(1.0))).flatten(), expected)
 
 
 def test_rope_turns_rebuilt_keys_only() -> None:
@@ -44,39 +44,41 @@ def test_rope_turns_rebuilt_keys_only() -> None:
     query, view, factors = two_tokens([0.0, 1.0])
 
     def heads(channels, cos, sin):
-        x = channels.unflatten(-1, (-1, 2)).transpose(1, 2)
+        x = split_heads(channels, 2)
         return x * cos + torch.cat([-x[..., 1:], x[..., :1]], dim=-1) * sin
 
     rope = Rotation(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), heads)
     first = math.e / (1 + math.e)
     expected = torch.tensor([6 * first, 8 * (1 - first)])
-    assert torch.allclose(attention(query, view, factors, rope, Logits(1.0)).flatten(), expected)
+    assert torch.allclose(attention(query, AttentionInputs(view, factors, rope, Logits(1.0))).flatten(), expected)
 
 
 def test_softcap_mask_and_sinks() -> None:
     query, view, factors = two_tokens([4.0, 0.0])  # products 8 and 0
-    capped = attention(query, view, factors, None, Logits(1.0, softcap=2.0)).flatten()
+
+    def told(query: torch.Tensor, logits: Logits) -> torch.Tensor:
+        return attention(query, AttentionInputs(view, factors, None, logits)).flatten()
+
+    capped = told(query, Logits(1.0, softcap=2.0))
     weight = math.exp(2 * math.tanh(4.0)) / (1 + math.exp(2 * math.tanh(4.0)))
     assert torch.allclose(capped, torch.tensor([6 * weight, 8 * (1 - weight)]))
-    masked = attention(query, view, factors, None, Logits(1.0, mask=torch.tensor([[[[False, True]]]]))).flatten()
+    masked = told(query, Logits(1.0, mask=torch.tensor([[[[False, True]]]])))
     assert masked.tolist() == [0.0, 8.0]
-    added = attention(query, view, factors, None, Logits(1.0, mask=torch.tensor([[[[-8.0, 0.0]]]]))).flatten()
+    added = told(query, Logits(1.0, mask=torch.tensor([[[[-8.0, 0.0]]]])))
     assert torch.allclose(added, torch.tensor([3.0, 4.0]))
-    sunk = attention(query * 0, view, factors, None, Logits(1.0, sinks=torch.tensor([0.0]))).flatten()
+    sunk = told(query * 0, Logits(1.0, sinks=torch.tensor([0.0])))
     assert torch.allclose(sunk, torch.tensor([2.0, 8 / 3]))  # a third of the weight is given to nothing
 
 
 def test_later_queries_of_a_forward_read_the_earlier_tokens_and_not_the_other_way() -> None:
     problem = Problem(new=3, recent=5)
-    factors, logits, rope = problem.factors(), problem.logits(), problem.rope()
     view, query = problem.view(), problem.query()
-    together = attention(query, view, factors, rope, logits)
+    together = attention(query, problem.inputs())
     for i in range(3):
         kept = 5 - 3 + i + 1
         shorter = View(view.keys[:, :, :kept], view.values[:, :, :kept], view.k, view.v)
-        assert torch.allclose(
-            together[:, :, i : i + 1], attention(query[:, :, i : i + 1], shorter, factors, rope, logits), atol=1e-6
-        )
+        alone = attention(query[:, :, i : i + 1], problem.inputs(view=shorter))
+        assert torch.allclose(together[:, :, i : i + 1], alone, atol=1e-6)
 
 
 def test_heads_of_a_group_read_the_same_keys() -> None:
@@ -84,6 +86,6 @@ def test_heads_of_a_group_read_the_same_keys() -> None:
     query = problem.query()
     query[:, 1] = query[:, 0]
     query[:, 3] = query[:, 0]
-    out = attention(query, problem.view(), problem.factors(), problem.rope(), problem.logits())
+    out = attention(query, problem.inputs())
     assert torch.equal(out[:, 0], out[:, 1])  # heads 0, 1, 2 read kv head 0
     assert not torch.allclose(out[:, 0], out[:, 3])

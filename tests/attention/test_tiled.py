@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cskv.attention import reference, tiled
-from cskv.attention.inputs import Rotation
+from cskv.attention.inputs import Rotation, split_heads
 from cskv.latents.view import PackedLatents, View
 from cskv.scratch import Scratch
-from tests.attention.problems import Problem, doubled
+from tests.attention.problems import Problem
 
 # The largest difference allowed, of outputs of size 1. bfloat16 rounds logits and weights, as eager attention does.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: 6e-2}
@@ -46,14 +46,9 @@ rules = st.fixed_dictionaries(
 
 def outputs(problem: Problem, told: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> tuple:
     """Of the reference in fp64 and of the torch backend in `dtype`."""
-    view, factors, query, logits = (
-        problem.view(dtype),
-        problem.factors().to(dtype=dtype),
-        problem.query().to(dtype),
-        problem.logits(**told),
-    )
-    expected = reference.attention(query.double(), view, doubled(factors), problem.rope(torch.float64), logits)
-    got = tiled.attention(query, view, factors, problem.rope(dtype), logits, **options)
+    query, inputs = problem.query().to(dtype), problem.inputs(problem.logits(**told), dtype)
+    expected = reference.attention(query.double(), replace(inputs, rotation=problem.rope(torch.float64)))
+    got = tiled.attention(query, inputs, **options)
     assert got.dtype == dtype
     return expected, got.double()
 
@@ -105,11 +100,10 @@ def test_blocks_that_a_crop_cut_short() -> None:
     rows = torch.tensor([0] * 5 + [1] * 8 + [2] * 7)
     cut = View(view.keys, view.values, *(replace(part, token_block=rows) for part in (view.k, view.v)))
     assert isinstance(cut.k, PackedLatents)
-    logits, factors = problem.logits(), problem.factors()
-    expected = reference.attention(problem.query(), cut, factors, problem.rope(), logits)
-    got = tiled.attention(problem.query(), cut, factors, problem.rope(), logits)
+    expected = reference.attention(problem.query(), problem.inputs(view=cut))
+    got = tiled.attention(problem.query(), problem.inputs(view=cut))
     assert torch.allclose(got, expected, atol=3e-5)
-    other = reference.attention(problem.query(), view, factors, problem.rope(), logits)
+    other = reference.attention(problem.query(), problem.inputs(view=view))
     assert not torch.allclose(expected, other, atol=1e-3)  # the rows matter
 
 
@@ -119,22 +113,23 @@ def test_norms_of_keys_and_values_are_applied_to_what_is_rebuilt(groups: int) ->
     problem = Problem(sealed=70, groups=groups)
 
     def unit(channels, *_):
-        heads = channels.unflatten(-1, (-1, 16)).transpose(1, 2)
+        heads = split_heads(channels, 16)
         return heads / heads.square().mean(-1, keepdim=True).sqrt()
 
-    arguments = (problem.query(), problem.view(), problem.factors(), Rotation(None, None, unit), problem.logits(), unit)
-    assert torch.allclose(tiled.attention(*arguments), reference.attention(*arguments), atol=3e-5)
+    inputs = replace(problem.inputs(), rotation=Rotation(None, None, unit), value_heads=unit)
+    expected = reference.attention(problem.query(), inputs)
+    assert torch.allclose(tiled.attention(problem.query(), inputs), expected, atol=3e-5)
 
 
 def test_rows_that_read_nothing_give_numbers() -> None:
     """The padding of a left-padded batch attends to nothing; its output is never read, but must not be NaN."""
     problem = Problem(batch=2, sealed=70)
     logits = replace(problem.logits(mask="bool"), mask=torch.zeros(2, 1, 1, 75, dtype=torch.bool))
-    got = tiled.attention(problem.query(), problem.view(), problem.factors(), problem.rope(), logits)
+    got = tiled.attention(problem.query(), problem.inputs(logits))
     assert torch.isfinite(got).all()
 
 
 def test_large_logits_do_not_overflow() -> None:
     problem = Problem(sealed=70, rotary=None)
-    arguments = (problem.query() * 3000, problem.view(), problem.factors(), None, problem.logits())
-    assert torch.allclose(tiled.attention(*arguments), reference.attention(*arguments), atol=1e-3)
+    query, inputs = problem.query() * 3000, problem.inputs()
+    assert torch.allclose(tiled.attention(query, inputs), reference.attention(query, inputs), atol=1e-3)

@@ -15,7 +15,6 @@ from cskv.attention import reference
 from cskv.attention.inputs import Logits
 from cskv.cache.bibranch import BiBranchStore
 from cskv.cache.ring import Ring
-from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import PagedLatents, PageLayout
 from cskv.latents.view import View
 from cskv.quantization.grid import Grid
@@ -215,9 +214,7 @@ class Server:
         return self._reference(query, view)[0].transpose(0, 1)
 
     def _reference(self, query: Tensor, view: View) -> Tensor:
-        factors: LayerFactors = self.rules.factors.to(dtype=torch.float64)
-        rope = self.rules.rope_until(view.sealed)
-        return reference.attention(query.double(), view, factors, rope, self.rules.logits)
+        return reference.attention(query.double(), self.rules.inputs(view))
 
 
 def off_by(output: Tensor, expected: Tensor) -> float:

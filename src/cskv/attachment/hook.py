@@ -18,7 +18,7 @@ from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.attending import KWARG, Call, is_switched
 from cskv.attachment.layer import CSKVLayer, Staged
 from cskv.attention.dispatch import attention
-from cskv.attention.inputs import Logits, RMSNorm, Rotation
+from cskv.attention.inputs import AttentionInputs, Logits, RMSNorm, Rotation, split_heads
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
 from cskv.factorization.factors import LayerFactors
@@ -64,9 +64,8 @@ class SharedState:
         """Attention on the compressed cache."""
         if self.backend is None:
             raise RuntimeError("old tokens are to be rebuilt")
-        return attention(
-            query, view, factors, rope, logits, value_heads=value_heads, backend=self.backend, scratch=self.scratch
-        )
+        inputs = AttentionInputs(view, factors, rope, logits, value_heads)
+        return attention(query, inputs, backend=self.backend, scratch=self.scratch)
 
     def sealed_rope(
         self, layer_idx: int, layer: CSKVLayer, rope: CosSin | None, sealed: int, x: Tensor
@@ -124,7 +123,7 @@ class SiteHook:
         def rebuild(k_latents: Tensor, v_latents: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 channels, rope = factors.k.expand(k_latents), self._rope(layer, k_latents.shape[1], x)
-                heads = channels.unflatten(-1, (-1, self._site.head_dim)).transpose(1, 2)
+                heads = split_heads(channels, self._site.head_dim)
                 keys = heads if rope is None else rope.keys(channels, 0)
                 return keys, self._recipe.values.heads(factors.v.expand(v_latents), None, None)
 

@@ -10,10 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cskv.attention import reference, tiled
-from cskv.attention.inputs import Logits, Rotation, ToHeads
+from cskv.attention.inputs import AttentionInputs
 from cskv.errors import ConfigError
-from cskv.factorization.factors import LayerFactors
-from cskv.latents.view import View
 from cskv.scratch import Scratch
 
 BACKENDS = ("triton", "torch", "reference")  # in the order in which one falls back to the next
@@ -22,12 +20,8 @@ AUTO = "auto"
 
 def attention(
     query: Float[Tensor, "batch q_heads new head_dim"],
-    view: View,
-    factors: LayerFactors,
-    rope: Rotation | None,
-    logits: Logits,
+    inputs: AttentionInputs,
     *,
-    value_heads: ToHeads | None = None,
     backend: str = AUTO,
     scratch: Scratch | None = None,
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
@@ -35,13 +29,7 @@ def attention(
 
     Args:
         query: after norm and RoPE. Query heads that share a kv head follow one another.
-        view: what is read.
-        factors: of the layer, in the query's dtype and on its device.
-        rope: how rebuilt keys are normalised and rotated. None where they are not, or were before they became latents
-            (commuting factors): then the up-projection is absorbed into the query.
-        logits: scaling, soft-capping, mask and sinks.
-        value_heads: from rebuilt channels, (batch, tokens, kv_dim), to values, (batch, kv_heads, tokens, head_dim),
-            where a family normalises values. None absorbs the up-projection.
+        inputs: what it reads and is told.
         backend: "auto" (Triton on a GPU where it is installed, else torch), "triton", "torch" or "reference".
         scratch: scratch tensors to use again from step to step.
 
@@ -53,9 +41,9 @@ def attention(
     """
     for name in _candidates(backend, query):
         function, refusal = _backend(name, scratch)
-        reason = refusal(query, view, factors, rope, logits, value_heads)
+        reason = refusal(query, inputs)
         if reason is None:
-            return function(query, view, factors, rope, logits, value_heads).to(query.dtype)
+            return function(query, inputs).to(query.dtype)
         _say_once(name, reason)
     raise AssertionError("the reference refuses nothing")
 

@@ -1,4 +1,4 @@
-"""What attention is told beside the query and what it reads: how keys are rotated, and how logits become weights."""
+"""The inputs of attention beside the query: what it reads, how keys are rotated, and how logits become weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from cskv.factorization.factors import LayerFactors
+from cskv.latents.view import View
 
 ToHeads = Callable[[Tensor], Tensor]
 
@@ -103,6 +106,34 @@ class Logits:
             else:
                 products += mask
         return products
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention reads and is told, beside the query.
+
+    Attributes:
+        view: the cached tokens of both branches.
+        factors: the layer's, on the query's device.
+        rotation: how rebuilt keys are normalised and rotated. None where they are not, or were before they became
+            latents (commuting factors): keys are linear in their latents, and the query absorbs the up-projection.
+        logits: scaling, soft-capping, mask and sinks.
+        value_heads: from rebuilt channels, (batch, tokens, kv_dim), to values, (batch, kv_heads, tokens, head_dim),
+            where a family normalises values. None: values are linear in their latents.
+    """
+
+    view: View
+    factors: LayerFactors
+    rotation: Rotation | None
+    logits: Logits
+    value_heads: ToHeads | None = None
+
+
+def split_heads(
+    channels: Float[Tensor, "batch tokens kv_dim"], head_dim: int
+) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
+    """Return the channels by head, without a copy."""
+    return channels.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def causal_mask(new: int, tokens: int, device: torch.device) -> Bool[Tensor, "new tokens"]:

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.attention.inputs import Logits, Rotation, ToHeads, beyond, causal_mask
+from cskv.attention.inputs import AttentionInputs, Logits, Rotation, ToHeads, beyond, causal_mask, split_heads
 from cskv.attention.partial import Partial
-from cskv.factorization.factors import Factors, LayerFactors
+from cskv.factorization.factors import Factors
 from cskv.latents.view import Latents, PlainLatents, View
 from cskv.scratch import Scratch
 
@@ -30,16 +30,13 @@ LEAST_TILE = 64
 
 
 def attention(
-    query: Float[Tensor, "batch q_heads new head_dim"],
-    view: View,
-    factors: LayerFactors,
-    rope: Rotation | None,
-    logits: Logits,
-    value_heads: ToHeads | None = None,
-    scratch: Scratch | None = None,
+    query: Float[Tensor, "batch q_heads new head_dim"], inputs: AttentionInputs, scratch: Scratch | None = None
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
-    """What `cskv.attention.dispatch.attention` computes, in the query's dtype with sums in fp32."""
+    """Compute `cskv.attention.dispatch.attention` in the query's dtype with sums in fp32."""
     scratch = Scratch() if scratch is None else scratch
+    view, factors, rope, logits, value_heads = (
+        inputs.view, inputs.factors, inputs.rotation, inputs.logits, inputs.value_heads
+    )  # fmt: skip
     parts = [exact(query, view, logits)]
     if view.k is not None and view.v is not None and view.sealed:
         keys = _Absorbed(query, factors.k, scratch) if rope is None else _Rebuilt(query, factors.k, rope, scratch)
@@ -158,7 +155,7 @@ class _Rebuilt:
     def _keys(self, channels: Tensor, start: int) -> Tensor:
         if not self._rope.is_plain or self._rope.norm is not None:
             return self._rope.keys(channels, start).contiguous()  # products with strided matrices are many times slower
-        heads = channels.unflatten(-1, (-1, self._query.shape[3])).transpose(1, 2)
+        heads = split_heads(channels, self._query.shape[3])
         keys = self._scratch.take("keys", tuple(heads.shape), heads.dtype, heads.device)
         return self._rope.rotated(heads, start, keys)
 

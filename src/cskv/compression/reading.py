@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cskv.adapter.adapter import CSKVAdapter
+from cskv.attention.inputs import split_heads
 from cskv.compression.checkpointing import checkpointed_layers
 from cskv.config import CSKVConfig
 from cskv.errors import CSKVError
@@ -125,7 +126,7 @@ class _ReadingHook:
     def _keys(self, call: AttentionCall, keys: Tensor) -> Tensor:
         if self._adapter.config.key_factors == "commuting":
             channels = keys.transpose(1, 2).flatten(2)
-            return self._rebuild("k", channels).unflatten(-1, (-1, self._site.head_dim)).transpose(1, 2)
+            return split_heads(self._rebuild("k", channels), self._site.head_dim)
         return self._recipe.keys.heads(self._rebuild("k", call.x), call.cos, call.sin)
 
     def _values(self, call: AttentionCall) -> Tensor:

@@ -18,14 +18,11 @@ from torch import Tensor, nn
 
 from cskv.attention import reference
 from cskv.attention.inputs import Logits
-from cskv.factorization.factors import Factors, LayerFactors
-from cskv.latents.view import View
 from cskv.models.attention_interface import Original, Switch
 
 PREFIX = "cskv_probe"
 UNDERSTOOD = frozenset({"sdpa", "eager"})  # whose masks are None, or say of every query and key what is read
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-UNUSED = LayerFactors(*(Factors(torch.empty(1, 1), torch.empty(1, 1)) for _ in "kv"))  # nothing is sealed
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def _ignored(
     errors = {}
     for ignored in choices:
         logits = logits_of(query, mask, kwargs, ignored)
-        ours = reference.attention(query, View(key, value), UNUSED, None, logits).transpose(1, 2)
+        ours = reference.over(query, key, value, logits).transpose(1, 2)
         if ours.shape != output.shape:
             return None
         errors[ignored] = float((ours.to(output.dtype) - output).abs().max())

@@ -6,7 +6,7 @@ step itself. Requests that decode are done at once, whatever their lengths; a pi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cskv.attachment.attending import MOST_NEW
 from cskv.attention.dispatch import attention
-from cskv.attention.inputs import Logits, Rotation, causal_mask
+from cskv.attention.inputs import AttentionInputs, Logits, Rotation, causal_mask
+from cskv.attention.rebuild import rebuilt
 from cskv.cache.pages import is_grouped, seal, store
 from cskv.cache.ring import Ring
 from cskv.factorization.factors import LayerFactors
@@ -59,12 +60,12 @@ class LayerRules:
     logits: Logits
     scratch: Scratch
 
-    def rope_until(self, sealed: int) -> Rotation | None:
-        """The rope with cos and sin of the first tokens."""
-        if self.rope is None or self.rope.cos is None or self.rope.sin is None:
-            return self.rope
-        cos, sin = self.rope.cos[:, :sealed], self.rope.sin[:, :sealed]
-        return Rotation(cos, sin, self.rope.heads, self.rope.is_plain, self.rope.norm)
+    def inputs(self, view: View) -> AttentionInputs:
+        """Return what a query reads and is told, with cos and sin of the view's sealed tokens."""
+        rope = self.rope
+        if rope is not None and rope.cos is not None and rope.sin is not None:
+            rope = replace(rope, cos=rope.cos[:, : view.sealed], sin=rope.sin[:, : view.sealed])
+        return AttentionInputs(view, self.factors, rope, self.logits)
 
 
 def attend(
@@ -115,8 +116,8 @@ def _decode(step: Step, cache: LayerCache, rules: LayerRules, query: Tensor, key
         keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
         exists = torch.nn.functional.pad(exists, (0, 1), value=True)
     k, v = _latents(cache, step.table[:n], step.sealed[:n], step.most, step.least)
-    view, rope = View(keys, values, k, v, exists), rules.rope_until(step.most)
-    return attention(query[:, :, None], view, rules.factors, rope, rules.logits, scratch=rules.scratch)[:, :, 0]
+    inputs = rules.inputs(View(keys, values, k, v, exists))
+    return attention(query[:, :, None], inputs, scratch=rules.scratch)[:, :, 0]
 
 
 def _prefill(
@@ -138,12 +139,11 @@ def _prefill(
         prefill.sealed,
         prefill.sealed,
     )
-    view = View(keys, values, k, v)
-    rope = rules.rope_until(prefill.sealed)
+    inputs = rules.inputs(View(keys, values, k, v))
     if query.shape[2] <= MOST_NEW or rules.logits.softcap is not None:
-        result = attention(query, view, rules.factors, rope, rules.logits, scratch=rules.scratch)
+        result = attention(query, inputs, scratch=rules.scratch)
     else:
-        result = _on_rebuilt(query, view, rules, rope)
+        result = _on_rebuilt(query, inputs)
     return result[0].transpose(0, 1)
 
 
@@ -156,23 +156,14 @@ def _latents(
     return PagedLatents(cache.k, table, lengths, most, least), PagedLatents(cache.v, table, lengths, most, least)
 
 
-def _on_rebuilt(query: Tensor, view: View, rules: LayerRules, rope: Rotation | None) -> Tensor:
-    """Attention of a long piece of a prompt, for which all old keys and values are rebuilt once."""
-    keys, values, new = view.keys, view.values, query.shape[2]
-    if view.k is not None and view.v is not None:
-        channels = rules.factors.k.expand(view.k.read())
-        old_keys = _heads(channels, keys) if rope is None else rope.keys(channels, 0)
-        keys = torch.cat([old_keys, keys], dim=2)
-        values = torch.cat([_heads(rules.factors.v.expand(view.v.read()), values), values], dim=2)
+def _on_rebuilt(query: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Attend with a long piece of a prompt, for which all old keys and values are rebuilt once."""
+    (keys, values), new = rebuilt(inputs), query.shape[2]
     mask = None if keys.shape[2] == new else causal_mask(new, keys.shape[2], query.device)
-    scale, grouped = rules.logits.scaling, query.shape[1] != keys.shape[1]
+    scale, grouped = inputs.logits.scaling, query.shape[1] != keys.shape[1]
     return scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
-
-
-def _heads(channels: Tensor, like: Tensor) -> Tensor:
-    return channels.unflatten(-1, (-1, like.shape[-1])).transpose(1, 2)
 
 
 def _seal(step: Step, cache: LayerCache, pages: Pages, which: int, latents: Tensor) -> None:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cskv.attention.inputs import Rotation
+from cskv.attention.inputs import Rotation, split_heads
 from cskv.errors import UnsupportedModelError
 from cskv.models.recipe import KEY_NORMS, TOLERANCE, NormStyle, Recipe, RopeStyle, kernel_norm
 
@@ -74,7 +74,7 @@ def find_rope(
         return None if found.norm_style is NormStyle.NONE else Rotation(None, None, found.heads)
     cos, sin = tables  # type: ignore[misc]
     plain = bool(getattr(parent.rotary_emb, "is_neox_style", False))
-    heads = k[None].unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    heads = split_heads(k[None], head_dim)
     norm = kernel_norm(found, heads)
     is_plain = plain and (found.norm_style is NormStyle.NONE or norm is not None)
     return Rotation(cos[None], sin[None], found.heads, is_plain, norm)

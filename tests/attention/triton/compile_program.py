@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cskv.attention.inputs import Logits, RMSNorm, Rotation
+from cskv.attention.inputs import AttentionInputs, Logits, RMSNorm, Rotation
 from cskv.attention.triton import kernels as attention_kernels
 from cskv.attention.triton import launch
 from cskv.factorization.factors import Factors, LayerFactors
@@ -72,7 +72,8 @@ def step(rank: int, packed: bool, rotated: bool, normalised: bool = False, page:
     norm = RMSNorm(torch.ones(128).bfloat16(), 1e-6) if normalised else None
     rope = Rotation(angles, angles, lambda channels, *_: channels, is_plain=True, norm=norm) if rotated else None
     query = torch.zeros(1, 32, 1, 128).bfloat16()
-    launch.attention(query, View(exact, exact, k, v), LayerFactors(factors, factors), rope, Logits(128**-0.5))
+    layer, logits = LayerFactors(factors, factors), Logits(128**-0.5)
+    launch.attention(query, AttentionInputs(View(exact, exact, k, v), layer, rope, logits))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cskv.attention import dispatch, reference, tiled
-from cskv.attention.inputs import Logits, RMSNorm, Rotation
+from cskv.attention.inputs import AttentionInputs, Logits, RMSNorm, Rotation, split_heads
 from cskv.attention.triton.plan import Plan
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
@@ -61,16 +61,17 @@ class Made:
     """The arguments of attention."""
 
     query: Tensor
-    view: View
-    factors: LayerFactors
-    rope: Rotation | None
-    logits: Logits
+    inputs: AttentionInputs
 
     def by(self, attention) -> Tensor:
-        return attention(self.query, self.view, self.factors, self.rope, self.logits)
+        return attention(self.query, self.inputs)
 
     def truth(self) -> Tensor:
-        return reference.attention(self.query.double(), self.view, self.factors, self.rope, self.logits)
+        return reference.attention(self.query.double(), self.inputs)
+
+    def told(self, **changes) -> Made:
+        """With other inputs."""
+        return replace(self, inputs=replace(self.inputs, **changes))
 
 
 def make(case: Case) -> Made:
@@ -100,7 +101,7 @@ def make(case: Case) -> Made:
     sinks = normal(q_heads) if case.sinks else None
     query = normal(case.batch, case.new, q_heads, case.head_dim).transpose(1, 2)
     logits = Logits(case.head_dim**-0.5, case.softcap, mask, sinks)
-    return Made(query, View(exact[0], exact[1], k, v), LayerFactors(*factors), rope, logits)
+    return Made(query, AttentionInputs(View(exact[0], exact[1], k, v), LayerFactors(*factors), rope, logits))
 
 
 def latents(values: Tensor, grid: Grid | None, case: Case) -> Latents:
@@ -120,7 +121,7 @@ def plain_rope(cos: Tensor, sin: Tensor, head_dim: int, norm: RMSNorm | None = N
     def heads(channels: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         assert cos is not None
         assert sin is not None
-        x = channels.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        x = split_heads(channels, head_dim)
         if norm is not None:
             x = x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
         cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
@@ -150,7 +151,7 @@ def mask_of(case: Case, length: int) -> Tensor | None:
 
 def check(case: Case) -> None:
     made = make(case)
-    assert launch.refusal(made.query, made.view, made.factors, made.rope, made.logits) is None
+    assert made.by(launch.refusal) is None
     out, truth = made.by(launch.attention), made.truth()
     assert out.dtype == case.dtype
     error = (out.double() - truth).abs().max() / truth.abs().max()
@@ -237,16 +238,16 @@ def test_a_step_can_be_captured() -> None:
 
 def test_factors_with_rows_further_apart_are_taken_as_they_are() -> None:
     made = make(Case(rotary_dim=16, ranks=(13, 20)))
-    k = made.factors.k.aligned(16)
-    assert arguments.keys_arguments(made.query, k, made.rope)["up"].data_ptr() == k.up.data_ptr()
-    apart = replace(made, factors=LayerFactors(k, made.factors.v))
+    k = made.inputs.factors.k.aligned(16)
+    assert arguments.keys_arguments(made.query, k, made.inputs.rotation)["up"].data_ptr() == k.up.data_ptr()
+    apart = made.told(factors=LayerFactors(k, made.inputs.factors.v))
     assert torch.equal(apart.by(launch.attention), made.by(launch.attention))
 
 
 def test_nothing_sealed() -> None:
     made = make(Case(softcap=2.0, sinks=True))
-    made = replace(made, view=View(made.view.keys, made.view.values))
-    assert launch.refusal(made.query, made.view, made.factors, made.rope, made.logits) is None
+    made = made.told(view=View(made.inputs.view.keys, made.inputs.view.values))
+    assert made.by(launch.refusal) is None
     assert torch.equal(made.by(launch.attention), made.by(tiled.attention))
 
 
@@ -263,17 +264,17 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_says_what_it_refuses(reason: str) -> None:
-    made, value_heads = make(REFUSED[reason]), None
-    query, factors, rope = made.query, made.factors, made.rope
+    made = make(REFUSED[reason])
+    factors, rope = made.inputs.factors, made.inputs.rotation
     if rope is not None and reason.startswith("normalise keys"):
-        rope, reason = replace(rope, is_plain=False), "normalise keys"
+        made = made.told(rotation=replace(rope, is_plain=False))
     if reason == "differ in dtype":
-        query = query.half()
+        made = replace(made, query=made.query.half())
     if reason == "groups of keys":
-        factors = LayerFactors(factors.k, replace(factors.v, up=factors.v.up[:, :10]))
+        made = made.told(factors=LayerFactors(factors.k, replace(factors.v, up=factors.v.up[:, :10])))
     if reason == "do not normalise values":
-        value_heads = torch.nn.Identity()
-    refused = launch.refusal(query, made.view, factors, rope, made.logits, value_heads)
+        made = made.told(value_heads=torch.nn.Identity())
+    refused = made.by(launch.refusal)
     assert refused is not None
     assert reason in refused
 
@@ -283,7 +284,7 @@ def test_a_missing_triton_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(Case())
     dispatch._say_once.cache_clear()
     with pytest.warns(UserWarning, match="by torch, not triton: triton is not installed"):
-        out = dispatch.attention(made.query, made.view, made.factors, made.rope, made.logits, backend="triton")
+        out = dispatch.attention(made.query, made.inputs, backend="triton")
     assert torch.equal(out, made.by(tiled.attention))
 
 
@@ -291,7 +292,7 @@ def test_the_dispatch_takes_the_kernels() -> None:
     made = make(CASES["rotated"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out = dispatch.attention(made.query, made.view, made.factors, made.rope, made.logits, backend="triton")
+        out = dispatch.attention(made.query, made.inputs, backend="triton")
     assert torch.equal(out, made.by(launch.attention))
 
 

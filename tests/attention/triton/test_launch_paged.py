@@ -34,10 +34,9 @@ KIVI = {"k_grid": (4, (8, 1)), "v_grid": (4, (1, 32))}
 
 def run(problem: PagedProblem, logits: Logits, dtype: torch.dtype = torch.float32) -> Tensor:
     """By the kernels, all requests together."""
-    query, factors, rope = problem.query().to(dtype), problem.factors().to(dtype=dtype), problem.rope(dtype)
-    view = problem.paged(dtype)
-    assert launch.refusal(query, view, factors, rope, logits) is None
-    return launch.attention(query, view, factors, rope, logits)
+    query, inputs = problem.query().to(dtype), problem.inputs(logits, dtype)
+    assert launch.refusal(query, inputs) is None
+    return launch.attention(query, inputs)
 
 
 def check(problem: PagedProblem, dtype: torch.dtype = torch.float32, **told) -> None:
@@ -95,10 +94,10 @@ def test_16_bits(dtype: torch.dtype, block_size: int, packed: bool) -> None:
 
 
 def sealed(problem: PagedProblem) -> Partial:
-    view = problem.paged()
-    assert view.k is not None
-    assert view.v is not None
-    return launch._sealed(problem.query(), view.k, view.v, problem.factors(), problem.rope(), problem.logits())
+    inputs = problem.inputs()
+    assert inputs.view.k is not None
+    assert inputs.view.v is not None
+    return launch._sealed(problem.query(), inputs.view.k, inputs.view.v, inputs)
 
 
 @pytest.mark.parametrize("lengths", [(0, 5, 300), (0, 0, 0)])
@@ -137,10 +136,10 @@ def test_no_length_is_above_the_bound() -> None:
     longer = view.k.lengths + 16
     parts = [replace(part, lengths=longer, most=64) for part in (view.k, view.v)]  # type: ignore[type-var]
     short = replace(problem, lengths=(64, 49))
-    arguments = problem.factors(), short.rope(), problem.logits()
-    out = launch.attention(problem.query(), View(view.keys, view.values, *parts), *arguments)
+    inputs = short.inputs(view=View(view.keys, view.values, *parts))
+    out = launch.attention(problem.query(), inputs)
     cut = [replace(part, lengths=longer.clamp(max=64)) for part in parts]
-    expected = tiled.attention(problem.query(), View(view.keys, view.values, *cut), *arguments)
+    expected = tiled.attention(problem.query(), replace(inputs, view=View(view.keys, view.values, *cut)))
     assert torch.allclose(out[0], expected[0], atol=1e-5)
 
 
@@ -158,9 +157,9 @@ def test_pages_may_be_further_apart_than_32_bits_count(block_size: int) -> None:
     far[2] = k.view(torch.uint8).as_strided((size,), (1,), k.storage_offset() + near * k.stride(0))
     table = torch.tensor([[2]], device=DEVICE)
     parts = [PagedLatents(pages, table, view.k.lengths, block_size) for pages in layout.pages(far, block_size)]
-    arguments = problem.factors(), None, problem.logits()
-    out = launch.attention(problem.query(), replace(view, k=parts[0], v=parts[1]), *arguments)
-    assert torch.equal(out, launch.attention(problem.query(), view, *arguments))
+    expected = launch.attention(problem.query(), problem.inputs(view=view))
+    inputs = problem.inputs(view=replace(view, k=parts[0], v=parts[1]))
+    assert torch.equal(launch.attention(problem.query(), inputs), expected)
 
 
 def test_what_is_not_in_the_same_pages_is_refused() -> None:
@@ -173,13 +172,10 @@ def test_what_is_not_in_the_same_pages_is_refused() -> None:
         PlainLatents(view.v.read()),
     ]
     for v in others:
-        refused = launch.refusal(
-            problem.query(), replace(view, v=v), problem.factors(), problem.rope(), problem.logits()
-        )
+        refused = launch.refusal(problem.query(), problem.inputs(view=replace(view, v=v)))
         assert refused is not None
         assert "by one table of pages" in refused
-    other = problem.query().half(), view, problem.factors(), problem.rope(), problem.logits()
-    assert "differ in dtype" in str(launch.refusal(*other))
+    assert "differ in dtype" in str(launch.refusal(problem.query().half(), problem.inputs(view=view)))
 
 
 def layer(dtype: torch.dtype, packed: bool, rotary: int | None, block_size: int) -> PagedProblem:
@@ -204,15 +200,15 @@ def test_together_is_one_by_one_at_real_sizes(dtype: torch.dtype, rotary: int | 
 def test_a_captured_step_follows_the_lengths_and_the_table() -> None:
     """A capture fails where anything waits for the device."""
     dtype, problem = torch.bfloat16, replace(ROTATED, lengths=(3000, 0, 65), hides=False)
-    query, factors, rope = problem.query().to(dtype), problem.factors().to(dtype=dtype), problem.rope(dtype)
-    view, logits = problem.paged(dtype), problem.logits()
+    query, inputs = problem.query().to(dtype), problem.inputs(dtype=dtype)
+    view = inputs.view
     assert isinstance(view.k, PagedLatents)
-    launch.attention(query, view, factors, rope, logits)
+    launch.attention(query, inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = launch.attention(query, view, factors, rope, logits)
+        captured = launch.attention(query, inputs)
     view.k.lengths.copy_(view.k.lengths.flip(0))
     view.k.table.copy_(view.k.table.flip(0))
     graph.replay()
-    assert torch.equal(captured, launch.attention(query, view, factors, rope, logits))
+    assert torch.equal(captured, launch.attention(query, inputs))
     assert torch.isfinite(captured).all()

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.attention.inputs import Logits, Rotation, ToHeads
+from cskv.attention.inputs import AttentionInputs
 from cskv.attention.partial import Partial
 from cskv.attention.tiled import exact, expanded
 from cskv.attention.triton.arguments import (
@@ -33,7 +33,7 @@ from cskv.attention.triton.arguments import (
 from cskv.attention.triton.plan import Plan, Shapes, padded, plan, smaller
 from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import PagedLatents
-from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
+from cskv.latents.view import Latents, PackedLatents, PlainLatents
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_HEAD_ROWS = 128  # beyond that keys would be rebuilt for every 64 rows again, where torch rebuilds them once
@@ -44,39 +44,29 @@ _fitting: dict[Plan, Plan] = {}  # of plans that needed too much shared memory, 
 
 
 def attention(
-    query: Float[Tensor, "batch q_heads new head_dim"],
-    view: View,
-    factors: LayerFactors,
-    rope: Rotation | None,
-    logits: Logits,
-    value_heads: ToHeads | None = None,
+    query: Float[Tensor, "batch q_heads new head_dim"], inputs: AttentionInputs
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
-    """What `cskv.attention.dispatch.attention` computes, in the query's dtype with sums in fp32.
+    """Compute `cskv.attention.dispatch.attention` in the query's dtype with sums in fp32.
 
-    `refusal` has to be None for the same arguments, so `value_heads` is too.
+    `refusal` has to be None for the same arguments.
     """
-    part = exact(query, view, logits)
+    view = inputs.view
+    part = exact(query, view, inputs.logits)
     if view.k is not None and view.v is not None and view.sealed:
-        sealed = _sealed(query, view.k, view.v, factors, rope, logits)
-        part = part.joined(expanded(sealed, factors.v, query.shape[3]))
-    return part.result(logits.sinks).to(query.dtype)
+        sealed = _sealed(query, view.k, view.v, inputs)
+        part = part.joined(expanded(sealed, inputs.factors.v, query.shape[3]))
+    return part.result(inputs.logits.sinks).to(query.dtype)
 
 
-def refusal(
-    query: Float[Tensor, "batch q_heads new head_dim"],
-    view: View,
-    factors: LayerFactors,
-    rope: Rotation | None,
-    logits: Logits,
-    value_heads: ToHeads | None = None,
-) -> str | None:
-    """Why the kernels cannot do this; None where they can."""
+def refusal(query: Float[Tensor, "batch q_heads new head_dim"], inputs: AttentionInputs) -> str | None:
+    """Return why the kernels cannot do this; None where they can."""
+    view, factors, rope = inputs.view, inputs.factors, inputs.rotation
     if not _installed():
         return "triton is not installed"
     reason = _device_refusal(query.device)
     if reason is not None or view.k is None or view.v is None:
         return reason
-    if value_heads is not None:
+    if inputs.value_heads is not None:
         return "its kernels do not normalise values"
     if rope is not None and (not rope.is_plain or rope.cos is None or rope.sin is None):
         return "its kernels normalise keys by head and rotate them by halves, and do nothing else to them"
@@ -132,10 +122,9 @@ def _is_packed(latents: Latents) -> bool:
     return latents.pages.grid is not None if isinstance(latents, PagedLatents) else isinstance(latents, PackedLatents)
 
 
-def _sealed(
-    query: Tensor, k: Latents, v: Latents, factors: LayerFactors, rope: Rotation | None, logits: Logits
-) -> Partial:
+def _sealed(query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> Partial:
     """The compressed branch, with sums in latents."""
+    factors, rope, logits = inputs.factors, inputs.rotation, inputs.logits
     batch, q_heads, new, head_dim = query.shape
     groups, kv_heads = factors.k.groups, factors.k.kv_dim // head_dim
     shapes = Shapes(
