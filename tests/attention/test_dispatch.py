@@ -8,6 +8,7 @@ import torch
 import cskv
 from cskv.attention import dispatch, reference, tiled
 from cskv.attention.dispatch import attention
+from cskv.attention.triton import launch
 from tests.attention.problems import Problem
 
 PROBLEM = Problem()
@@ -34,13 +35,9 @@ def test_an_unknown_backend_is_one_line() -> None:
 
 def test_what_a_backend_cannot_do_falls_to_the_next_and_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch._say_once.cache_clear()
-    backend = dispatch._backend
-    monkeypatch.setattr(
-        dispatch,
-        "_backend",
-        lambda name, *rest: (None, lambda *_: "it is Tuesday") if name == "torch" else backend(name, *rest),
-    )
-    with pytest.warns(UserWarning, match="by reference, not torch: it is Tuesday"):
-        first = attend("torch")
-    assert torch.equal(first, attend("torch"))  # and no second warning, which would be an error here
+    monkeypatch.setattr(launch, "refusal", lambda *_: "it is Tuesday")
+    with pytest.warns(UserWarning, match="by torch, not triton: it is Tuesday"):
+        first = attend("triton")
+    assert torch.equal(first, attend("triton"))  # and no second warning, which would be an error here
+    assert torch.equal(first, attend("torch"))
     dispatch._say_once.cache_clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -95,14 +95,18 @@ class Logits:
     def of(
         self, products: Float[Tensor, "batch q_heads new tokens"], start: int
     ) -> Float[Tensor, "batch q_heads new tokens"]:
-        """The logits of the tokens from `start` on, in place of the products. A mask that is None is not applied."""
+        """Turn products into the logits of the tokens from `start` on: in place, but for 16 bits, which become fp32.
+
+        A mask that is None is not applied.
+        """
+        products = products.to(torch.promote_types(products.dtype, torch.float32))
         products *= self.scaling
         if self.softcap is not None:
             products.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.mask is not None:
             mask = self.mask[..., start : start + products.shape[-1]]
             if mask.dtype == torch.bool:
-                products.masked_fill_(~mask, torch.finfo(products.dtype).min)
+                products.masked_fill_(~mask, -torch.inf)
             else:
                 products += mask
         return products
@@ -127,6 +131,16 @@ class AttentionInputs:
     rotation: Rotation | None
     logits: Logits
     value_heads: ToHeads | None = None
+
+    def to(self, dtype: torch.dtype) -> AttentionInputs:
+        """Return the same in another dtype, but for the latents: they are long, and converted as they are read."""
+        view, rotation, norm = self.view, self.rotation, None if self.rotation is None else self.rotation.norm
+        if norm is not None:
+            norm = RMSNorm(norm.weight.to(dtype), norm.eps)
+        if rotation is not None and rotation.cos is not None and rotation.sin is not None:
+            rotation = replace(rotation, cos=rotation.cos.to(dtype), sin=rotation.sin.to(dtype), norm=norm)
+        view = replace(view, keys=view.keys.to(dtype), values=view.values.to(dtype))
+        return replace(self, view=view, factors=self.factors.to(dtype=dtype), rotation=rotation)
 
 
 def split_heads(

@@ -8,6 +8,14 @@ from torch import Tensor
 
 from cskv.attention.inputs import AttentionInputs, split_heads
 
+MOST_NEW = 64  # tokens: more are cheaper to attend to on rebuilt keys and values
+MOST_HEAD_ROWS = 128  # query rows of a kv head: for more, Triton would rebuild keys again every 64 rows
+
+
+def attends_to_latents(new: int, q_heads: int, kv_heads: int) -> bool:
+    """Return whether a forward of so many new tokens attends to latents, and not to keys and values rebuilt for it."""
+    return new <= MOST_NEW and new * q_heads <= MOST_HEAD_ROWS * kv_heads
+
 
 def rebuilt(
     inputs: AttentionInputs, dtype: torch.dtype | None = None

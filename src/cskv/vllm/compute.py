@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cskv.attachment.attending import MOST_NEW
 from cskv.attention.dispatch import attention
 from cskv.attention.inputs import AttentionInputs, Logits, Rotation, causal_mask
-from cskv.attention.rebuild import rebuilt
+from cskv.attention.rebuild import attends_to_latents, rebuilt
 from cskv.cache.pages import is_grouped, seal, store
 from cskv.cache.ring import Ring
 from cskv.factorization.factors import LayerFactors
@@ -140,8 +139,10 @@ def _prefill(
         prefill.sealed,
     )
     inputs = rules.inputs(View(keys, values, k, v))
-    if query.shape[2] <= MOST_NEW or rules.logits.softcap is not None:
+    if attends_to_latents(query.shape[2], query.shape[1], keys.shape[1]):
         result = attention(query, inputs, scratch=rules.scratch)
+    elif rules.logits.softcap is not None:  # torch's own attention has none
+        result = attention(query, inputs, backend="torch", scratch=rules.scratch)
     else:
         result = _on_rebuilt(query, inputs)
     return result[0].transpose(0, 1)

@@ -141,11 +141,11 @@ def mask_of(case: Case, length: int) -> Tensor | None:
     if case.mask == "hidden":  # all sealed tokens of the last sequence, and a head in which they are not
         reads = reads.repeat(1, case.heads[0], 1, 1)
         reads[-1, 1:, :, : case.sealed] = False
-    if case.mask == "nothing":  # a query that is padding itself: the mean of all values, as softmax gives
+    if case.mask in ("nothing", "infinitely nothing"):  # a query that is padding itself
         reads[-1] = False
     if case.mask in ("bool", "hidden", "nothing"):
         return reads
-    least = -float("inf") if case.mask == "infinite" else torch.finfo(case.dtype).min
+    least = -float("inf") if case.mask in ("infinite", "infinitely nothing") else torch.finfo(case.dtype).min
     return torch.zeros(reads.shape, dtype=case.dtype, device=DEVICE).masked_fill(~reads, least)
 
 
@@ -187,6 +187,7 @@ CASES = {
     "padding, infinite": Case(mask="infinite", batch=2, sealed=200),
     "all hidden": Case(mask="hidden", batch=2, softcap=5.0, sealed=200),
     "nothing read": Case(mask="nothing", batch=2, sealed=200),
+    "nothing read, infinite": Case(mask="infinitely nothing", batch=2, sealed=200, rotary_dim=16),
     "sinks and padding": Case(mask="bool", sinks=True, rotary_dim=8, batch=2),
     "2 bits": Case(sealed=200, k=grid(14, 2, 32, 1), v=grid(20, 2, 1, 32)),
     "3 bits": Case(sealed=200, k=grid(14, 3, 32, 1), v=grid(20, 3, 32, 4), rotary_dim=16),
@@ -254,7 +255,7 @@ def test_nothing_sealed() -> None:
 REFUSED = {
     "normalise keys by head and rotate them by halves": Case(rotary_dim=16),
     "rotate pairs": Case(rotary_dim=5),
-    "more than 128 per kv head": Case(new=65, recent=65),
+    "65 new tokens are too many": Case(new=65, recent=65),
     "16 or 32 bits": Case(dtype=torch.float64),
     "differ in dtype": Case(),
     "groups of keys": Case(),

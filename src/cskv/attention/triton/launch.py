@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cskv.attention.inputs import AttentionInputs
 from cskv.attention.partial import Partial
+from cskv.attention.rebuild import attends_to_latents
 from cskv.attention.tiled import exact, expanded
 from cskv.attention.triton.arguments import (
     arithmetic_arguments,
@@ -36,7 +37,6 @@ from cskv.latents.pages import PagedLatents
 from cskv.latents.view import Latents, PackedLatents, PlainLatents
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_HEAD_ROWS = 128  # beyond that keys would be rebuilt for every 64 rows again, where torch rebuilds them once
 JOIN_STEP, JOIN_BLOCK = 64, 64
 INTERPRETED_MULTIPROCESSORS = 2
 
@@ -72,9 +72,8 @@ def refusal(query: Float[Tensor, "batch q_heads new head_dim"], inputs: Attentio
         return "its kernels normalise keys by head and rotate them by halves, and do nothing else to them"
     if rope is not None and rope.cos is not None and (query.shape[3] % 2 or rope.cos.shape[-1] % 2):
         return f"its kernels rotate pairs of channels, and got {rope.cos.shape[-1]} of {query.shape[3]}"
-    head_rows = query.shape[2] * query.shape[1] // view.keys.shape[1]
-    if head_rows > MOST_HEAD_ROWS:
-        return f"new tokens times query heads are more than {MOST_HEAD_ROWS} per kv head, as in a prefill"
+    if not attends_to_latents(query.shape[2], query.shape[1], view.keys.shape[1]):
+        return f"{query.shape[2]} new tokens are too many, as in a prefill: rebuild keys and values for them"
     if factors.k.groups != factors.v.groups:
         return f"its kernels share a tile of tokens: {factors.k.groups} groups of keys, {factors.v.groups} of values"
     if not _same_pages(view.k, view.v):
@@ -105,14 +104,13 @@ def _dtype_refusal(query: Tensor, k: Latents, v: Latents, factors: LayerFactors)
     for latents, up in ((k, factors.k.up), (v, factors.v.up)):
         if not isinstance(latents, PlainLatents | PackedLatents | PagedLatents):
             return f"its kernels cannot read {type(latents).__name__}"
-        dtype = latents.tokens.dtype if isinstance(latents, PlainLatents) else latents.dtype
-        if not dtype == up.dtype == query.dtype:
-            return f"queries, factors and latents differ in dtype: {query.dtype}, {up.dtype} and {dtype}"
+        if not latents.dtype == up.dtype == query.dtype:
+            return f"queries, factors and latents differ in dtype: {query.dtype}, {up.dtype} and {latents.dtype}"
     return None
 
 
 def _same_pages(k: Latents, v: Latents) -> bool:
-    """Whether a token's keys and values are found by the same entry of a table, or neither by any."""
+    """Return whether a token's keys and values are found by the same entry of a table, or neither by any."""
     if not isinstance(k, PagedLatents) or not isinstance(v, PagedLatents):
         return not isinstance(k, PagedLatents) and not isinstance(v, PagedLatents)
     return k.table is v.table and k.lengths is v.lengths and k.pages.block_size == v.pages.block_size
