@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cskv.attention import dispatch, reference, tiled
 from cskv.attention.inputs import AttentionInputs, Logits, RMSNorm, Rotation, split_heads
+from cskv.attention.rebuild import attends_to_latents
 from cskv.attention.triton.plan import Plan
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
@@ -278,6 +279,16 @@ def test_says_what_it_refuses(reason: str) -> None:
     refused = made.by(launch.refusal)
     assert refused is not None
     assert reason in refused
+
+
+@pytest.mark.parametrize(("shared", "most"), [(1, 64), (2, 64), (4, 32), (8, 16)])
+def test_as_many_new_tokens_attend_to_latents_as_the_kernels_take(shared: int, most: int) -> None:
+    """Query heads that share a kv head are rows of it: with more of them, a piece of a prompt is long sooner."""
+    assert attends_to_latents(most, 2 * shared, 2)
+    assert not attends_to_latents(most + 1, 2 * shared, 2)
+    case = Case(heads=(shared, 1), new=most, recent=most + 2, sealed=20, rotary_dim=16)
+    check(case)
+    assert "too many" in str(make(replace(case, new=most + 1, recent=most + 2)).by(launch.refusal))
 
 
 def test_a_missing_triton_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
