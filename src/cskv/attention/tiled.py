@@ -65,16 +65,26 @@ def _sealed(query: Tensor, inputs: AttentionInputs, k: Latents, v: Latents, leng
     this holds for other lengths too.
     """
     factors, rotation, logits, value_heads = inputs.factors, inputs.rotation, inputs.logits, inputs.value_heads
-    keys = _Absorbed(query, factors.k) if rotation is None else _Rebuilt(query, factors.k, rotation)
-    tile = _tile(query, k, v, 1 if rotation is None and value_heads is None else factors.k.up.shape[0])
-    tiles, part = -(-length // tile), None
+    dtype, part = query.dtype, None
+    absorbed, bias = _absorbed(query, factors.k) if rotation is None else (query, None)
+    tile = _tile(query, inputs, k, v)
+    tiles = -(-length // tile)
     for index in range(tiles):
         start, stop = index * tile, None if index == tiles - 1 else (index + 1) * tile
-        scores = logits.of(keys.scores(_read(k, start, stop, query.dtype, scratch), start, scratch), start)
+        latents = k.read(start, stop, scratch)
+        if latents.dtype != dtype:
+            latents = _copied(latents, dtype, "latents", scratch)
+        if rotation is None:
+            products = _by_latents(absorbed, bias, latents, factors.k.groups, scratch)
+        else:
+            products = _by_keys(query, latents, start, factors.k, rotation, scratch)
+        scores = logits.of(products, start)
         if k.lengths is not None:
             scores.masked_fill_(beyond(k.lengths, start, start + scores.shape[-1]), -torch.inf)
         most, total = _weigh(scores)
-        latents = _read(v, start, stop, query.dtype, scratch)
+        latents = v.read(start, stop, scratch)
+        if latents.dtype != dtype:
+            latents = _copied(latents, dtype, "latents", scratch)
         if value_heads is None:
             sums = _summed(scores, latents, factors.v, scratch)
         else:
@@ -86,24 +96,20 @@ def _sealed(query: Tensor, inputs: AttentionInputs, k: Latents, v: Latents, leng
     return part if value_heads is not None else expanded(part, factors.v, query.shape[3])
 
 
-def _tile(query: Tensor, k: Latents, v: Latents, rebuilt: int) -> int:
+def _tile(query: Tensor, inputs: AttentionInputs, k: Latents, v: Latents) -> int:
     """Count the tokens of a tile: the most that keep its scores, and what is rebuilt or unpacked, within bounds.
 
     Blocks of packed latents are not cut, so that they are unpacked as blocks.
     """
     batch, heads, new, _ = query.shape
-    width, step = rebuilt, LEAST_TILE
-    for part in (k, v):
-        if not isinstance(part, PlainLatents):
-            width, step = max(width, 2 * part.rank), math.lcm(step, part.granularity)
+    factors = inputs.factors
+    width = 1 if inputs.rotation is None and inputs.value_heads is None else factors.k.up.shape[0]
+    for latents, own in ((k, factors.k), (v, factors.v)):
+        if not isinstance(latents, PlainLatents):
+            width = max(width, 2 * own.down.shape[0])
     tile = min(SCORES // (batch * heads * new), REBUILT // (batch * width))
+    step = math.lcm(LEAST_TILE, k.granularity, v.granularity)
     return max(1, tile // step) * step
-
-
-def _read(latents: Latents, start: int, stop: int | None, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """Read a tile's latents, in the dtype of products."""
-    tile = latents.read(start, stop, scratch)
-    return tile if tile.dtype == dtype else scratch.take("latents", tuple(tile.shape), dtype, tile.device).copy_(tile)
 
 
 def _weigh(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,41 +128,39 @@ def per_head(rows: Tensor, matrices: Tensor) -> Tensor:
     return torch.matmul(grouped, matrices).view(batch, heads, new, -1)
 
 
-class _Absorbed:
-    """Keys as linear functions of their latents: the query takes the up-projection."""
-
-    def __init__(self, query: Tensor, factors: Factors) -> None:
-        self._shape, self._groups = query.shape[:3], factors.groups
-        self._query = per_head(query, factors.up.unflatten(0, (-1, query.shape[3]))[None]).flatten(1, 2)
-        self._bias = None if factors.bias is None else per_head(query, factors.bias.view(1, -1, query.shape[3], 1))
-
-    def scores(self, latents: Tensor, _start: int, scratch: Scratch) -> Tensor:
-        shape = (self._query.shape[0], self._query.shape[1], latents.shape[1])
-        scores = scratch.take("products", shape, latents.dtype, latents.device)
-        _multiply(self._query, latents.transpose(1, 2), self._groups, 1, scores)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        if wide != scores.dtype:
-            scores = scratch.take("scores", shape, wide, latents.device).copy_(scores)
-        scores = scores.view(*self._shape, -1)
-        return scores if self._bias is None else scores.add_(self._bias)
+def _absorbed(query: Tensor, factors: Factors) -> tuple[Tensor, Tensor | None]:
+    """Give the keys' up-projection and bias to the query: (batch, q_heads, new, rank of a group) and (..., 1)."""
+    head_dim, bias = query.shape[3], factors.bias
+    products = None if bias is None else per_head(query, bias.view(1, -1, head_dim, 1))
+    return per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), products
 
 
-class _Rebuilt:
-    """Keys that are rotated, or normalised, after they were rebuilt."""
+def _by_latents(absorbed: Tensor, bias: Tensor | None, latents: Tensor, groups: int, scratch: Scratch) -> Tensor:
+    """Multiply absorbed queries by latents."""
+    rows = absorbed.flatten(1, 2)
+    shape = (rows.shape[0], rows.shape[1], latents.shape[1])
+    products = scratch.take("products", shape, latents.dtype, latents.device)
+    _multiply(rows, latents.transpose(1, 2), groups, 1, products)
+    wide = torch.promote_types(products.dtype, torch.float32)
+    if wide != products.dtype:
+        products = _copied(products, wide, "scores", scratch)
+    products = products.view(*absorbed.shape[:3], -1)
+    return products if bias is None else products.add_(bias)
 
-    def __init__(self, query: Tensor, factors: Factors, rotation: Rotation) -> None:
-        self._query, self._factors, self._rotation = query, factors, rotation
 
-    def scores(self, latents: Tensor, start: int, scratch: Scratch) -> Tensor:
-        shape = (*latents.shape[:2], self._factors.up.shape[0])
-        channels = self._factors.expand(latents, scratch.take("channels", shape, latents.dtype, latents.device))
-        if self._rotation.is_plain and self._rotation.norm is None:
-            heads = split_heads(channels, self._query.shape[3])
-            keys = scratch.take("keys", tuple(heads.shape), heads.dtype, heads.device)
-            keys = self._rotation.rotated(heads, start, keys)
-        else:  # products with strided matrices are many times slower
-            keys = self._rotation.keys(channels, start).contiguous()
-        return per_head(self._query, keys.transpose(2, 3))
+def _by_keys(
+    query: Tensor, latents: Tensor, start: int, factors: Factors, rotation: Rotation, scratch: Scratch
+) -> Tensor:
+    """Multiply queries by keys that are rebuilt from latents, and rotated or normalised then."""
+    shape = (*latents.shape[:2], factors.up.shape[0])
+    channels = factors.expand(latents, scratch.take("channels", shape, latents.dtype, latents.device))
+    if rotation.is_plain and rotation.norm is None:
+        heads = split_heads(channels, query.shape[3])
+        keys = scratch.take("keys", tuple(heads.shape), heads.dtype, heads.device)
+        keys = rotation.rotated(heads, start, keys)
+    else:  # products with strided matrices are many times slower
+        keys = rotation.keys(channels, start).contiguous()
+    return per_head(query, keys.transpose(2, 3))
 
 
 def _summed(weights: Tensor, latents: Tensor, factors: Factors, scratch: Scratch) -> Tensor:
@@ -164,7 +168,7 @@ def _summed(weights: Tensor, latents: Tensor, factors: Factors, scratch: Scratch
     batch, heads, new, _ = weights.shape
     rows = weights.flatten(1, 2)
     if rows.dtype != latents.dtype:
-        rows = scratch.take("weights", tuple(rows.shape), latents.dtype, rows.device).copy_(rows)
+        rows = _copied(rows, latents.dtype, "weights", scratch)
     sums = latents.new_empty(batch, heads * new, factors.up.shape[1])
     _multiply(rows, latents, latents.shape[2] // factors.up.shape[1], 2, sums)
     return sums.to(weights.dtype).view(batch, heads, new, -1)
@@ -183,6 +187,11 @@ def _multiply(rows: Tensor, latents: Tensor, groups: int, dim: int, out: Tensor)
                 product.copy_(torch.mm(row, matrix))
             else:
                 torch.mm(row, matrix, out=product)
+
+
+def _copied(x: Tensor, dtype: torch.dtype, name: str, scratch: Scratch) -> Tensor:
+    """Convert a tile's numbers in scratch memory."""
+    return scratch.take(name, tuple(x.shape), dtype, x.device).copy_(x)
 
 
 def expanded(part: Partial, factors: Factors, head_dim: int) -> Partial:
