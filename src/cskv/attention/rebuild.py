@@ -30,5 +30,7 @@ def rebuilt(
         k = factors.k.to(dtype=dtype).expand(view.k.read().to(dtype))
         v = factors.v.to(dtype=dtype).expand(view.v.read().to(dtype))
         old_keys = split_heads(k, keys.shape[-1]) if rotation is None else rotation.keys(k, 0)
+        if inputs.key_offset is not None:
+            old_keys = old_keys + inputs.key_offset.keys(0, old_keys.shape[2])
         old_values = split_heads(v, values.shape[-1]) if inputs.value_heads is None else inputs.value_heads(v)
     return torch.cat([old_keys.to(dtype), keys], dim=2), torch.cat([old_values.to(dtype), values], dim=2)

@@ -78,6 +78,8 @@ def _sealed(query: Tensor, inputs: AttentionInputs, k: Latents, v: Latents, leng
             products = _by_latents(absorbed, bias, latents, factors.k.groups, scratch)
         else:
             products = _by_keys(query, latents, start, factors.k, rotation, scratch)
+        if inputs.key_offset is not None:
+            products = products + inputs.key_offset.products(query, start, latents.shape[1])
         scores = logits.of(products, start)
         if k.lengths is not None:
             scores.masked_fill_(beyond(k.lengths, start, start + scores.shape[-1]), -torch.inf)

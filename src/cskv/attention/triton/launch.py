@@ -74,6 +74,8 @@ def refusal(query: Float[Tensor, "batch q_heads new head_dim"], inputs: Attentio
         return f"its kernels rotate pairs of channels, and got {rope.cos.shape[-1]} of {query.shape[3]}"
     if not attends_to_latents(query.shape[2], query.shape[1], view.keys.shape[1]):
         return f"{query.shape[2]} new tokens are too many, as in a prefill: rebuild keys and values for them"
+    if inputs.key_offset is not None and inputs.logits.softcap is not None:
+        return "its kernels cap logits before they add what keys leave out"
     if factors.k.groups != factors.v.groups:
         return f"its kernels share a tile of tokens: {factors.k.groups} groups of keys, {factors.v.groups} of values"
     if not _same_pages(view.k, view.v):
@@ -140,7 +142,7 @@ def _sealed(query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> P
     chosen = plan(shapes, _multiprocessors(query.device))
     arguments = {
         **keys_arguments(query, factors.k, rope),
-        **mask_arguments(logits.mask, query, k.length),
+        **mask_arguments(_mask(query, inputs, k.length), query, k.length),
         **page_arguments(k),
         **store_arguments("k", k),
         **store_arguments("v", v),
@@ -150,6 +152,18 @@ def _sealed(query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> P
     }
     parts = _fitted(chosen, shapes, query, arguments)
     return Partial(*(part.view(batch, q_heads, new, -1) for part in _joined(*parts)))
+
+
+def _mask(query: Tensor, inputs: AttentionInputs, sealed: int) -> Tensor | None:
+    """Return the mask of the sealed tokens, with the logits of what their keys leave out added to it."""
+    mask, offset = inputs.logits.mask, inputs.key_offset
+    if offset is None:
+        return mask
+    added = inputs.logits.scaling * offset.products(query, 0, sealed)
+    if mask is None:
+        return added
+    mask = mask[..., :sealed]
+    return added.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else added + mask
 
 
 def _fitted(chosen: Plan, shapes: Shapes, query: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
