@@ -1,4 +1,4 @@
-"""Attention over some of the tokens, and how such parts are joined: by the log-sum-exp of their logits.
+"""Attention over some of the tokens; such parts are joined by the log-sum-exp of their logits.
 
 With m the largest logit of a part, l = sum exp(logit - m) and s = sum exp(logit - m) * value, the parts of a softmax
 join as M = max m_i, and the result is sum exp(m_i - M) s_i / sum exp(m_i - M) l_i.

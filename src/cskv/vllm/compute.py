@@ -44,12 +44,11 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class LayerRules:
-    """How one layer attends.
+    """Rules of one layer's attention.
 
     Attributes:
         factors: of the layer's kv heads here.
-        rope: how rebuilt keys become those that queries meet, with cos and sin of all positions; None where they are
-            those already.
+        rope: norm and RoPE of rebuilt keys, with cos and sin of all positions; None where keys are linear in latents.
         logits: scaling and soft-capping.
         scratch: scratch tensors.
     """
@@ -122,7 +121,7 @@ def _decode(step: Step, cache: LayerCache, rules: LayerRules, query: Tensor, key
 def _prefill(
     step: Step, prefill: Prefill, cache: LayerCache, rules: LayerRules, query: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """(new, q_heads, head_dim) of one request."""
+    """Attend in one request: (new, q_heads, head_dim)."""
     query, keys, values = (part.transpose(0, 1)[None] for part in (query, keys, values))
     recent = prefill.length - prefill.sealed
     if recent and cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
@@ -151,7 +150,7 @@ def _prefill(
 def _latents(
     cache: LayerCache, table: Tensor, lengths: Tensor, most: int, least: int
 ) -> tuple[PagedLatents | None, PagedLatents | None]:
-    """Sealed tokens of keys and values; they share the table and the lengths, as kernels want it."""
+    """Return the sealed tokens of keys and values; they share the table and the lengths, as kernels need it."""
     if not most:
         return None, None
     return PagedLatents(cache.k, table, lengths, most, least), PagedLatents(cache.v, table, lengths, most, least)

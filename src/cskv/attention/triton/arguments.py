@@ -1,4 +1,4 @@
-"""The tensors, strides and constants that the Triton kernels take, from what attention is given."""
+"""Tensors, strides and constants of the Triton kernels, from the inputs of attention."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def page_arguments(latents: Latents) -> dict[str, Any]:
 
 
 class _Store(NamedTuple):
-    """Latents as the kernels take them. Those of a batch are strides of pages where they lie in pages."""
+    """Latents as the kernels take them. The strides of a batch are those of pages where latents lie in pages."""
 
     data: Tensor
     batch: int
@@ -168,12 +168,12 @@ def arithmetic_arguments(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _rows_contiguous(part: Tensor) -> Tensor:
-    """With the last dimension contiguous, as the kernels take it to be."""
+    """Make the last dimension contiguous, as the kernels take it to be."""
     return part if part.stride(-1) == 1 else part.contiguous()
 
 
 def _aligned(up: Tensor) -> Tensor:
-    """With rows that start at multiples of 16 bytes, so that they can be loaded 16 bytes at a time."""
+    """Start rows at multiples of 16 bytes, so that they can be loaded 16 bytes at a time."""
     if up.stride(1) == 1 and up.stride(0) * up.element_size() % 16 == 0:
         return up  # as the layer's factors are on a GPU: nothing is copied in a step
     missing = -up.shape[1] % (16 // up.element_size())

@@ -123,7 +123,7 @@ def _is_packed(latents: Latents) -> bool:
 
 
 def _sealed(query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> Partial:
-    """The compressed branch, with sums in latents."""
+    """Attend to the compressed branch, with sums in latents."""
     factors, rope, logits = inputs.factors, inputs.rotation, inputs.logits
     batch, q_heads, new, head_dim = query.shape
     groups, kv_heads = factors.k.groups, factors.k.kv_dim // head_dim
@@ -167,7 +167,7 @@ def _mask(query: Tensor, inputs: AttentionInputs, sealed: int) -> Tensor | None:
 
 
 def _fitted(chosen: Plan, shapes: Shapes, query: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """The partials of all splits, by the first plan that the device has room for."""
+    """Return the partials of all splits, by the first plan whose programs fit in shared memory."""
     from triton.runtime.errors import OutOfResources
 
     current = _fitting.get(chosen, chosen)
@@ -217,7 +217,7 @@ def _partials(chosen: Plan, shapes: Shapes, query: Tensor, arguments: dict[str, 
 
 
 def _joined(most: Tensor, total: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The partials of all splits, (splits, lines[, rank]), as one."""
+    """Join the partials of all splits, (splits, lines[, rank])."""
     from cskv.attention.triton import kernels
 
     splits, lines, rank = sums.shape
