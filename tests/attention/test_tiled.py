@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from cskv.attention import reference, tiled
 from cskv.attention.inputs import Rotation, split_heads
+from cskv.attention.rebuild import rebuilt
 from cskv.latents.view import PackedLatents, View
 from cskv.scratch import Scratch
 from tests.attention.problems import Problem
@@ -121,12 +123,27 @@ def test_norms_of_keys_and_values_are_applied_to_what_is_rebuilt(groups: int) ->
     assert torch.allclose(tiled.attention(problem.query(), inputs), expected, atol=3e-5)
 
 
-def test_rows_that_read_nothing_give_numbers() -> None:
-    """The padding of a left-padded batch attends to nothing; its output is never read, but must not be NaN."""
-    problem = Problem(batch=2, sealed=70)
-    logits = replace(problem.logits(mask="bool"), mask=torch.zeros(2, 1, 1, 75, dtype=torch.bool))
-    got = tiled.attention(problem.query(), problem.inputs(logits))
-    assert torch.isfinite(got).all()
+LEAST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("attention", [tiled.attention, reference.attention])
+@pytest.mark.parametrize("hiding", [False, -torch.inf, LEAST], ids=["bool", "infinite", "least"])
+@pytest.mark.parametrize("rotary", [None, 16])
+def test_what_masks_hide_is_hidden_as_by_the_models_own_attention(
+    attention, hiding: float, rotary: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole tiles, all that is sealed, all that is exact, and all: the padding of a left-padded batch reads nothing."""
+    monkeypatch.setattr(tiled, "SCORES", 1)  # tiles of 64 tokens
+    problem = Problem(batch=5, sealed=200, new=2, rotary=rotary)
+    mask = torch.ones(5, 1, 2, 205, dtype=torch.bool) if hiding is False else torch.zeros(5, 1, 2, 205)
+    for row, tokens in enumerate((slice(0, 150), slice(64, 128), slice(0, 200), slice(200, 205), slice(0, 205))):
+        mask[row, ..., tokens] = hiding
+    if hiding == LEAST:
+        mask[:3, ..., :100] = -torch.inf  # both kinds in one mask
+    inputs = problem.inputs(replace(problem.logits(), mask=mask))
+    keys, values = (part.repeat_interleave(2, dim=1) for part in rebuilt(inputs))
+    expected = scaled_dot_product_attention(problem.query(), keys, values, mask, scale=inputs.logits.scaling)
+    assert torch.allclose(attention(problem.query(), inputs), expected, atol=3e-5)
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cskv.attention.rebuild import MOST_NEW
 from cskv.quantization.grid import Grid
 from cskv.vllm import compute
 from cskv.vllm.compute import attend, write
@@ -149,7 +150,7 @@ def test_long_pieces_are_as_short_ones(softcap: float | None, monkeypatch: pytes
     )
     for problem in ("rope", "no rope, head groups, biased"):
         server = Server(setting("in groups", problem, (5, 4), softcap=softcap))
-        assert run(server, [[90, 3], [70, 64], [compute.MOST_NEW, 65], [1, 100], [1, 1]], [0]) <= TOLERANCE
+        assert run(server, [[90, 3], [70, 64], [MOST_NEW, 65], [1, 100], [1, 1]], [0]) <= TOLERANCE
     assert len(rebuilt) == (0 if softcap else 2 * 4)
 
 

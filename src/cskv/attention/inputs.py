@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ class RMSNorm(NamedTuple):
 
 @dataclass(frozen=True)
 class Rotation:
-    """From rebuilt key channels to the keys that queries meet: a family's norm and RoPE.
+    """A family's norm and RoPE, from rebuilt key channels to the keys that queries meet.
 
     Attributes:
         cos, sin: of the sealed tokens, or None where keys are only normalised.
@@ -33,7 +33,7 @@ class Rotation:
             cos and sin of the same tokens.
         is_plain: whether `heads` is x * cos + rotate_half(x) * sin on the first rotary_dim channels of every head,
             after `norm` if there is one, and nothing else, so that a kernel can do it.
-        norm: see there.
+        norm: the norm of each head that `is_plain` refers to.
     """
 
     cos: Float[Tensor, "#batch sealed rotary_dim"] | None
@@ -42,10 +42,16 @@ class Rotation:
     is_plain: bool = False
     norm: RMSNorm | None = None
 
+    def to(self, dtype: torch.dtype) -> Rotation:
+        """Return the same in another dtype."""
+        cos, sin = (None if part is None else part.to(dtype) for part in (self.cos, self.sin))
+        norm = None if self.norm is None else RMSNorm(self.norm.weight.to(dtype), self.norm.eps)
+        return replace(self, cos=cos, sin=sin, norm=norm)
+
     def keys(
         self, channels: Float[Tensor, "batch tokens kv_dim"], start: int
     ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
-        """The keys of sealed tokens from `start` on."""
+        """Return the keys of sealed tokens from `start` on."""
         stop = start + channels.shape[1]
         cos, sin = (None if part is None else part[:, start:stop] for part in (self.cos, self.sin))
         return self.heads(channels, cos, sin)
@@ -56,7 +62,7 @@ class Rotation:
         start: int,
         out: Float[Tensor, "batch kv_heads tokens head_dim"],
     ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
-        """The plain rotation alone, of sealed tokens from `start` on, into `out`, without a tensor as large."""
+        """Rotate sealed tokens from `start` on, plainly and without the norm, into `out`, without a tensor as large."""
         if self.cos is None or self.sin is None:
             raise ValueError("there is no rotation")
         rotary, stop = self.cos.shape[-1], start + heads.shape[2]
@@ -76,14 +82,56 @@ class Rotation:
 
 
 @dataclass(frozen=True)
+class KeyOffset:
+    """A constant that latents leave out of the keys: the key of sealed token t is the rebuilt one plus R_t constant.
+
+    Attributes:
+        rotation: RoPE alone, with cos and sin of the sealed tokens.
+        constant: the constant before RoPE.
+    """
+
+    rotation: Rotation
+    constant: Float[Tensor, " kv_dim"]
+
+    def keys(self, start: int, tokens: int) -> Float[Tensor, "#batch kv_heads tokens head_dim"]:
+        """Return the rotated constant of so many tokens from `start` on."""
+        batch = 1 if self.rotation.cos is None else self.rotation.cos.shape[0]
+        return self.rotation.keys(self.constant.expand(batch, tokens, -1), start)
+
+    def products(
+        self, query: Float[Tensor, "batch q_heads new head_dim"], start: int, tokens: int
+    ) -> Float[Tensor, "batch q_heads new tokens"]:
+        """Return q . R_t constant, unscaled, in fp32 or fp64, of so many tokens from `start` on.
+
+        A plain rotation is linear in cos and sin, so no keys are made: q . R_t b = (q b) . cos_t + (q rotate_half(b)) .
+        sin_t over the rotated channels, and q . b over the others.
+        """
+        query = query.to(torch.promote_types(query.dtype, torch.float32))
+        heads = query.shape[1]
+        cos, sin = self.rotation.cos, self.rotation.sin
+        if not self.rotation.is_plain or cos is None or sin is None:
+            keys = self.keys(start, tokens).to(query.dtype)
+            return query @ keys.repeat_interleave(heads // keys.shape[1], dim=1).transpose(2, 3)
+        rotary, constant = cos.shape[-1], self.constant.to(query.dtype).view(-1, 1, query.shape[3])
+        constant = constant.repeat_interleave(heads // constant.shape[0], dim=0)
+        turning, rest = constant[..., :rotary], constant[..., rotary:]
+        first, second = turning.chunk(2, dim=-1)
+        turned = torch.cat([turning, -second, first], dim=-1)
+        rows = (query[..., :rotary].repeat(1, 1, 1, 2) * turned).flatten(1, 2)
+        angles = torch.cat([cos[:, start : start + tokens], sin[:, start : start + tokens]], dim=-1)
+        products = (rows @ angles.to(query.dtype).transpose(1, 2)).view(*query.shape[:3], tokens)
+        return products + (query[..., rotary:] * rest).sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
 class Logits:
     """From products of queries and keys to logits: cap(scaling * q k) + mask, cap(x) = softcap * tanh(x / softcap).
 
     Attributes:
         scaling: mostly head_dim ** -0.5.
         softcap: None for no capping (Gemma2 has 50).
-        mask: which tokens of both branches, the sealed ones first, a query reads: True where it does, or a number that
-            is added. None lets every query read all tokens up to its own, the newest being the queries' own.
+        mask: the tokens of both branches, the sealed ones first, that a query reads: True where it does, or a number
+            that is added. None: every query reads all tokens up to its own, the newest being the queries' own.
         sinks: a further logit per query head that takes weight and gives nothing (GPT-OSS).
     """
 
@@ -95,14 +143,18 @@ class Logits:
     def of(
         self, products: Float[Tensor, "batch q_heads new tokens"], start: int
     ) -> Float[Tensor, "batch q_heads new tokens"]:
-        """The logits of the tokens from `start` on, in place of the products. A mask that is None is not applied."""
+        """Turn products into the logits of the tokens from `start` on: in place, but for 16 bits, which become fp32.
+
+        A mask that is None is not applied.
+        """
+        products = products.to(torch.promote_types(products.dtype, torch.float32))
         products *= self.scaling
         if self.softcap is not None:
             products.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.mask is not None:
             mask = self.mask[..., start : start + products.shape[-1]]
             if mask.dtype == torch.bool:
-                products.masked_fill_(~mask, torch.finfo(products.dtype).min)
+                products.masked_fill_(~mask, -torch.inf)
             else:
                 products += mask
         return products
@@ -120,6 +172,7 @@ class AttentionInputs:
         logits: scaling, soft-capping, mask and sinks.
         value_heads: from rebuilt channels, (batch, tokens, kv_dim), to values, (batch, kv_heads, tokens, head_dim),
             where a family normalises values. None: values are linear in their latents.
+        key_offset: what latents leave out of the keys of sealed tokens; None where they leave out nothing.
     """
 
     view: View
@@ -127,6 +180,13 @@ class AttentionInputs:
     rotation: Rotation | None
     logits: Logits
     value_heads: ToHeads | None = None
+    key_offset: KeyOffset | None = None
+
+    def to(self, dtype: torch.dtype) -> AttentionInputs:
+        """Return the same in another dtype, but for the latents: they are long, and converted as they are read."""
+        view = replace(self.view, keys=self.view.keys.to(dtype), values=self.view.values.to(dtype))
+        rotation = None if self.rotation is None else self.rotation.to(dtype)
+        return replace(self, view=view, factors=self.factors.to(dtype=dtype), rotation=rotation)
 
 
 def split_heads(
@@ -137,11 +197,11 @@ def split_heads(
 
 
 def causal_mask(new: int, tokens: int, device: torch.device) -> Bool[Tensor, "new tokens"]:
-    """Which of `tokens` exact tokens the queries of the last `new` of them read: those up to their own."""
+    """Return which of `tokens` exact tokens the queries of the last `new` of them read: those up to their own."""
     return torch.ones(new, tokens, dtype=torch.bool, device=device).tril_(tokens - new)
 
 
 def beyond(lengths: Int[Tensor, " batch"], start: int, stop: int) -> Bool[Tensor, "batch 1 1 tokens"]:
-    """Which tokens of a range lie past the end of each sequence, to hide them in (batch, heads, new, tokens)."""
+    """Return which tokens of a range lie past the end of each sequence, to hide them in (batch, heads, new, tokens)."""
     token = torch.arange(start, stop, device=lengths.device)
     return (token >= lengths[:, None])[:, None, None]

@@ -7,18 +7,20 @@ Latents are read once. The scores of a tile are (rows, tokens), rows being query
     values                                     sums += p c_v, and U_v sums once at the end
 
 Tiles are joined by log-sum-exp, and so is the exact branch. The longest tensor that a step makes is a tile.
+
+Products are computed in the query's dtype, except that float16 is widened to float32, a tile at a time: absorbed
+queries, scores and sums of weights all leave its range in real models.
 """
 
 from __future__ import annotations
 
 import math
-from functools import reduce
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.attention.inputs import AttentionInputs, Logits, Rotation, ToHeads, beyond, causal_mask, split_heads
+from cskv.attention.inputs import AttentionInputs, Logits, Rotation, beyond, causal_mask, split_heads
 from cskv.attention.partial import Partial
 from cskv.factorization.factors import Factors
 from cskv.latents.view import Latents, PlainLatents, View
@@ -32,199 +34,176 @@ LEAST_TILE = 64
 def attention(
     query: Float[Tensor, "batch q_heads new head_dim"], inputs: AttentionInputs, scratch: Scratch | None = None
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
-    """Compute `cskv.attention.dispatch.attention` in the query's dtype with sums in fp32."""
-    scratch = Scratch() if scratch is None else scratch
-    view, factors, rope, logits, value_heads = (
-        inputs.view, inputs.factors, inputs.rotation, inputs.logits, inputs.value_heads
-    )  # fmt: skip
-    parts = [exact(query, view, logits)]
-    if view.k is not None and view.v is not None and view.sealed:
-        keys = _Absorbed(query, factors.k, scratch) if rope is None else _Rebuilt(query, factors.k, rope, scratch)
-        values = (
-            _Summed(query, factors.v, scratch) if value_heads is None else _RebuiltValues(query, factors.v, value_heads)
-        )
-        parts.append(values.expanded(_sealed(query, view, keys, values, logits, scratch)))
-    return reduce(Partial.joined, parts).result(logits.sinks).to(query.dtype)
+    """Compute `cskv.attention.dispatch.attention`, with sums in fp32.
+
+    Query, exact tokens and factors are of one dtype, in which the result is given.
+    """
+    if query.dtype == torch.float16:
+        return attention(query.float(), inputs.to(torch.float32), scratch).to(query.dtype)
+    part, k, v = exact(query, inputs.view, inputs.logits), inputs.view.k, inputs.view.v
+    if k is not None and v is not None and (length := k.length):
+        part = part.joined(_sealed(query, inputs, k, v, length, Scratch() if scratch is None else scratch))
+    return part.result(inputs.logits.sinks).to(query.dtype)
 
 
 def exact(query: Tensor, view: View, logits: Logits) -> Partial:
-    """The exact branch."""
-    scores = logits.of(_wide(per_head(query, view.keys.transpose(2, 3))), view.sealed)
+    """Attend to the exact branch."""
+    keys, values = view.keys, view.values
+    if query.dtype == torch.float16:
+        query, keys, values = query.float(), keys.float(), values.float()
+    scores = logits.of(per_head(query, keys.transpose(2, 3)), 0 if logits.mask is None else view.sealed)
     if logits.mask is None and query.shape[2] > 1:
-        reads = causal_mask(query.shape[2], view.keys.shape[2], query.device)
-        scores.masked_fill_(~reads, torch.finfo(scores.dtype).min)
+        scores.masked_fill_(~causal_mask(query.shape[2], keys.shape[2], query.device), -torch.inf)
     if view.exists is not None:
-        scores.masked_fill_(~view.exists[:, None, None], torch.finfo(scores.dtype).min)
-    most, total, weights = _weights(scores)
-    return Partial(most, total, _wide(per_head(weights.to(view.values.dtype), view.values)))
+        scores.masked_fill_(~view.exists[:, None, None], -torch.inf)
+    most, total = _weigh(scores)
+    return Partial(most, total, per_head(scores.to(values.dtype), values).to(total.dtype))
 
 
-def _sealed(
-    query: Tensor,
-    view: View,
-    keys: _Absorbed | _Rebuilt,
-    values: _Summed | _RebuiltValues,
-    logits: Logits,
-    scratch: Scratch,
-) -> Partial:
-    """The compressed branch, with sums as `values` gives them."""
-    k, v, parts = view.k, view.v, None
-    if k is None or v is None:
-        raise ValueError("the view has no compressed branch")
-    tile = _tile(query, (k, v), max(keys.width, values.width))
-    for start in range(0, k.length, tile):
-        stop = min(start + tile, k.length)
-        scores = logits.of(keys.scores(k.read(start, stop, scratch), start), start)
+def _sealed(query: Tensor, inputs: AttentionInputs, k: Latents, v: Latents, length: int, scratch: Scratch) -> Partial:
+    """Attend to the compressed branch. Only the number of tiles follows from its length: what torch.compile makes of
+    this holds for other lengths too.
+    """
+    factors, rotation, logits, value_heads = inputs.factors, inputs.rotation, inputs.logits, inputs.value_heads
+    dtype, part = query.dtype, None
+    absorbed, bias = _absorbed(query, factors.k) if rotation is None else (query, None)
+    tile = _tile(query, inputs, k, v)
+    tiles = -(-length // tile)
+    for index in range(tiles):
+        start, stop = index * tile, None if index == tiles - 1 else (index + 1) * tile
+        latents = k.read(start, stop, scratch)
+        if latents.dtype != dtype:
+            latents = _copied(latents, dtype, "latents", scratch)
+        if rotation is None:
+            products = _by_latents(absorbed, bias, latents, factors.k.groups, scratch)
+        else:
+            products = _by_keys(query, latents, start, factors.k, rotation, scratch)
+        if inputs.key_offset is not None:
+            products = products + inputs.key_offset.products(query, start, latents.shape[1])
+        scores = logits.of(products, start)
         if k.lengths is not None:
-            scores.masked_fill_(beyond(k.lengths, start, stop), torch.finfo(scores.dtype).min)
-        most, total, weights = _weights(scores)
-        part = Partial(most, total, values.sums(weights, v.read(start, stop, scratch)))
-        parts = part if parts is None else parts.joined(part)
-    return parts  # type: ignore[return-value]
+            scores.masked_fill_(beyond(k.lengths, start, start + scores.shape[-1]), -torch.inf)
+        most, total = _weigh(scores)
+        latents = v.read(start, stop, scratch)
+        if latents.dtype != dtype:
+            latents = _copied(latents, dtype, "latents", scratch)
+        if value_heads is None:
+            sums = _summed(scores, latents, factors.v, scratch)
+        else:
+            values = value_heads(factors.v.expand(latents))
+            sums = per_head(scores.to(values.dtype), values).to(total.dtype)
+        of_tile = Partial(most, total, sums)
+        part = of_tile if part is None else part.joined(of_tile)
+    assert part is not None, "there is at least one tile"
+    return part if value_heads is not None else expanded(part, factors.v, query.shape[3])
 
 
-def _tile(query: Tensor, latents: tuple[Latents, Latents], rebuilt: int) -> int:
-    """Tokens per tile: the most that keep its scores, and what is rebuilt or unpacked, within bounds.
+def _tile(query: Tensor, inputs: AttentionInputs, k: Latents, v: Latents) -> int:
+    """Count the tokens of a tile: the most that keep its scores, and what is rebuilt or unpacked, within bounds.
 
     Blocks of packed latents are not cut, so that they are unpacked as blocks.
     """
     batch, heads, new, _ = query.shape
-    packed = [part for part in latents if not isinstance(part, PlainLatents)]
-    width = max(rebuilt, *(2 * part.rank for part in packed), 1)
+    factors = inputs.factors
+    width = 1 if inputs.rotation is None and inputs.value_heads is None else factors.k.up.shape[0]
+    for latents, own in ((k, factors.k), (v, factors.v)):
+        if not isinstance(latents, PlainLatents):
+            width = max(width, 2 * own.down.shape[0])
     tile = min(SCORES // (batch * heads * new), REBUILT // (batch * width))
-    step = math.lcm(LEAST_TILE, *(part.granularity for part in packed))
+    step = math.lcm(LEAST_TILE, k.granularity, v.granularity)
     return max(1, tile // step) * step
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In the dtype of logits and sums: fp32, or fp64 where all is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _weigh(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace logits by weights exp(logit - largest); return the largest logit and the sum of the weights.
 
-
-def _weights(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest logit, the sum of weights, and the weights exp(logit - largest), which replace the scores."""
-    most = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(most).exp_()
-    return most, weights.sum(-1, keepdim=True), weights
+    Logits of minus infinity weigh nothing, also where there are no others: the largest is never infinite itself.
+    """
+    most = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+    return most, scores.sub_(most).exp_().sum(-1, keepdim=True)
 
 
 def per_head(rows: Tensor, matrices: Tensor) -> Tensor:
-    """(batch, q_heads, new, a) times the (batch, kv_heads, a, b) of each query head's kv head."""
+    """Multiply (batch, q_heads, new, a) by the (batch, kv_heads, a, b) of each query head's kv head."""
     batch, heads, new, inner = rows.shape
     grouped = rows.reshape(batch, matrices.shape[1], -1, inner)
     return torch.matmul(grouped, matrices).view(batch, heads, new, -1)
 
 
-class _Absorbed:
-    """Keys as linear functions of their latents: the query takes the up-projection."""
-
-    width = 0  # numbers per token that are rebuilt
-
-    def __init__(self, query: Tensor, factors: Factors, scratch: Scratch) -> None:
-        self._shape, self._groups, self._scratch = query.shape[:3], factors.groups, scratch
-        head_dim = query.shape[3]
-        self._query = _to_groups(per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), factors.groups)
-        self._bias: Tensor | None = None
-        if factors.bias is not None:
-            self._bias = _wide(per_head(query, factors.bias.view(1, -1, head_dim, 1)))
-
-    def scores(self, latents: Tensor, _start: int) -> Tensor:
-        batch, heads, new = self._shape
-        shape = (batch, heads * new, latents.shape[1])
-        products = self._scratch.take("products", shape, latents.dtype, latents.device)
-        parts = zip(self._query, latents.chunk(self._groups, dim=2), products.chunk(self._groups, dim=1), strict=True)
-        for query, part, out in parts:
-            _multiply(query, part.transpose(1, 2), out)
-        scores = _copied(products, torch.promote_types(products.dtype, torch.float32), self._scratch, "scores")
-        scores = scores.view(batch, heads, new, -1)
-        return scores if self._bias is None else scores.add_(self._bias)
+def _absorbed(query: Tensor, factors: Factors) -> tuple[Tensor, Tensor | None]:
+    """Give the keys' up-projection and bias to the query: (batch, q_heads, new, rank of a group) and (..., 1)."""
+    head_dim, bias = query.shape[3], factors.bias
+    products = None if bias is None else per_head(query, bias.view(1, -1, head_dim, 1))
+    return per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), products
 
 
-class _Rebuilt:
-    """Keys that are rotated, or normalised, after they were rebuilt."""
-
-    def __init__(self, query: Tensor, factors: Factors, rope: Rotation, scratch: Scratch) -> None:
-        self.width = factors.kv_dim
-        self._query, self._factors, self._rope, self._scratch = query, factors, rope, scratch
-
-    def scores(self, latents: Tensor, start: int) -> Tensor:
-        shape = (*latents.shape[:2], self.width)
-        channels = self._factors.expand(latents, self._scratch.take("channels", shape, latents.dtype, latents.device))
-        return _wide(per_head(self._query, self._keys(channels, start).transpose(2, 3)))
-
-    def _keys(self, channels: Tensor, start: int) -> Tensor:
-        if not self._rope.is_plain or self._rope.norm is not None:
-            return self._rope.keys(channels, start).contiguous()  # products with strided matrices are many times slower
-        heads = split_heads(channels, self._query.shape[3])
-        keys = self._scratch.take("keys", tuple(heads.shape), heads.dtype, heads.device)
-        return self._rope.rotated(heads, start, keys)
+def _by_latents(absorbed: Tensor, bias: Tensor | None, latents: Tensor, groups: int, scratch: Scratch) -> Tensor:
+    """Multiply absorbed queries by latents."""
+    rows = absorbed.flatten(1, 2)
+    shape = (rows.shape[0], rows.shape[1], latents.shape[1])
+    products = scratch.take("products", shape, latents.dtype, latents.device)
+    _multiply(rows, latents.transpose(1, 2), groups, 1, products)
+    wide = torch.promote_types(products.dtype, torch.float32)
+    if wide != products.dtype:
+        products = _copied(products, wide, "scores", scratch)
+    products = products.view(*absorbed.shape[:3], -1)
+    return products if bias is None else products.add_(bias)
 
 
-class _Summed:
-    """Values as linear functions of their latents: weights are summed with these."""
-
-    width = 0
-
-    def __init__(self, query: Tensor, factors: Factors, scratch: Scratch) -> None:
-        self._head_dim, self._factors, self._scratch = query.shape[3], factors, scratch
-
-    def sums(self, weights: Tensor, latents: Tensor) -> Tensor:
-        batch, heads, new, _ = weights.shape
-        groups = self._factors.groups
-        weights = _copied(weights, latents.dtype, self._scratch, "weights").flatten(1, 2)
-        sums = latents.new_empty(batch, heads * new, latents.shape[2] // groups)
-        parts = zip(weights.chunk(groups, dim=1), latents.chunk(groups, dim=2), sums.chunk(groups, dim=1), strict=True)
-        for rows, part, out in parts:
-            _multiply(rows, part, out)
-        return _wide(sums).view(batch, heads, new, -1)
-
-    def expanded(self, part: Partial) -> Partial:
-        return expanded(part, self._factors, self._head_dim)
+def _by_keys(
+    query: Tensor, latents: Tensor, start: int, factors: Factors, rotation: Rotation, scratch: Scratch
+) -> Tensor:
+    """Multiply queries by keys that are rebuilt from latents, and rotated or normalised then."""
+    shape = (*latents.shape[:2], factors.up.shape[0])
+    channels = factors.expand(latents, scratch.take("channels", shape, latents.dtype, latents.device))
+    if rotation.is_plain and rotation.norm is None:
+        heads = split_heads(channels, query.shape[3])
+        keys = scratch.take("keys", tuple(heads.shape), heads.dtype, heads.device)
+        keys = rotation.rotated(heads, start, keys)
+    else:  # products with strided matrices are many times slower
+        keys = rotation.keys(channels, start).contiguous()
+    return per_head(query, keys.transpose(2, 3))
 
 
-class _RebuiltValues:
-    """Values that are normalised after they were rebuilt (Gemma4)."""
-
-    def __init__(self, _query: Tensor, factors: Factors, heads: ToHeads) -> None:
-        self.width = factors.kv_dim
-        self._factors, self._heads = factors, heads
-
-    def sums(self, weights: Tensor, latents: Tensor) -> Tensor:
-        values = self._heads(self._factors.expand(latents))
-        return _wide(per_head(weights.to(values.dtype), values))
-
-    def expanded(self, part: Partial) -> Partial:
-        return part
+def _summed(weights: Tensor, latents: Tensor, factors: Factors, scratch: Scratch) -> Tensor:
+    """Sum value latents by weights of a tile."""
+    batch, heads, new, _ = weights.shape
+    rows = weights.flatten(1, 2)
+    if rows.dtype != latents.dtype:
+        rows = _copied(rows, latents.dtype, "weights", scratch)
+    sums = latents.new_empty(batch, heads * new, factors.up.shape[1])
+    _multiply(rows, latents, latents.shape[2] // factors.up.shape[1], 2, sums)
+    return sums.to(weights.dtype).view(batch, heads, new, -1)
 
 
-def _multiply(rows: Tensor, matrices: Tensor, out: Tensor) -> None:
-    """(batch, a, b) times (batch, b, c), where each matrix is a part of a larger one."""
-    if not rows.is_cpu:
-        out.copy_(torch.bmm(rows, matrices))
-        return
-    # A batched product would first copy matrices that are not packed together in memory.
-    for row, matrix, product in zip(rows, matrices, out, strict=True):
-        if torch.compiler.is_compiling():
-            product.copy_(torch.mm(row, matrix))
-        else:
-            torch.mm(row, matrix, out=product)
+def _multiply(rows: Tensor, latents: Tensor, groups: int, dim: int, out: Tensor) -> None:
+    """Multiply the rows of each group of heads, (batch, rows, a), by its part of the latents along `dim`."""
+    parts = zip(rows.chunk(groups, 1), latents.chunk(groups, dim), out.chunk(groups, 1), strict=True)
+    for own, matrices, products in parts:
+        if not rows.is_cpu:
+            products.copy_(torch.bmm(own, matrices))
+            continue
+        # A batched product would first copy matrices that are not packed together in memory.
+        for row, matrix, product in zip(own, matrices, products, strict=True):
+            if torch.compiler.is_compiling():
+                product.copy_(torch.mm(row, matrix))
+            else:
+                torch.mm(row, matrix, out=product)
 
 
-def _copied(x: Tensor, dtype: torch.dtype, scratch: Scratch, name: str) -> Tensor:
-    """In another dtype, in scratch memory; itself if it has that dtype."""
-    return x if x.dtype == dtype else scratch.take(name, tuple(x.shape), dtype, x.device).copy_(x)
+def _copied(x: Tensor, dtype: torch.dtype, name: str, scratch: Scratch) -> Tensor:
+    """Convert a tile's numbers in scratch memory."""
+    return scratch.take(name, tuple(x.shape), dtype, x.device).copy_(x)
 
 
 def expanded(part: Partial, factors: Factors, head_dim: int) -> Partial:
-    """Sums of value latents as sums of values: U_v once per query head, and the bias as often as there is weight."""
+    """Turn sums of value latents into sums of values: U_v and the bias once per query head, on the mean latents.
+
+    The sums themselves grow with the tokens, and leave the range of float16.
+    """
     up = factors.up.unflatten(0, (-1, head_dim)).transpose(1, 2)[None]
-    sums = _wide(per_head(part.sums.to(up.dtype), up))
+    means = per_head((part.sums / part.total.clamp(min=1)).to(up.dtype), up).to(part.sums.dtype)
     if factors.bias is not None:
-        bias = factors.bias.view(1, -1, 1, head_dim)
-        sums = sums + _wide(per_head(part.total.to(bias.dtype), bias))
-    return Partial(part.most, part.total, sums)
-
-
-def _to_groups(rows: Tensor, groups: int) -> list[Tensor]:
-    """(batch, q_heads, new, a) as one (batch, rows, a) for each group of heads."""
-    return [part.flatten(1, 2) for part in rows.chunk(groups, dim=1)]
+        heads = factors.bias.view(1, -1, 1, head_dim)
+        means = means + heads.repeat_interleave(means.shape[1] // heads.shape[1], dim=1)
+    return Partial(part.most, part.total, means * part.total)

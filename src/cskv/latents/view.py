@@ -1,4 +1,4 @@
-"""What a query reads of one layer's cache: tensors and their layout, without a word on how they came there.
+"""The tensors that a query reads of one layer's cache and their layout, without a word on how they came there.
 
 The cache makes views and attention reads them. Neither knows the other, so kernels are tested without a cache and the
 cache without kernels.
@@ -6,7 +6,7 @@ cache without kernels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -38,6 +38,10 @@ class Latents(Protocol):
         """Tokens of every sequence, where they differ; `length` is the largest then. None: all have `length`."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which they are read."""
+
+    @property
     def granularity(self) -> int:
         """Tokens that are best read together: a range should begin at a multiple of so many."""
 
@@ -57,10 +61,12 @@ class PlainLatents:
     """Latents in the dtype in which they came.
 
     Attributes:
-        tokens: the latents. Rows of a batch may be further apart in memory than their tokens: there is room for more.
+        tokens: the latents. Rows of a batch may be further apart in memory, with spare capacity between.
     """
 
     tokens: Float[Tensor, "batch tokens rank"]
+    lengths: None = field(default=None, init=False)
+    granularity: int = field(default=1, init=False)
 
     @property
     def batch(self) -> int:
@@ -75,12 +81,8 @@ class PlainLatents:
         return self.tokens.shape[2]
 
     @property
-    def lengths(self) -> None:
-        return None
-
-    @property
-    def granularity(self) -> int:
-        return 1
+    def dtype(self) -> torch.dtype:
+        return self.tokens.dtype
 
     def read(
         self, start: int = 0, stop: int | None = None, scratch: Scratch | None = None
@@ -107,6 +109,7 @@ class PackedLatents:
     grid: Grid
     dtype: torch.dtype
     token_block: Int[Tensor, " tokens"] | None = None
+    lengths: None = field(default=None, init=False)
 
     @property
     def batch(self) -> int:
@@ -121,10 +124,6 @@ class PackedLatents:
         return self.grid.rank
 
     @property
-    def lengths(self) -> None:
-        return None
-
-    @property
     def granularity(self) -> int:
         return self.grid.block_tokens
 
@@ -136,7 +135,7 @@ class PackedLatents:
         if rows is not None:
             rows = rows[start:stop]
         elif start % size == 0:
-            scales, minima = (part[:, start // size :] for part in (scales, minima))
+            scales, minima = scales[:, start // size :], minima[:, start // size :]
         else:
             rows = torch.arange(start, start + payload.shape[1], device=payload.device) // size
         return dequantise(payload, scales, minima, self.grid, rows, self.dtype, scratch)
@@ -150,8 +149,8 @@ class View:
         keys, values: the exact branch, after norm and RoPE. The newest of its tokens are those of the forward.
         k: latents of the older tokens' keys, before norm and RoPE (commuting ones: after both); None where there are
             no older tokens.
-        v: latents of their values; None as well.
-        exists: which exact tokens there are, where sequences have different numbers of them. The others hold zeros.
+        v: latents of their values; None where `k` is.
+        exists: which exact tokens exist, where sequences have different numbers of them. The others hold zeros.
             None: all.
     """
 

@@ -1,4 +1,4 @@
-"""How a layer's logits become weights, found by experiment: what its attention function is told, and what it heeds.
+"""The rules by which a layer's logits become weights, found by experiment: which arguments its function heeds.
 
 Attention functions take whatever a family passes on: scaling, soft-capping, sinks, and more in families to come. While
 the probe's tokens go through the model, every call is repeated by the reference; where that gives the same output, the
@@ -27,11 +27,11 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torc
 
 @dataclass(frozen=True)
 class Understanding:
-    """What is known of a layer's attention.
+    """Findings about a layer's attention.
 
     Attributes:
-        ignored: arguments that its function is given and does not heed (sdpa and soft-capping, before it refused that).
-        why_rebuild: why old keys and values must be rebuilt for it; None where our function can stand in.
+        ignored: arguments that its function receives but ignores (sdpa and soft-capping, before it refused that).
+        why_rebuild: the reason to rebuild old keys and values for it; None where our function can stand in.
     """
 
     ignored: frozenset[str] = frozenset()
@@ -39,7 +39,7 @@ class Understanding:
 
 
 def logits_of(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any], ignored: frozenset[str]) -> Logits:
-    """What an attention function is told, as transformers' families say it, but for what it ignores."""
+    """Read an attention function's arguments as transformers' families pass them, but for what it ignores."""
     scaling = kwargs.get("scaling")
     return Logits(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -51,7 +51,7 @@ def logits_of(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any], ignore
 
 @contextmanager
 def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], Understanding]]:
-    """Watch one forward without a past; then, ask what is known of a module's attention.
+    """Watch one forward without a past, then answer what is known of a module's attention.
 
     Old keys and values must be rebuilt where its attention is none of `UNDERSTOOD`, where the reference gives another
     output, and where another layer reads this layer's keys and values too.
@@ -100,7 +100,7 @@ _current: list[Callable[..., Any]] = []  # registered functions stay; what they 
 def _ignored(
     output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> frozenset[str] | None:
-    """Which arguments the function did not heed, by the reference that comes closest; None if none comes close."""
+    """Return the arguments that the function ignored, by the reference that comes closest; None if none is close."""
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
         return None
     mask = None if mask is None else mask[..., : key.shape[2]]

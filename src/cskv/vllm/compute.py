@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cskv.attachment.attending import MOST_NEW
 from cskv.attention.dispatch import attention
 from cskv.attention.inputs import AttentionInputs, Logits, Rotation, causal_mask
-from cskv.attention.rebuild import rebuilt
+from cskv.attention.rebuild import attends_to_latents, rebuilt
 from cskv.cache.pages import is_grouped, seal, store
 from cskv.cache.ring import Ring
 from cskv.factorization.factors import LayerFactors
@@ -45,12 +44,11 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class LayerRules:
-    """How one layer attends.
+    """Rules of one layer's attention.
 
     Attributes:
         factors: of the layer's kv heads here.
-        rope: how rebuilt keys become those that queries meet, with cos and sin of all positions; None where they are
-            those already.
+        rope: norm and RoPE of rebuilt keys, with cos and sin of all positions; None where keys are linear in latents.
         logits: scaling and soft-capping.
         scratch: scratch tensors.
     """
@@ -123,7 +121,7 @@ def _decode(step: Step, cache: LayerCache, rules: LayerRules, query: Tensor, key
 def _prefill(
     step: Step, prefill: Prefill, cache: LayerCache, rules: LayerRules, query: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """(new, q_heads, head_dim) of one request."""
+    """Attend in one request: (new, q_heads, head_dim)."""
     query, keys, values = (part.transpose(0, 1)[None] for part in (query, keys, values))
     recent = prefill.length - prefill.sealed
     if recent and cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
@@ -140,8 +138,10 @@ def _prefill(
         prefill.sealed,
     )
     inputs = rules.inputs(View(keys, values, k, v))
-    if query.shape[2] <= MOST_NEW or rules.logits.softcap is not None:
+    if attends_to_latents(query.shape[2], query.shape[1], keys.shape[1]):
         result = attention(query, inputs, scratch=rules.scratch)
+    elif rules.logits.softcap is not None:  # torch's own attention has none
+        result = attention(query, inputs, backend="torch", scratch=rules.scratch)
     else:
         result = _on_rebuilt(query, inputs)
     return result[0].transpose(0, 1)
@@ -150,7 +150,7 @@ def _prefill(
 def _latents(
     cache: LayerCache, table: Tensor, lengths: Tensor, most: int, least: int
 ) -> tuple[PagedLatents | None, PagedLatents | None]:
-    """Sealed tokens of keys and values; they share the table and the lengths, as kernels want it."""
+    """Return the sealed tokens of keys and values; they share the table and the lengths, as kernels need it."""
     if not most:
         return None, None
     return PagedLatents(cache.k, table, lengths, most, least), PagedLatents(cache.v, table, lengths, most, least)

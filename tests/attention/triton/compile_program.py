@@ -21,8 +21,8 @@ from cskv.quantization.triton import launch as quantization_launch
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32",
-    torch.int64: "*i64",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16",
+    torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 
 
@@ -55,23 +55,23 @@ class Compiled:
         print(self.kernel.__name__, compiled.metadata.shared)
 
 
-def step(rank: int, packed: bool, rotated: bool, normalised: bool = False, page: int = 0) -> None:
+def step(rank: int, packed: bool, rotated: bool, normalised: bool = False, page: int = 0, dtype=torch.bfloat16) -> None:
     """One step of an 8B model's layer, with latents in pages of so many tokens unless that is 0."""
-    values, exact = torch.zeros(1, 4000, rank).bfloat16(), torch.zeros(1, 8, 32, 128).bfloat16()
+    values, exact = torch.zeros(1, 4000, rank).to(dtype), torch.zeros(1, 8, 32, 128).to(dtype)
     k: Latents = PlainLatents(values)
     v, grids = k, (Grid.uniform(rank, 3, (min(page or 32, 32), 1)), Grid.uniform(rank, 4, (1, 32)))
     if page:
-        layout = PageLayout(rank, rank, torch.bfloat16, *grids if packed else ())
+        layout = PageLayout(rank, rank, dtype, *grids if packed else ())
         table, lengths = torch.zeros(1, -(-4000 // page), dtype=torch.int32), torch.tensor([4000])
         storage = torch.zeros(1, layout.page_bytes(page), dtype=torch.uint8)
         k, v = (PagedLatents(pages, table, lengths, 4000) for pages in layout.pages(storage, page))
     elif packed:
-        k, v = (PackedLatents(*quantise(values, grid), grid, torch.bfloat16) for grid in grids)
-    factors = Factors(torch.zeros(rank, 8).bfloat16(), torch.zeros(1024, rank).bfloat16())
-    angles = torch.zeros(1, 4000, 128).bfloat16()
-    norm = RMSNorm(torch.ones(128).bfloat16(), 1e-6) if normalised else None
+        k, v = (PackedLatents(*quantise(values, grid), grid, dtype) for grid in grids)
+    factors = Factors(torch.zeros(rank, 8).to(dtype), torch.zeros(1024, rank).to(dtype))
+    angles = torch.zeros(1, 4000, 128).to(dtype)
+    norm = RMSNorm(torch.ones(128).to(dtype), 1e-6) if normalised else None
     rope = Rotation(angles, angles, lambda channels, *_: channels, is_plain=True, norm=norm) if rotated else None
-    query = torch.zeros(1, 32, 1, 128).bfloat16()
+    query = torch.zeros(1, 32, 1, 128).to(dtype)
     layer, logits = LayerFactors(factors, factors), Logits(128**-0.5)
     launch.attention(query, AttentionInputs(View(exact, exact, k, v), layer, rope, logits))
 
@@ -84,7 +84,7 @@ if __name__ == "__main__":
         Compiled(kernel) for kernel in (quantization_kernels.parameters, quantization_kernels.codes)
     )
     launch._multiprocessors = lambda _device: 132
-    step(208, packed=False, rotated=False)
+    step(208, packed=False, rotated=False, dtype=torch.float16)
     step(205, packed=True, rotated=False)
     step(205, packed=False, rotated=True)
     step(1024, packed=False, rotated=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cskv.attention import dispatch, reference, tiled
 from cskv.attention.inputs import AttentionInputs, Logits, RMSNorm, Rotation, split_heads
+from cskv.attention.rebuild import attends_to_latents
 from cskv.attention.triton.plan import Plan
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
@@ -141,11 +142,11 @@ def mask_of(case: Case, length: int) -> Tensor | None:
     if case.mask == "hidden":  # all sealed tokens of the last sequence, and a head in which they are not
         reads = reads.repeat(1, case.heads[0], 1, 1)
         reads[-1, 1:, :, : case.sealed] = False
-    if case.mask == "nothing":  # a query that is padding itself: the mean of all values, as softmax gives
+    if case.mask in ("nothing", "infinitely nothing"):  # a query that is padding itself
         reads[-1] = False
     if case.mask in ("bool", "hidden", "nothing"):
         return reads
-    least = -float("inf") if case.mask == "infinite" else torch.finfo(case.dtype).min
+    least = -float("inf") if case.mask in ("infinite", "infinitely nothing") else torch.finfo(case.dtype).min
     return torch.zeros(reads.shape, dtype=case.dtype, device=DEVICE).masked_fill(~reads, least)
 
 
@@ -187,6 +188,7 @@ CASES = {
     "padding, infinite": Case(mask="infinite", batch=2, sealed=200),
     "all hidden": Case(mask="hidden", batch=2, softcap=5.0, sealed=200),
     "nothing read": Case(mask="nothing", batch=2, sealed=200),
+    "nothing read, infinite": Case(mask="infinitely nothing", batch=2, sealed=200, rotary_dim=16),
     "sinks and padding": Case(mask="bool", sinks=True, rotary_dim=8, batch=2),
     "2 bits": Case(sealed=200, k=grid(14, 2, 32, 1), v=grid(20, 2, 1, 32)),
     "3 bits": Case(sealed=200, k=grid(14, 3, 32, 1), v=grid(20, 3, 32, 4), rotary_dim=16),
@@ -254,7 +256,7 @@ def test_nothing_sealed() -> None:
 REFUSED = {
     "normalise keys by head and rotate them by halves": Case(rotary_dim=16),
     "rotate pairs": Case(rotary_dim=5),
-    "more than 128 per kv head": Case(new=65, recent=65),
+    "65 new tokens are too many": Case(new=65, recent=65),
     "16 or 32 bits": Case(dtype=torch.float64),
     "differ in dtype": Case(),
     "groups of keys": Case(),
@@ -277,6 +279,16 @@ def test_says_what_it_refuses(reason: str) -> None:
     refused = made.by(launch.refusal)
     assert refused is not None
     assert reason in refused
+
+
+@pytest.mark.parametrize(("shared", "most"), [(1, 64), (2, 64), (4, 32), (8, 16)])
+def test_as_many_new_tokens_attend_to_latents_as_the_kernels_take(shared: int, most: int) -> None:
+    """Query heads that share a kv head are rows of it: with more of them, a piece of a prompt is long sooner."""
+    assert attends_to_latents(most, 2 * shared, 2)
+    assert not attends_to_latents(most + 1, 2 * shared, 2)
+    case = Case(heads=(shared, 1), new=most, recent=most + 2, sealed=20, rotary_dim=16)
+    check(case)
+    assert "too many" in str(make(replace(case, new=most + 1, recent=most + 2)).by(launch.refusal))
 
 
 def test_a_missing_triton_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

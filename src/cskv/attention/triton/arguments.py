@@ -1,4 +1,4 @@
-"""The tensors, strides and constants that the Triton kernels take, from what attention is given."""
+"""Tensors, strides and constants of the Triton kernels, from the inputs of attention."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from cskv.quantization.tables import channel_table, most_planes
 
 
 def keys_arguments(query: Tensor, factors: Factors, rope: Rotation | None) -> dict[str, Any]:
-    """The query, absorbed or as it is, and what rebuilds keys."""
+    """Return the query, absorbed or as it is, and what rebuilds keys."""
     head_dim, bias = query.shape[3], factors.bias
+    scale: Tensor | None = None
     of_query: Tensor | None = None
     up, cos, sin, norm = None, None, None, None
     if rope is None:
         if bias is not None:
-            of_query = per_head(query, bias.view(1, -1, head_dim, 1)).float().contiguous()
-        query = per_head(query, factors.up.unflatten(0, (-1, head_dim))[None])
+            of_query = per_head(query.float(), bias.float().view(1, -1, head_dim, 1)).contiguous()
+        query, scale = _absorbed(query, factors.up.unflatten(0, (-1, head_dim))[None])
     else:
         up, norm = _aligned(factors.up), rope.norm
         cos, sin = (_by_sequence(part, query.shape[0]) for part in (rope.cos, rope.sin))
     rows = _rows_contiguous(query.flatten(1, 2))
     return {
         "query": rows,
+        "query_scale": scale,
         "query_bias": of_query,
         "up": up,
         "key_bias": None if rope is None or bias is None else bias.contiguous(),
@@ -50,13 +52,23 @@ def keys_arguments(query: Tensor, factors: Factors, rope: Rotation | None) -> di
         "HEAD_DIM": head_dim,
         "ROTARY_DIM": 0 if cos is None else cos.shape[-1],
         "HALF": padded(head_dim // 2),
+        "HAS_SCALE": scale is not None,
         "HAS_BIAS": bias is not None,
         "HAS_NORM": norm is not None,
     }
 
 
+def _absorbed(query: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return U_k^T q, in float16 as rows of at most 1 and what they were divided by: they may be out of its range."""
+    if query.dtype != torch.float16:
+        return per_head(query, up), None
+    wide = per_head(query.float(), up.float())
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float16).tiny)
+    return (wide / scale).half(), scale.contiguous()
+
+
 def mask_arguments(mask: Tensor | None, query: Tensor, sealed: int) -> dict[str, Any]:
-    """The sealed tokens' mask; strides of 0 for what it is broadcast over. None lets all queries read all of them."""
+    """Return the sealed tokens' mask, with strides of 0 where it is broadcast. None: all queries read all tokens."""
     strides: tuple[int, ...] = (0, 0, 0, 0)
     kind = 0
     if mask is not None:
@@ -69,7 +81,7 @@ def mask_arguments(mask: Tensor | None, query: Tensor, sealed: int) -> dict[str,
 
 
 def page_arguments(latents: Latents) -> dict[str, Any]:
-    """The tokens of every request and the pages that they lie in; nothing where latents are not in pages."""
+    """Return the tokens of every request and the pages that they lie in; nothing for latents that are not in pages."""
     if not isinstance(latents, PagedLatents):
         return {"page_table": None, "lengths": None, "page_row": None, "PAGE": 0}
     table = _rows_contiguous(latents.table)
@@ -82,7 +94,7 @@ def page_arguments(latents: Latents) -> dict[str, Any]:
 
 
 class _Store(NamedTuple):
-    """Latents as the kernels take them. Those of a batch are strides of pages where they lie in pages."""
+    """Latents as the kernels take them. The strides of a batch are those of pages where latents lie in pages."""
 
     data: Tensor
     batch: int
@@ -127,7 +139,7 @@ class _Store(NamedTuple):
 
 
 def store_arguments(name: str, latents: Latents) -> dict[str, Any]:
-    """The latents of "k" or "v"."""
+    """Return the latents of "k" or "v"."""
     store = _Store.of(latents)
     upper = name.upper()
     return {
@@ -143,7 +155,7 @@ def store_arguments(name: str, latents: Latents) -> dict[str, Any]:
 
 
 def arithmetic_arguments(dtype: torch.dtype) -> dict[str, Any]:
-    """In what the products are computed: the dtype, and fp32 without TF32."""
+    """Return the dtype and precision of the products: fp32 goes without TF32."""
     import triton.language as tl
 
     from cskv.attention.triton import kernels
@@ -156,12 +168,12 @@ def arithmetic_arguments(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _rows_contiguous(part: Tensor) -> Tensor:
-    """With the last dimension contiguous, as the kernels take it to be."""
+    """Make the last dimension contiguous, as the kernels take it to be."""
     return part if part.stride(-1) == 1 else part.contiguous()
 
 
 def _aligned(up: Tensor) -> Tensor:
-    """With rows that start at multiples of 16 bytes, so that they can be loaded 16 bytes at a time."""
+    """Start rows at multiples of 16 bytes, so that they can be loaded 16 bytes at a time."""
     if up.stride(1) == 1 and up.stride(0) * up.element_size() % 16 == 0:
         return up  # as the layer's factors are on a GPU: nothing is copied in a step
     missing = -up.shape[1] % (16 // up.element_size())

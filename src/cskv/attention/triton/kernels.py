@@ -33,8 +33,6 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-UNREAD = tl.constexpr(-3.4028234663852886e38)  # the least fp32: the logit of a token that a mask hides, as in `Logits`
-
 
 @triton.jit
 @no_type_check
@@ -98,10 +96,111 @@ def _block_rows(token, token_ok, rows, BLOCK_TOKENS: tl.constexpr, HAS_ROWS: tl.
         return token // BLOCK_TOKENS
 
 
+@triton.jit
+@no_type_check
+def _loaded(pointer, ok, EMULATED: tl.constexpr):
+    """Numbers as operands of products, with zeros where there are none."""
+    numbers = tl.load(pointer, mask=ok, other=0.0)
+    if EMULATED:
+        numbers = numbers.to(tl.float32)
+    return numbers
+
+
+@triton.jit
+@no_type_check
+def _absorbed_scores(
+    query, absorbed, data, scales, minima, table, slot, token_ok, block_row, page, row_ok, group, groups,
+    rank, page_stride, data_stride, parameter_page_stride, parameter_stride,
+    PLANES: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, KEY_BLOCKS: tl.constexpr, ELEMENT: tl.constexpr, EMULATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of absorbed queries, which are loaded already where they are one block, and a tile of latents."""
+    scores = tl.zeros([ROWS, TILE], tl.float32)
+    for block in tl.static_range(KEY_BLOCKS):
+        channel = block * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
+        channel_ok = channel < rank
+        latents = _latents(
+            data, scales, minima, table, slot, token_ok, block_row, group * rank + channel, channel_ok,
+            data_stride, parameter_stride, groups * rank, page, page_stride, parameter_page_stride,
+            PAGE, PLANES, ELEMENT, EMULATED,
+        )  # fmt: skip
+        if KEY_BLOCKS > 1:
+            absorbed = _loaded(query + channel[None, :], row_ok[:, None] & channel_ok[None, :], EMULATED)
+        scores = tl.dot(absorbed, tl.trans(latents), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+@no_type_check
+def _rotated_scores(
+    query, up, key_bias, key_norm, cos, sin, data, scales, minima, table, slot, token, token_ok,
+    block_row, page, row, row_ok, group, groups, rows, head_rows, first_head, last_head, rank, norm_eps,
+    up_row, cos_token, sin_token, page_stride, data_stride, parameter_page_stride, parameter_stride,
+    PLANES: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, KEY_BLOCKS: tl.constexpr, ELEMENT: tl.constexpr, EMULATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of queries and a tile of keys that are rebuilt, normalised and rotated head by head, (ROWS, TILE)."""
+    half = tl.arange(0, HALF)
+    half_ok = half < HEAD_DIM // 2
+    rotated = half < ROTARY_DIM // 2
+    lo = tl.where(rotated, half, half + ROTARY_DIM // 2)
+    hi = tl.where(rotated, half + ROTARY_DIM // 2, half + HEAD_DIM // 2)
+    at, turns = token[:, None], token_ok[:, None] & rotated[None, :]
+    cos_lo = tl.load(cos + at * cos_token + half[None, :], mask=turns, other=1.0).to(tl.float32)
+    cos_hi = tl.load(cos + at * cos_token + half[None, :] + ROTARY_DIM // 2, mask=turns, other=1.0).to(tl.float32)
+    sin_lo = tl.load(sin + at * sin_token + half[None, :], mask=turns, other=0.0).to(tl.float32)
+    sin_hi = tl.load(sin + at * sin_token + half[None, :] + ROTARY_DIM // 2, mask=turns, other=0.0).to(tl.float32)
+    key = tl.arange(0, KEY_BLOCK)
+    if KEY_BLOCKS == 1:
+        latents = _latents(
+            data, scales, minima, table, slot, token_ok, block_row, group * rank + key, key < rank,
+            data_stride, parameter_stride, groups * rank, page, page_stride, parameter_page_stride,
+            PAGE, PLANES, ELEMENT, EMULATED,
+        )  # fmt: skip
+    scores = tl.zeros([ROWS, TILE], tl.float32)
+    for head in range(first_head, last_head + 1):
+        channels = (group * (rows // head_rows) + head) * HEAD_DIM
+        k_lo = tl.zeros([TILE, HALF], tl.float32)
+        k_hi = tl.zeros([TILE, HALF], tl.float32)
+        for block in range(KEY_BLOCKS):  # not unrolled: all of its tiles would be in shared memory at once
+            channel = block * KEY_BLOCK + key
+            channel_ok = channel < rank
+            if KEY_BLOCKS > 1:
+                latents = _latents(
+                    data, scales, minima, table, slot, token_ok, block_row, group * rank + channel, channel_ok,
+                    data_stride, parameter_stride, groups * rank, page, page_stride, parameter_page_stride,
+                    PAGE, PLANES, ELEMENT, EMULATED,
+                )  # fmt: skip
+            up_ok = channel_ok[:, None] & half_ok[None, :]
+            up_lo = _loaded(up + (channels + lo)[None, :] * up_row + channel[:, None], up_ok, EMULATED)
+            up_hi = _loaded(up + (channels + hi)[None, :] * up_row + channel[:, None], up_ok, EMULATED)
+            k_lo = tl.dot(latents, up_lo, k_lo, input_precision=PRECISION)
+            k_hi = tl.dot(latents, up_hi, k_hi, input_precision=PRECISION)
+        if HAS_BIAS:
+            k_lo += tl.load(key_bias + channels + lo, mask=half_ok, other=0.0).to(tl.float32)[None, :]
+            k_hi += tl.load(key_bias + channels + hi, mask=half_ok, other=0.0).to(tl.float32)[None, :]
+        if HAS_NORM:
+            squares = tl.sum(k_lo * k_lo, 1) + tl.sum(k_hi * k_hi, 1)
+            inverse = tl.rsqrt(squares / HEAD_DIM + norm_eps)[:, None]
+            k_lo *= inverse * tl.load(key_norm + lo, mask=half_ok, other=0.0).to(tl.float32)[None, :]
+            k_hi *= inverse * tl.load(key_norm + hi, mask=half_ok, other=0.0).to(tl.float32)[None, :]
+        turned_lo = _rounded(k_lo * cos_lo - k_hi * sin_lo, ELEMENT, EMULATED)
+        turned_hi = _rounded(k_hi * cos_hi + k_lo * sin_hi, ELEMENT, EMULATED)
+        query_ok = (row_ok & (row // head_rows == head))[:, None] & half_ok[None, :]
+        query_lo = _loaded(query + lo[None, :], query_ok, EMULATED)
+        query_hi = _loaded(query + hi[None, :], query_ok, EMULATED)
+        scores = tl.dot(query_lo, tl.trans(turned_lo), scores, input_precision=PRECISION)
+        scores = tl.dot(query_hi, tl.trans(turned_hi), scores, input_precision=PRECISION)
+    return scores
+
+
 @triton.jit(do_not_specialize=["tokens", "split_tokens", "lines", "mask_batch", "mask_head", "mask_new", "mask_token"])
 @no_type_check
 def partials(
-    query, query_bias, up, key_bias, key_norm, cos, sin, mask, page_table, lengths,
+    query, query_scale, query_bias, up, key_bias, key_norm, cos, sin, mask, page_table, lengths,
     k_data, k_scales, k_minima, k_rows, k_table, v_data, v_scales, v_minima, v_rows, v_table,
     most_out, total_out, sums_out,
     tokens, split_tokens, lines, groups, rows, new, head_rows, block_rows, row_blocks, key_rank, value_rank,
@@ -112,15 +211,17 @@ def partials(
     K_PLANES: tl.constexpr, K_BLOCK_TOKENS: tl.constexpr, K_HAS_ROWS: tl.constexpr,
     V_PLANES: tl.constexpr, V_BLOCK_TOKENS: tl.constexpr, V_HAS_ROWS: tl.constexpr,
     PAGE: tl.constexpr, ROTATED: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, KEY_BLOCKS: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr, ELEMENT: tl.constexpr, EMULATED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr, VALUE_BLOCK: tl.constexpr, ELEMENT: tl.constexpr, EMULATED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The compressed branch of `block_rows` query rows over `split_tokens` tokens.
 
     The grid is (row blocks x value blocks, splits, batch x groups): programs that read the same latents run together.
 
-    query is (batch, groups x rows, key_rank or HEAD_DIM), query_bias (batch x groups x rows); up is (kv_dim, rank of a
+    query is (batch, groups x rows, key_rank or HEAD_DIM), query_scale and query_bias (batch x groups
+    x rows); up is (kv_dim, rank of a
     group), cos and sin (batch, tokens, ROTARY_DIM). The outputs are (splits, lines[, value_rank]), where the lines are
     batch x groups x rows. MASK is 0 for none, 1 for bytes that are 0 where a token is not read, 2 for what is added.
 
@@ -153,28 +254,25 @@ def partials(
         if V_PLANES > 0:
             v_scales += batch * v_parameter_batch
             v_minima += batch * v_parameter_batch
-    key = tl.arange(0, KEY_BLOCK)
     value = value_block * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
     value_ok = value < value_rank
 
     if ROTATED:
-        half = tl.arange(0, HALF)
-        half_ok = half < HEAD_DIM // 2
-        rotated = half < ROTARY_DIM // 2
-        lo = tl.where(rotated, half, half + ROTARY_DIM // 2)
-        hi = tl.where(rotated, half + ROTARY_DIM // 2, half + HEAD_DIM // 2)
         first_head = row_block * block_rows // head_rows
         last_head = (tl.minimum((row_block + 1) * block_rows, rows) - 1) // head_rows
-        group_heads = rows // head_rows
         cos += batch * cos_batch
         sin += batch * sin_batch
     else:
+        key = tl.arange(0, KEY_BLOCK)
         if KEY_BLOCKS == 1:
-            absorbed = tl.load(query + key[None, :], mask=row_ok[:, None] & (key < key_rank)[None, :], other=0.0)
-            if EMULATED:
-                absorbed = absorbed.to(tl.float32)
+            absorbed = _loaded(query + key[None, :], row_ok[:, None] & (key < key_rank)[None, :], EMULATED)
+        else:
+            absorbed = query
+        of_row = batch * groups * rows + line
+        if HAS_SCALE:
+            scale = tl.load(query_scale + of_row, mask=row_ok, other=0.0)
         if HAS_BIAS:
-            bias = tl.load(query_bias + batch * groups * rows + line, mask=row_ok, other=0.0)
+            bias = tl.load(query_bias + of_row, mask=row_ok, other=0.0)
 
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -194,73 +292,22 @@ def partials(
             slot = token % PAGE
             page = tl.load(page_table + token // PAGE, mask=token_ok, other=0).to(tl.int64)[:, None]
         k_row = _block_rows(slot, token_ok, k_rows, K_BLOCK_TOKENS, K_HAS_ROWS)
-        scores = tl.zeros([ROWS, TILE], tl.float32)
         if ROTATED:
-            at = token[:, None]
-            turns = token_ok[:, None] & rotated[None, :]
-            cos_lo = tl.load(cos + at * cos_token + half[None, :], mask=turns, other=1.0)
-            cos_hi = tl.load(cos + at * cos_token + half[None, :] + ROTARY_DIM // 2, mask=turns, other=1.0)
-            sin_lo = tl.load(sin + at * sin_token + half[None, :], mask=turns, other=0.0)
-            sin_hi = tl.load(sin + at * sin_token + half[None, :] + ROTARY_DIM // 2, mask=turns, other=0.0)
-            if KEY_BLOCKS == 1:
-                latents = _latents(
-                    k_data, k_scales, k_minima, k_table, slot, token_ok, k_row, group * key_rank + key,
-                    key < key_rank, k_token, k_parameter_row, groups * key_rank, page, k_batch, k_parameter_batch,
-                    PAGE, K_PLANES, ELEMENT, EMULATED,
-                )  # fmt: skip
-            for head in range(first_head, last_head + 1):
-                channels = (group * group_heads + head) * HEAD_DIM
-                k_lo = tl.zeros([TILE, HALF], tl.float32)
-                k_hi = tl.zeros([TILE, HALF], tl.float32)
-                for block in range(KEY_BLOCKS):  # not unrolled: all of its tiles would be in shared memory at once
-                    rank = block * KEY_BLOCK + key
-                    rank_ok = rank < key_rank
-                    if KEY_BLOCKS > 1:
-                        latents = _latents(
-                            k_data, k_scales, k_minima, k_table, slot, token_ok, k_row, group * key_rank + rank,
-                            rank_ok, k_token, k_parameter_row, groups * key_rank, page, k_batch, k_parameter_batch,
-                            PAGE, K_PLANES, ELEMENT, EMULATED,
-                        )  # fmt: skip
-                    up_ok = rank_ok[:, None] & half_ok[None, :]
-                    up_lo = tl.load(up + (channels + lo)[None, :] * up_row + rank[:, None], mask=up_ok, other=0.0)
-                    up_hi = tl.load(up + (channels + hi)[None, :] * up_row + rank[:, None], mask=up_ok, other=0.0)
-                    if EMULATED:
-                        up_lo = up_lo.to(tl.float32)
-                        up_hi = up_hi.to(tl.float32)
-                    k_lo = tl.dot(latents, up_lo, k_lo, input_precision=PRECISION)
-                    k_hi = tl.dot(latents, up_hi, k_hi, input_precision=PRECISION)
-                if HAS_BIAS:
-                    k_lo += tl.load(key_bias + channels + lo, mask=half_ok, other=0.0).to(tl.float32)[None, :]
-                    k_hi += tl.load(key_bias + channels + hi, mask=half_ok, other=0.0).to(tl.float32)[None, :]
-                if HAS_NORM:
-                    squares = tl.sum(k_lo * k_lo, 1) + tl.sum(k_hi * k_hi, 1)
-                    inverse = tl.rsqrt(squares / HEAD_DIM + norm_eps)[:, None]
-                    k_lo *= inverse * tl.load(key_norm + lo, mask=half_ok, other=0.0).to(tl.float32)[None, :]
-                    k_hi *= inverse * tl.load(key_norm + hi, mask=half_ok, other=0.0).to(tl.float32)[None, :]
-                turned_lo = _rounded(k_lo * cos_lo.to(tl.float32) - k_hi * sin_lo.to(tl.float32), ELEMENT, EMULATED)
-                turned_hi = _rounded(k_hi * cos_hi.to(tl.float32) + k_lo * sin_hi.to(tl.float32), ELEMENT, EMULATED)
-                query_ok = (row_ok & (row // head_rows == head))[:, None] & half_ok[None, :]
-                query_lo = tl.load(query + lo[None, :], mask=query_ok, other=0.0)
-                query_hi = tl.load(query + hi[None, :], mask=query_ok, other=0.0)
-                if EMULATED:
-                    query_lo = query_lo.to(tl.float32)
-                    query_hi = query_hi.to(tl.float32)
-                scores = tl.dot(query_lo, tl.trans(turned_lo), scores, input_precision=PRECISION)
-                scores = tl.dot(query_hi, tl.trans(turned_hi), scores, input_precision=PRECISION)
+            scores = _rotated_scores(
+                query, up, key_bias, key_norm, cos, sin, k_data, k_scales, k_minima, k_table, slot, token, token_ok,
+                k_row, page, row, row_ok, group, groups, rows, head_rows, first_head, last_head, key_rank, norm_eps,
+                up_row, cos_token, sin_token, k_batch, k_token, k_parameter_batch, k_parameter_row,
+                K_PLANES, PAGE, HEAD_DIM, ROTARY_DIM, HALF, HAS_BIAS, HAS_NORM, ROWS, TILE, KEY_BLOCK, KEY_BLOCKS,
+                ELEMENT, EMULATED, PRECISION,
+            )  # fmt: skip
         else:
-            for block in tl.static_range(KEY_BLOCKS):
-                rank = block * KEY_BLOCK + key
-                rank_ok = rank < key_rank
-                latents = _latents(
-                    k_data, k_scales, k_minima, k_table, slot, token_ok, k_row, group * key_rank + rank,
-                    rank_ok, k_token, k_parameter_row, groups * key_rank, page, k_batch, k_parameter_batch,
-                    PAGE, K_PLANES, ELEMENT, EMULATED,
-                )  # fmt: skip
-                if KEY_BLOCKS > 1:
-                    absorbed = tl.load(query + rank[None, :], mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
-                    if EMULATED:
-                        absorbed = absorbed.to(tl.float32)
-                scores = tl.dot(absorbed, tl.trans(latents), scores, input_precision=PRECISION)
+            scores = _absorbed_scores(
+                query, absorbed, k_data, k_scales, k_minima, k_table, slot, token_ok, k_row, page, row_ok, group,
+                groups, key_rank, k_batch, k_token, k_parameter_batch, k_parameter_row,
+                K_PLANES, PAGE, ROWS, TILE, KEY_BLOCK, KEY_BLOCKS, ELEMENT, EMULATED, PRECISION,
+            )  # fmt: skip
+            if HAS_SCALE:
+                scores *= scale[:, None]
             if HAS_BIAS:
                 scores += bias[:, None]
 
@@ -271,13 +318,13 @@ def partials(
             at = (line // new)[:, None] * mask_head + (line % new)[:, None] * mask_new + token[None, :] * mask_token
             masked = tl.load(mask + batch * mask_batch + at, mask=row_ok[:, None] & token_ok[None, :], other=0)
             if MASK == 1:
-                scores = tl.where(masked != 0, scores, UNREAD)
+                scores = tl.where(masked != 0, scores, float("-inf"))
             else:
                 scores += masked.to(tl.float32)
         scores = tl.where(token_ok[None, :], scores, float("-inf"))
 
         higher = tl.maximum(most, tl.max(scores, 1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)  # a row of which a mask added -inf to all
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # a row that reads none of these tokens
         weights = tl.exp(scores - finite[:, None])
         older = tl.exp(most - finite)
         most = higher

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cskv.attention.inputs import AttentionInputs
 from cskv.attention.partial import Partial
+from cskv.attention.rebuild import attends_to_latents
 from cskv.attention.tiled import exact, expanded
 from cskv.attention.triton.arguments import (
     arithmetic_arguments,
@@ -36,7 +37,6 @@ from cskv.latents.pages import PagedLatents
 from cskv.latents.view import Latents, PackedLatents, PlainLatents
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_HEAD_ROWS = 128  # beyond that keys would be rebuilt for every 64 rows again, where torch rebuilds them once
 JOIN_STEP, JOIN_BLOCK = 64, 64
 INTERPRETED_MULTIPROCESSORS = 2
 
@@ -72,9 +72,10 @@ def refusal(query: Float[Tensor, "batch q_heads new head_dim"], inputs: Attentio
         return "its kernels normalise keys by head and rotate them by halves, and do nothing else to them"
     if rope is not None and rope.cos is not None and (query.shape[3] % 2 or rope.cos.shape[-1] % 2):
         return f"its kernels rotate pairs of channels, and got {rope.cos.shape[-1]} of {query.shape[3]}"
-    head_rows = query.shape[2] * query.shape[1] // view.keys.shape[1]
-    if head_rows > MOST_HEAD_ROWS:
-        return f"new tokens times query heads are more than {MOST_HEAD_ROWS} per kv head, as in a prefill"
+    if not attends_to_latents(query.shape[2], query.shape[1], view.keys.shape[1]):
+        return f"{query.shape[2]} new tokens are too many, as in a prefill: rebuild keys and values for them"
+    if inputs.key_offset is not None and inputs.logits.softcap is not None:
+        return "its kernels cap logits before they add what keys leave out"
     if factors.k.groups != factors.v.groups:
         return f"its kernels share a tile of tokens: {factors.k.groups} groups of keys, {factors.v.groups} of values"
     if not _same_pages(view.k, view.v):
@@ -105,14 +106,13 @@ def _dtype_refusal(query: Tensor, k: Latents, v: Latents, factors: LayerFactors)
     for latents, up in ((k, factors.k.up), (v, factors.v.up)):
         if not isinstance(latents, PlainLatents | PackedLatents | PagedLatents):
             return f"its kernels cannot read {type(latents).__name__}"
-        dtype = latents.tokens.dtype if isinstance(latents, PlainLatents) else latents.dtype
-        if not dtype == up.dtype == query.dtype:
-            return f"queries, factors and latents differ in dtype: {query.dtype}, {up.dtype} and {dtype}"
+        if not latents.dtype == up.dtype == query.dtype:
+            return f"queries, factors and latents differ in dtype: {query.dtype}, {up.dtype} and {latents.dtype}"
     return None
 
 
 def _same_pages(k: Latents, v: Latents) -> bool:
-    """Whether a token's keys and values are found by the same entry of a table, or neither by any."""
+    """Return whether a token's keys and values are found by the same entry of a table, or neither by any."""
     if not isinstance(k, PagedLatents) or not isinstance(v, PagedLatents):
         return not isinstance(k, PagedLatents) and not isinstance(v, PagedLatents)
     return k.table is v.table and k.lengths is v.lengths and k.pages.block_size == v.pages.block_size
@@ -123,7 +123,7 @@ def _is_packed(latents: Latents) -> bool:
 
 
 def _sealed(query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> Partial:
-    """The compressed branch, with sums in latents."""
+    """Attend to the compressed branch, with sums in latents."""
     factors, rope, logits = inputs.factors, inputs.rotation, inputs.logits
     batch, q_heads, new, head_dim = query.shape
     groups, kv_heads = factors.k.groups, factors.k.kv_dim // head_dim
@@ -142,7 +142,7 @@ def _sealed(query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> P
     chosen = plan(shapes, _multiprocessors(query.device))
     arguments = {
         **keys_arguments(query, factors.k, rope),
-        **mask_arguments(logits.mask, query, k.length),
+        **mask_arguments(_mask(query, inputs, k.length), query, k.length),
         **page_arguments(k),
         **store_arguments("k", k),
         **store_arguments("v", v),
@@ -154,8 +154,20 @@ def _sealed(query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> P
     return Partial(*(part.view(batch, q_heads, new, -1) for part in _joined(*parts)))
 
 
+def _mask(query: Tensor, inputs: AttentionInputs, sealed: int) -> Tensor | None:
+    """Return the mask of the sealed tokens, with the logits of what their keys leave out added to it."""
+    mask, offset = inputs.logits.mask, inputs.key_offset
+    if offset is None:
+        return mask
+    added = inputs.logits.scaling * offset.products(query, 0, sealed)
+    if mask is None:
+        return added
+    mask = mask[..., :sealed]
+    return added.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else added + mask
+
+
 def _fitted(chosen: Plan, shapes: Shapes, query: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """The partials of all splits, by the first plan that the device has room for."""
+    """Return the partials of all splits, by the first plan whose programs fit in shared memory."""
     from triton.runtime.errors import OutOfResources
 
     current = _fitting.get(chosen, chosen)
@@ -205,7 +217,7 @@ def _partials(chosen: Plan, shapes: Shapes, query: Tensor, arguments: dict[str, 
 
 
 def _joined(most: Tensor, total: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The partials of all splits, (splits, lines[, rank]), as one."""
+    """Join the partials of all splits, (splits, lines[, rank])."""
     from cskv.attention.triton import kernels
 
     splits, lines, rank = sums.shape

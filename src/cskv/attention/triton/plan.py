@@ -1,4 +1,4 @@
-"""How the work of the Triton kernels is cut: from shapes alone, so that a step can be captured in a CUDA graph.
+"""Launch configurations of the Triton kernels, from shapes alone, so that a step can be captured in a CUDA graph.
 
 The numbers are reasoned, not measured: enough programs for every multiprocessor to hold two, tiles that fit in shared
 memory twice (one is loaded as the other is used), accumulators of at most 64 registers a thread.
@@ -19,7 +19,7 @@ LEAST = 16  # rows, tokens or channels of a product on tensor cores
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is to be done.
+    """Problem sizes.
 
     Attributes:
         batch, groups: sequences, and head groups of the factors.
@@ -45,7 +45,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Plan:
-    """How it is cut.
+    """Launch configuration.
 
     Attributes:
         block_rows: query rows of a program, of which there are `row_blocks` per group.
@@ -67,7 +67,7 @@ class Plan:
 
 
 def plan(shapes: Shapes, multiprocessors: int) -> Plan:
-    """A plan for a device with as many multiprocessors."""
+    """Return a plan for a device with as many multiprocessors."""
     tile = 32 if (shapes.packed and not shapes.rotated) or shapes.itemsize > 2 else 64
     tiles = -(-shapes.tokens // tile)
     block_rows = _block_rows(shapes)
@@ -86,7 +86,7 @@ def plan(shapes: Shapes, multiprocessors: int) -> Plan:
 
 
 def smaller(plan: Plan, tokens: int) -> Plan | None:
-    """A plan that needs less shared memory; None where there is none."""
+    """Return a plan that needs less shared memory; None where there is none."""
     if plan.stages > 1:
         return replace(plan, stages=plan.stages - 1)
     if plan.tile > LEAST:
@@ -95,19 +95,19 @@ def smaller(plan: Plan, tokens: int) -> Plan | None:
 
 
 def split(plan: Plan, tokens: int, splits: int) -> Plan:
-    """At most `splits` ranges of whole tiles, none of them empty."""
+    """Split the tokens into at most `splits` ranges of whole tiles, none of them empty."""
     tiles = -(-tokens // plan.tile)
     of_each = -(-tiles // max(1, min(splits, tiles)))
     return replace(plan, splits=-(-tiles // of_each), split_tokens=of_each * plan.tile)
 
 
 def padded(size: int) -> int:
-    """The power of two that a block of a kernel needs for so many."""
+    """Return the power of two that a block of a kernel needs for so many."""
     return max(LEAST, 1 << (size - 1).bit_length())
 
 
 def _block_rows(shapes: Shapes) -> int:
-    """Rows of a program: even blocks, and whole kv heads where keys are rebuilt and one fits."""
+    """Count the rows of a program: even blocks, and whole kv heads where keys are rebuilt and one fits."""
     unit = shapes.head_rows if shapes.rotated and shapes.head_rows <= MOST_ROWS else 1
     units, most = shapes.rows // unit, MOST_ROWS // unit
     return -(-units // -(-units // most)) * unit
