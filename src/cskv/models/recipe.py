@@ -10,8 +10,9 @@ import enum
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from jaxtyping import Float
@@ -90,8 +91,56 @@ class Recipe:
         return torch.cat([turned, heads[..., rotary:]], dim=-1)
 
 
-def rotation_of(attention: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The rotation that an attention module's own file defines, as a function of keys alone, or None."""
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def candidates(
+    module: nn.Module, norms: Iterable[str], head_dim: int, rotations: Iterable[tuple[RopeStyle, Rotate | None]]
+) -> Iterator[Recipe]:
+    """Yield every combination of no norm or one that the module has, with a rotation.
+
+    Args:
+        module: the attention module.
+        norms: names under which it may hold a norm.
+        head_dim: channels per head.
+        rotations: pairs (style, function); the function is None for `RopeStyle.NONE`.
+    """
+    modules = [norm for norm in (getattr(module, name, None) for name in norms) if isinstance(norm, nn.Module)]
+    used = [style for style in NormStyle if style is not NormStyle.NONE]
+    for norm, norm_style in [(None, NormStyle.NONE), *product(modules, used)]:
+        for rope_style, rotate in rotations:
+            yield Recipe(head_dim, norm, norm_style, rope_style, rotate)
+
+
+@torch.no_grad()
+def closest(
+    recipes: Iterable[Recipe], channels: Tensor, cos: Tensor | None, sin: Tensor | None, cached: Tensor
+) -> tuple[Recipe | None, float]:
+    """Find the recipe that comes closest to what was cached.
+
+    Args:
+        recipes: the first of equally close ones wins.
+        channels: (batch, tokens, kv_dim), the projection's output.
+        cos, sin: of these tokens, or None.
+        cached: (batch, kv_heads, tokens, head_dim).
+
+    Returns:
+        The recipe, None if none gives heads of that shape; and its largest error, relative to the largest value.
+    """
+    best, least = None, float("inf")
+    scale = cached.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    for recipe in recipes:
+        try:
+            heads = recipe.heads(channels, cos, sin)
+        except (RuntimeError, ValueError, IndexError):  # shapes that do not go together: not this family's recipe
+            continue
+        if heads.shape == cached.shape and (error := float((heads - cached).abs().max() / scale)) < least:
+            best, least = recipe, error
+    return best, least
+
+
+def rotation_of(attention: nn.Module) -> Rotate | None:
+    """Return the rotation that an attention module's own file defines, as a function of keys alone, or None."""
     function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if function is None:
         return None
