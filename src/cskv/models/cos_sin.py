@@ -98,10 +98,12 @@ def find_cos_sin(
         position_ids: what it was given beside them, (batch or 1, tokens), or None.
         kind: the layer's type in `config.layer_types`, or None.
     """
+    if position_ids is None or position_ids.ndim != 2:
+        return StoredCosSin()
     for module, given in embeddings.items():
-        # Multimodal embeddings read a row of positions per axis. Those of text are alike, those of an image are not,
-        # and the layer is told one of them.
-        if position_ids is None or not torch.equal(given, position_ids) or not _is_fixed(module, kind):
+        # A multimodal embedding reads several rows of positions, alike for text but not for an image, of which the
+        # layer is told one.
+        if not torch.equal(given, position_ids) or not _is_fixed(module, kind):
             continue
         for extra in ((kind,), ()) if kind else ((),):
             rope = FixedCosSin(module, extra)
