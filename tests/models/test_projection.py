@@ -212,7 +212,7 @@ def torchao(linear: nn.Linear) -> nn.Module:
 @pytest.mark.parametrize(
     ("pack", "tolerance"),
     # bitsandbytes rounds activations to 8 bits, or reads a weight of 4 bits through 16-bit arithmetic.
-    [(bitsandbytes_8, 1e-2), (bitsandbytes_4, 0.1), (hqq, 1e-4), (quanto, 1e-4), (torchao, 1e-4)],
+    [(bitsandbytes_8, 5e-2), (bitsandbytes_4, 0.1), (hqq, 1e-4), (quanto, 1e-4), (torchao, 1e-4)],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_packages_that_pack_weights(pack: Callable, tolerance: float, family: str) -> None:
