@@ -33,9 +33,7 @@ def state(model: nn.Module) -> dict[str, dict[str, object]]:
         if is_rotary_embedding(module):
             values = vars(module) | module._buffers
             values = {key: value for key, value in values.items() if not key.startswith("_") and key != "config"}
-            held[name] = {
-                key: value.tolist() if isinstance(value, Tensor) else value for key, value in values.items()
-            }
+            held[name] = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in values.items()}
     return held
 
 
