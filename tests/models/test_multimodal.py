@@ -61,7 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "global_head_dim": 16,
         },
         # Its tower's attention has layer indices and key and value projections too.
-        "vision_config": SIGLIP | {"num_key_value_heads": 2, "head_dim": 16},
+        "vision_config": SIGLIP | {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 6},
     },
 }
 

@@ -61,7 +61,7 @@ def decode(model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> Float[Te
 
 
 class Observation(NamedTuple):
-    """What one layer of the base model did in a forward.
+    """The input and the outputs of one layer of the base model in a forward.
 
     Attributes:
         x: the layer input, (batch, tokens, hidden).

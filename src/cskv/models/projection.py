@@ -54,7 +54,7 @@ class Projection:
 
     @property
     def weight(self) -> Float[Tensor, "kv_dim hidden"]:
-        """What the layer multiplies by: a view of its weight where it is stored so, else read anew, in fp32.
+        """The matrix that the layer multiplies by: a view of its weight where it is stored so, else read anew, in fp32.
 
         Raises:
             UnsupportedModelError: the layer's weights are on no device, or it is not linear.
@@ -77,7 +77,7 @@ class Projection:
 
     @property
     def bias(self) -> Float[Tensor, " kv_dim"] | None:
-        """What the layer adds, or None: a view of its bias where its weight is one, else read anew, in fp32."""
+        """The vector that the layer adds, or None: a view of its bias where its weight is one, else in fp32."""
         if _is_plain(self.linear):
             return None if self.linear.bias is None else self.linear.bias[self.start : self.stop]
         with plain_arithmetic(self.device), evaluation_mode(self.linear):

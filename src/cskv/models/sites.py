@@ -1,4 +1,4 @@
-"""Where a model's keys and values are made: its attention layers and their projections, found generically.
+"""The attention layers of a model and their projections, found generically.
 
 A site is an attention module that owns a layer index and either separate `q_proj`, `k_proj` and `v_proj` or one fused
 `qkv_proj` whose output is [queries, keys, values] (Phi3). Whether a site's keys can really be rebuilt from its
@@ -66,7 +66,7 @@ class AttentionSite:
 
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:
-    """The full-attention layers of a decoder model, in cache order.
+    """Find the full-attention layers of a decoder model, in cache order.
 
     Layers with a sliding window are left out: their cache is bounded already.
 
@@ -108,7 +108,7 @@ def _has_projections(module: nn.Module) -> bool:
 
 
 def _uncompressed_layers(model: nn.Module) -> list[type]:
-    """What a fresh cache of this model holds, layer by layer; empty where transformers decides at the first forward."""
+    """Return the class of every layer of a fresh cache; none where transformers decides at the first forward."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore[operator, union-attr]
     return [type(layer) for layer in cache.layers]
 

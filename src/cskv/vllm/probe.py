@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cskv.attention.inputs import Rotation
 from cskv.errors import UnsupportedModelError
+from cskv.models.placement import device_of
 from cskv.models.recipe import (
     KEY_NORMS,
     TOLERANCE,
@@ -69,7 +70,7 @@ def find_rope(
     Raises:
         UnsupportedModelError: its keys or values follow from its projection by no known norm and rotation.
     """
-    device = next(parent.parameters()).device
+    device = device_of(parent)
     x = torch.randn(TOKENS, hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     x = x.to(device, dtype)
     positions = torch.arange(TOKENS, device=device)
