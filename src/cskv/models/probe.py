@@ -117,14 +117,16 @@ def _recipe(
     keys = _match(site, "keys", key_candidates, record.k, call, layer.keys)
     values = _match(site, "values", value_candidates, record.v, call, layer.values)
     rotated = keys.rope_style is not RopeStyle.NONE and call.cos is not None
+    norm = kernel_norm(keys, layer.keys) if rotated else None
+    odd_norm = norm is None and keys.norm_style is not NormStyle.NONE
     return SiteRecipe(
         _queries(site, keys),
         keys,
         values,
         rope=_rope(positions, site, call) if rotated else None,
         pairs=find_pairs(keys, call.cos) if rotated else None,  # type: ignore[arg-type]
-        plain_rope=rotated and _is_plain(keys, layer.keys, call),
-        key_norm=kernel_norm(keys, layer.keys) if rotated else None,
+        plain_rope=rotated and not odd_norm and _rotates_plainly(keys, layer.keys, call),
+        key_norm=norm,
         attention=attention,
     )
 
@@ -175,17 +177,11 @@ def _rotations(module: nn.Module, call: AttentionCall) -> list[tuple[RopeStyle, 
     return [*((style, rotate) for style in styles), (RopeStyle.NONE, None)]
 
 
-def _is_plain(recipe: Recipe, heads: Tensor, call: AttentionCall) -> bool:
-    """Return whether a recipe normalises and rotates as kernels do, tried on some heads."""
-    if call.cos is None or call.sin is None or not _is_kernel_norm(recipe, heads):
-        return False
+def _rotates_plainly(recipe: Recipe, heads: Tensor, call: AttentionCall) -> bool:
+    """Return whether a recipe rotates as kernels do, tried on some heads."""
     plain = Rotation(call.cos, call.sin, recipe.heads).rotated(heads, 0, torch.empty_like(heads))
     expected = recipe.rotated(heads, call.cos, call.sin)
     return bool((plain - expected).abs().max() <= TOLERANCE.get(heads.dtype, 3e-2) * expected.abs().max())
-
-
-def _is_kernel_norm(recipe: Recipe, heads: Tensor) -> bool:
-    return recipe.norm_style is NormStyle.NONE or kernel_norm(recipe, heads) is not None
 
 
 def _queries(site: AttentionSite, keys: Recipe) -> Recipe:
