@@ -96,7 +96,7 @@ def _name_and_path(text: str) -> tuple[str, str]:
 
 
 def _check(adapter: CSKVAdapter, model: PreTrainedModel) -> None:
-    from cskv.models.survey import survey
+    from cskv.adapter.base_model import BaseModelInfo
+    from cskv.models.sites import find_sites
 
-    surveyed = survey(model)
-    adapter.check_fits(surveyed.base, surveyed.sites)
+    adapter.check_fits(BaseModelInfo.from_model(model), find_sites(model))

@@ -21,10 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.statistics import Statistics
 from cskv.errors import DataError
 from cskv.files import write_text
-from cskv.models.survey import survey
+from cskv.models.sites import find_sites
 
 ENERGY_SHARES = (0.90, 0.95, 0.99)
 COLUMNS = ("layer", "projection", "source", "index", "value", "normalised", "cumulative_energy")
@@ -71,7 +72,7 @@ def weight_spectra(model: nn.Module) -> list[Spectrum]:
         UnsupportedModelError: the model has no site.
     """
     spectra = []
-    for site in survey(model).sites:
+    for site in find_sites(model):
         for projection, weight in (("k", site.k.weight), ("v", site.v.weight)):
             values = torch.linalg.svdvals(weight.detach().to(torch.float64))
             spectra.append(Spectrum(site.layer_idx, projection, "weight", tuple(values.tolist())))
@@ -102,11 +103,11 @@ def calibrated_spectra(model: nn.Module, statistics: Statistics) -> list[Spectru
         DataError: the statistics hold no second moments, or they are not finite.
         AdapterError: the statistics belong to another model.
     """
-    found = survey(model)
-    statistics.check_fits(found.base, found.sites)
+    sites = find_sites(model)
+    statistics.check_fits(BaseModelInfo.from_model(model), sites)
     return [
         moment_spectrum(statistics.get(site.layer_idx, f"{projection}.moment"), site.layer_idx, projection)
-        for site in found.sites
+        for site in sites
         for projection in ("k", "v")
     ]
 

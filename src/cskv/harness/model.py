@@ -33,8 +33,8 @@ from cskv.harness.arguments import (
 )
 from cskv.harness.reading import chunked_logits, context_cache, parallel_logits
 from cskv.models.compat import cache_kwarg
-from cskv.models.probe import SiteRecipe
-from cskv.models.survey import survey
+from cskv.models.probe import SiteRecipe, probe
+from cskv.models.sites import find_sites
 
 REPORTED_TOKENS = 131_072  # the longest cache that the results give the bytes of
 
@@ -88,7 +88,7 @@ class CSKVLM(HFLM):
         compressor = self._compressor.adapter
         if compressor is not None:
             if reading == PARALLEL:
-                self._recipes = survey(self.model).recipes
+                self._recipes = probe(self.model, find_sites(self.model))
                 compressor.to(self.model.device)
             attach(self.model, compressor, attention=attention)
 

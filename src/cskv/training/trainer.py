@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from cskv.adapter.adapter import CSKVAdapter
+from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.hooks import Teacher, device_of
 from cskv.errors import ConfigError, CSKVError
-from cskv.models.survey import survey
+from cskv.models.sites import find_sites
 from cskv.training.checkpoint import Checkpoints, Progress
 from cskv.training.distillation import Distillation, WholeTexts
 from cskv.training.interruption import Interruption
@@ -100,8 +101,8 @@ class _Run:
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        found = survey(model)
-        adapter.check_fits(found.base, found.sites)
+        sites = find_sites(model)
+        adapter.check_fits(BaseModelInfo.from_model(model), sites)
         if settings.objective == "reconstruction" and adapter.config.key_factors == "commuting":
             raise ConfigError(
                 "commuting key factors are not trained by reconstruction, whose minimum they are already; "
@@ -114,7 +115,7 @@ class _Run:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         distilling = settings.objective == "distillation"
-        self.teacher = WholeTexts(model) if distilling else Teacher(model, found.sites)
+        self.teacher = WholeTexts(model) if distilling else Teacher(model, sites)
         self.stream = SampleStream(samples, settings, self.accelerator.process_index, self.accelerator.num_processes)
         adapter.to(self.accelerator.device, torch.float32)
         for parameter in adapter.parameters():
