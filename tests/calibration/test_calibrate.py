@@ -256,3 +256,23 @@ def test_normalised_keys_and_query_energies_are_those_that_attention_sees() -> N
 def test_without_a_norm_keys_are_what_the_projection_puts_out() -> None:
     statistics = calibrate(tiny(), random_samples())
     assert torch.equal(statistics.key_moment(0), statistics.get(0, "k.moment"))
+
+
+def test_autocast_and_inference_mode_around_it_change_nothing() -> None:
+    expected = calibrate(tiny(), random_samples())
+    model = tiny()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = calibrate(model, random_samples())
+    for i, layer in expected.layers.items():
+        for name, tensor in layer.items():
+            assert torch.equal(found.get(i, name), tensor)
+            assert not found.get(i, name).is_inference()
+
+
+def test_an_offloaded_model_is_calibrated_as_it_is() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected, model = calibrate(tiny(), random_samples()), tiny()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    found = calibrate(model, random_samples())
+    for i, layer in expected.layers.items():
+        assert all(torch.equal(found.get(i, name), tensor) for name, tensor in layer.items())

@@ -11,6 +11,7 @@ WITHOUT_VLLM = (
     "test_blocks.py",
     "test_compute.py",
     "test_export.py",
+    "test_probe.py",
     "test_refusals.py",
     "test_served.py",
     "test_shards.py",

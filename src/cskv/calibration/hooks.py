@@ -15,7 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cskv.models.evaluation_mode import evaluation_mode
-from cskv.models.sites import AttentionSite, Projection
+from cskv.models.placement import device_of
+from cskv.models.projection import Projection
+from cskv.models.sites import AttentionSite
 
 __all__ = ["Observation", "Teacher", "Watcher", "decode", "device_of", "evaluation_mode", "watching"]
 
@@ -58,17 +60,8 @@ def decode(model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> Float[Te
     return decoder(input_ids=input_ids.to(device_of(model)), use_cache=False)[0]
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device that takes the model's token ids: that of its input embedding."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    weight = getattr(embedding, "weight", None)
-    if weight is not None and weight.device.type != "meta":
-        return weight.device
-    return getattr(model, "device", torch.device("cpu"))
-
-
 class Observation(NamedTuple):
-    """What one layer of the base model did in a forward.
+    """The input and the outputs of one layer of the base model in a forward.
 
     Attributes:
         x: the layer input, (batch, tokens, hidden).

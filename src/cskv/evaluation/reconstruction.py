@@ -16,9 +16,8 @@ from cskv.calibration.hooks import Teacher
 from cskv.errors import DataError
 from cskv.factorization.factors import Factors
 from cskv.models.evaluation_mode import evaluation_mode
-from cskv.models.probe import probe
 from cskv.models.recipe import NormStyle
-from cskv.models.sites import find_sites
+from cskv.models.survey import survey
 from cskv.quantization.fake import read_back
 from cskv.quantization.grid import Grid
 
@@ -58,12 +57,12 @@ def reconstruction_losses(
     Raises:
         DataError: there are no samples.
     """
-    sites = find_sites(model)
+    found = survey(model)
     commuting = adapter.config.key_factors == "commuting"
-    recipes = probe(model, sites) if commuting else {}
-    totals = {site.layer_idx: torch.zeros(2, dtype=torch.float64) for site in sites}
+    recipes = found.recipes if commuting else {}
+    totals = {site.layer_idx: torch.zeros(2, dtype=torch.float64) for site in found.sites}
     count = 0
-    teacher = Teacher(model, sites)
+    teacher = Teacher(model, found.sites)
     with evaluation_mode(model), teacher.watching():
         for sample in samples:
             count += 1

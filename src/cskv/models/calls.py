@@ -1,4 +1,4 @@
-"""What an attention module is called with, whatever the family names or orders it."""
+"""The arguments of an attention module's forward, whatever the family names or orders them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs between the transformers releases that are supported (5.2 to the newest 5.x)."""
+"""Differences between the supported releases of transformers (5.2 to the newest 5.x)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CACHE_NAMES = ("cache", "past_key_values")  # renamed in 5.24
 
 
 def cache_kwarg(model: nn.Module) -> str:
-    """The name under which a model's `forward` takes its cache."""
+    """Return the name under which a model's `forward` takes its cache."""
     parameters = inspect.signature(model.forward).parameters
     for name in CACHE_NAMES:
         if name in parameters:
@@ -21,7 +21,7 @@ def cache_kwarg(model: nn.Module) -> str:
 
 
 def output_cache(outputs: Any) -> Cache | None:
-    """The cache in a model's or `generate`'s output, or None."""
+    """Return the cache in a model's or `generate`'s output, or None."""
     for name in CACHE_NAMES:
         if name in outputs:
             return outputs[name]

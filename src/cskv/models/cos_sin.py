@@ -1,11 +1,13 @@
 """Cos and sin for keys that were sealed long ago.
 
 `FixedCosSin` recomputes them from position numbers with the model's own rotary embedding. `StoredCosSin` keeps them as
-they were given, for embeddings that change with the length of the sequence (dynamic, longrope) or are not understood.
+they were given, for embeddings that change with the length of the sequence (dynamic, longrope), read several positions
+a token (mRoPE), or are not understood.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,14 +22,14 @@ FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "proportion
 
 
 class CosSin(Protocol):
-    """What is stored for each token, and how it becomes cos and sin again."""
+    """A form in which cos and sin are stored for each token."""
 
     def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
-        """What a `PositionTable` stores of the tokens of a forward."""
+        """Return the tensors that a `PositionTable` stores for the tokens of a forward."""
         ...
 
     def cos_sin(self, rows: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cos and sin, (batch or 1, tokens, rotary_dim), of stored rows. `x` gives dtype and device."""
+        """Return cos and sin, (batch or 1, tokens, rotary_dim), of stored rows. `x` gives dtype and device."""
         ...
 
 
@@ -80,25 +82,30 @@ class FixedCosSin:
 
 
 def find_cos_sin(
-    model: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, kind: str | None
+    embeddings: Mapping[nn.Module, Tensor],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    kind: str | None,
 ) -> CosSin:
-    """The cheapest form that gives back exactly `cos` and `sin`.
+    """Find the cheapest form that gives back exactly `cos` and `sin`, in every forward.
 
     Args:
-        model: where the rotary embedding is searched.
-        x: the layer input of the same forward.
+        embeddings: the rotary embeddings that ran in the same forward, and the positions that each was given.
+        x: the layer input.
         cos, sin: what the attention layer was given, (batch or 1, tokens, rotary_dim).
         position_ids: what it was given beside them, (batch or 1, tokens), or None.
         kind: the layer's type in `config.layer_types`, or None.
     """
     if position_ids is None or position_ids.ndim != 2:
         return StoredCosSin()
-    for module in model.modules():
-        if not type(module).__name__.endswith("RotaryEmbedding"):
+    for module, given in embeddings.items():
+        # A multimodal embedding reads several rows of positions, alike for text but not for an image, of which the
+        # layer is told one.
+        if not torch.equal(given, position_ids) or not _is_fixed(module, kind):
             continue
         for extra in ((kind,), ()) if kind else ((),):
-            if not _is_fixed(module, kind):
-                continue
             rope = FixedCosSin(module, extra)
             try:
                 again = rope.cos_sin((position_ids,), x)

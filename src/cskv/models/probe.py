@@ -21,24 +21,38 @@ from cskv.factorization.commuting import RopePairs
 from cskv.models.calls import AttentionCall, CallReader
 from cskv.models.compat import cache_kwarg
 from cskv.models.cos_sin import CosSin, find_cos_sin
-from cskv.models.evaluation_mode import evaluation_mode
+from cskv.models.evaluation_mode import evaluation_mode, is_rotary_embedding
 from cskv.models.logits import Understanding, understanding
-from cskv.models.recipe import KEY_NORMS, TOLERANCE, NormStyle, Recipe, RopeStyle, find_pairs, kernel_norm, rotation_of
+from cskv.models.placement import device_of, plain_arithmetic
+from cskv.models.recipe import (
+    KEY_NORMS,
+    TOLERANCE,
+    NormStyle,
+    Recipe,
+    RopeStyle,
+    Rotate,
+    candidates,
+    closest,
+    find_pairs,
+    kernel_norm,
+    rotation_of,
+)
 from cskv.models.sites import AttentionSite
 
 PROBE_TOKENS = 8
 VALUE_NORMS = ("v_norm",)
+Positions = dict[nn.Module, Tensor]  # of every rotary embedding that ran
 
 
 @dataclass(frozen=True)
 class SiteRecipe:
-    """How one layer's cached keys and values follow from its projections.
+    """From one layer's projections to its cached keys and values.
 
     Attributes:
-        queries: how queries are made, RoPE aside: with the norm that stands beside the keys' one. Not checked.
-        keys, values: the recipes of either, as found.
-        rope: how cos and sin of old tokens are had again; None where the keys are not rotated.
-        pairs: the channels of a head that RoPE turns together; None where the keys are not rotated.
+        queries: the queries' recipe, without RoPE: the norm beside the keys' one. Not checked.
+        keys, values: their recipes, as found.
+        rope: how to recover cos and sin of sealed tokens; None where the keys are not rotated.
+        pairs: the channels of a head that RoPE rotates together; None where the keys are not rotated.
         plain_rope: whether keys are rotated by halves of their first channels, after a norm over each head or none.
         key_norm: that norm, as a kernel can do it.
         attention: what is known of the layer's attention function.
@@ -69,49 +83,70 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
         DataError: the model's keys or values are not finite.
     """
     modules = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "config")]
-    with understanding(modules) as understood:
-        cache, records = _run(model, sites)
-    recipes: dict[int, SiteRecipe] = {}
-    for site in sites:
-        record = records[site.layer_idx]
-        if record.call is None or record.k is None or record.v is None or site.layer_idx >= len(cache.layers):
-            raise UnsupportedModelError(f"{site.name} ({type(site.module).__name__}) did not run or filled no cache")
-        layer = cache.layers[site.layer_idx]
-        keys = _match(site, "keys", _key_candidates(site, record.call), record.k, record.call, layer.keys)
-        values = _match(site, "values", _value_candidates(site), record.v, record.call, layer.values)
-        rotated = keys.rope_style is not RopeStyle.NONE and record.call.cos is not None
-        recipes[site.layer_idx] = SiteRecipe(
-            _queries(site, keys),
-            keys,
-            values,
-            rope=_rope(model, site, record.call) if rotated else None,
-            pairs=find_pairs(keys, record.call.cos) if rotated else None,  # type: ignore[arg-type]
-            plain_rope=rotated and _is_plain(keys, layer.keys, record.call),
-            key_norm=kernel_norm(keys, layer.keys) if rotated else None,
-            attention=understood(site.module),
-        )
-    return recipes
+    device = device_of(model)
+    with plain_arithmetic(device), evaluation_mode(model):
+        with understanding(modules) as understood:
+            cache, records, positions = _run(model, sites, device)
+        return {
+            site.layer_idx: _recipe(site, records[site.layer_idx], cache, positions, understood(site.module))
+            for site in sites
+        }
 
 
-def _run(model: nn.Module, sites: list[AttentionSite]) -> tuple[DynamicCache, dict[int, _Record]]:
+def _run(
+    model: nn.Module, sites: list[AttentionSite], device: torch.device
+) -> tuple[DynamicCache, dict[int, _Record], Positions]:
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
-    device = next(p.device for p in model.parameters() if p.device.type != "meta")
     tokens = (torch.arange(1, PROBE_TOKENS + 1, device=device) % config.vocab_size)[None]
     cache = DynamicCache(config=config)
     decoder = model.base_model
-    with _recording(sites) as records, evaluation_mode(model), torch.no_grad():
+    with _recording(model, sites) as (records, positions):
         decoder(input_ids=tokens, use_cache=True, **{cache_kwarg(decoder): cache})  # type: ignore[operator, arg-type]
-    return cache, records
+    return cache, records, positions
+
+
+def _recipe(
+    site: AttentionSite, record: _Record, cache: DynamicCache, positions: Positions, attention: Understanding
+) -> SiteRecipe:
+    call = record.call
+    if call is None or record.k is None or record.v is None or site.layer_idx >= len(cache.layers):
+        raise UnsupportedModelError(f"{site.name} ({type(site.module).__name__}) did not run or filled no cache")
+    layer = cache.layers[site.layer_idx]
+    key_candidates = candidates(site.module, KEY_NORMS, site.head_dim, _rotations(site.module, call))
+    value_candidates = candidates(site.module, VALUE_NORMS, site.head_dim, [(RopeStyle.NONE, None)])
+    keys = _match(site, "keys", key_candidates, record.k, call, layer.keys)
+    values = _match(site, "values", value_candidates, record.v, call, layer.values)
+    rotated = keys.rope_style is not RopeStyle.NONE and call.cos is not None
+    norm = kernel_norm(keys, layer.keys) if rotated else None
+    odd_norm = norm is None and keys.norm_style is not NormStyle.NONE
+    return SiteRecipe(
+        _queries(site, keys),
+        keys,
+        values,
+        rope=_rope(positions, site, call) if rotated else None,
+        pairs=find_pairs(keys, call.cos) if rotated else None,  # type: ignore[arg-type]
+        plain_rope=rotated and not odd_norm and _rotates_plainly(keys, layer.keys, call),
+        key_norm=norm,
+        attention=attention,
+    )
 
 
 @contextlib.contextmanager
-def _recording(sites: list[AttentionSite]) -> Iterator[dict[int, _Record]]:
+def _recording(model: nn.Module, sites: list[AttentionSite]) -> Iterator[tuple[dict[int, _Record], Positions]]:
     records = {site.layer_idx: _Record() for site in sites}
-    handles = []
-    for site in sites:
-        handles += _record_site(site, records[site.layer_idx])
+    positions: Positions = {}
+
+    def on_positions(embedding: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        if isinstance(given, Tensor):
+            positions[embedding] = given
+
+    embeddings = [module for module in model.modules() if is_rotary_embedding(module)]
+    handles = [module.register_forward_pre_hook(on_positions, with_kwargs=True) for module in embeddings]
     try:
-        yield records
+        for site in sites:
+            handles += _record_site(site, records[site.layer_idx])
+        yield records, positions
     finally:
         for handle in handles:
             handle.remove()
@@ -136,31 +171,17 @@ def _record_site(site: AttentionSite, record: _Record) -> list[torch.utils.hooks
     ]
 
 
-def _key_candidates(site: AttentionSite, call: AttentionCall) -> Iterator[Recipe]:
-    rotate = rotation_of(site.module) if call.cos is not None else None
-    rope_styles = [RopeStyle.NONE] if rotate is None else [RopeStyle.FULL, RopeStyle.SLICED, RopeStyle.NONE]
-    for norm, style in _norms(site.module, tuple(KEY_NORMS)):
-        for rope_style in rope_styles:
-            used = rotate if rope_style is not RopeStyle.NONE else None
-            yield Recipe(site.head_dim, norm, style, rope_style, used)
+def _rotations(module: nn.Module, call: AttentionCall) -> list[tuple[RopeStyle, Rotate | None]]:
+    rotate = rotation_of(module) if call.cos is not None else None
+    styles = [] if rotate is None else [RopeStyle.FULL, RopeStyle.SLICED]
+    return [*((style, rotate) for style in styles), (RopeStyle.NONE, None)]
 
 
-def _value_candidates(site: AttentionSite) -> Iterator[Recipe]:
-    for norm, style in _norms(site.module, VALUE_NORMS):
-        yield Recipe(site.head_dim, norm, style)
-
-
-def _is_plain(recipe: Recipe, heads: Tensor, call: AttentionCall) -> bool:
-    """Whether a recipe normalises and rotates as kernels do, tried on some heads."""
-    if call.cos is None or call.sin is None or not _is_kernel_norm(recipe, heads):
-        return False
+def _rotates_plainly(recipe: Recipe, heads: Tensor, call: AttentionCall) -> bool:
+    """Return whether a recipe rotates as kernels do, tried on some heads."""
     plain = Rotation(call.cos, call.sin, recipe.heads).rotated(heads, 0, torch.empty_like(heads))
     expected = recipe.rotated(heads, call.cos, call.sin)
     return bool((plain - expected).abs().max() <= TOLERANCE.get(heads.dtype, 3e-2) * expected.abs().max())
-
-
-def _is_kernel_norm(recipe: Recipe, heads: Tensor) -> bool:
-    return recipe.norm_style is NormStyle.NONE or kernel_norm(recipe, heads) is not None
 
 
 def _queries(site: AttentionSite, keys: Recipe) -> Recipe:
@@ -170,36 +191,15 @@ def _queries(site: AttentionSite, keys: Recipe) -> Recipe:
     return Recipe(site.head_dim)
 
 
-def _norms(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[nn.Module | None, NormStyle]]:
-    yield None, NormStyle.NONE
-    for name in names:
-        norm = getattr(module, name, None)
-        if isinstance(norm, nn.Module):
-            for style in (NormStyle.PER_HEAD, NormStyle.FLAT, NormStyle.AFTER_ROPE):
-                yield norm, style
-
-
 def _match(
-    site: AttentionSite, kind: str, candidates: Iterator[Recipe], channels: Tensor, call: AttentionCall, cached: Tensor
+    site: AttentionSite, kind: str, recipes: Iterator[Recipe], channels: Tensor, call: AttentionCall, cached: Tensor
 ) -> Recipe:
-    """The candidate closest to what was cached, if it is close enough."""
+    """Return the recipe that comes closest to what was cached, if it is close enough."""
     if not torch.isfinite(cached).all():
         raise DataError(
             f"the cached {kind} of {site.name} hold NaN or infinity; check the weights, or load another dtype"
         )
-    best, least = None, float("inf")
-    for recipe in candidates:
-        try:
-            with torch.no_grad():
-                heads = recipe.heads(channels, call.cos, call.sin)
-        except (RuntimeError, ValueError, IndexError):  # shapes that do not go together: not this family's recipe
-            continue
-        if heads.shape != cached.shape:
-            continue
-        scale = cached.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        error = ((heads - cached).abs().max() / scale).item()
-        if error < least:
-            best, least = recipe, error
+    best, least = closest(recipes, channels, call.cos, call.sin, cached)
     tolerance = TOLERANCE.get(cached.dtype, 3e-2)
     if best is None or not least <= tolerance:
         found = "no combination ran" if best is None else f"the closest is off by {least:.1e} of the largest"
@@ -210,8 +210,7 @@ def _match(
     return best
 
 
-def _rope(model: nn.Module, site: AttentionSite, call: AttentionCall) -> CosSin:
+def _rope(positions: Positions, site: AttentionSite, call: AttentionCall) -> CosSin:
     layer_types = getattr(getattr(site.module, "config", None), "layer_types", None)
     kind = layer_types[site.layer_idx] if layer_types else None
-    with torch.no_grad():
-        return find_cos_sin(model, call.x, call.cos, call.sin, call.position_ids, kind)  # type: ignore[arg-type]
+    return find_cos_sin(positions, call.x, call.cos, call.sin, call.position_ids, kind)  # type: ignore[arg-type]

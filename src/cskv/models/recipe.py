@@ -1,4 +1,4 @@
-"""How rebuilt channels become the keys and values that a model caches: bias -> norm -> RoPE, per family.
+"""From rebuilt channels to the keys and values that a model caches: bias -> norm -> RoPE, per family.
 
 The recipe of a layer is found by `cskv.models.probe`; here it is only carried out, with the model's own norm modules
 and its own `apply_rotary_pos_emb`.
@@ -10,8 +10,9 @@ import enum
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torc
 
 
 class NormStyle(enum.Enum):
-    """Where a family normalises its keys."""
+    """The place of a family's norm of keys."""
 
     NONE = "none"
     PER_HEAD = "per head"  # over head_dim, after the split into heads (Qwen3, Gemma3)
@@ -37,7 +38,7 @@ class NormStyle(enum.Enum):
 
 
 class RopeStyle(enum.Enum):
-    """How a family rotates its keys."""
+    """The channels that a family rotates."""
 
     NONE = "none"
     FULL = "all channels"  # also families whose function rotates the first channels only and passes the rest (Phi3)
@@ -51,7 +52,7 @@ class Recipe:
     Attributes:
         head_dim: channels per head.
         norm: the model's norm module, or None for `NormStyle.NONE`.
-        norm_style, rope_style: what is done.
+        norm_style, rope_style: where it applies, and which channels are rotated.
         rotate: `rotate(heads, cos, sin)`, the defining module's own rotation; None for `RopeStyle.NONE`.
     """
 
@@ -64,7 +65,7 @@ class Recipe:
     def heads(
         self, channels: Float[Tensor, "batch tokens kv_dim"], cos: Tensor | None, sin: Tensor | None
     ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
-        """Carry the recipe out. `cos` and `sin`, (batch or 1, tokens, rotary_dim), are unused without RoPE."""
+        """Apply the recipe. `cos` and `sin`, (batch or 1, tokens, rotary_dim), are unused without RoPE."""
         if self.norm_style is NormStyle.FLAT:
             channels = self.norm(channels)  # type: ignore[misc]
         heads = channels.unflatten(-1, (-1, self.head_dim))
@@ -78,11 +79,11 @@ class Recipe:
         return heads
 
     def normalised(self, channels: Float[Tensor, "batch tokens kv_dim"]) -> Float[Tensor, "batch tokens kv_dim"]:
-        """The channels after the norm alone, without RoPE."""
+        """Apply the norm alone, without RoPE."""
         return replace(self, rope_style=RopeStyle.NONE).heads(channels, None, None).transpose(1, 2).flatten(2)
 
     def rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """RoPE alone, on (batch, kv_heads, tokens, head_dim)."""
+        """Apply RoPE alone, to (batch, kv_heads, tokens, head_dim)."""
         if self.rope_style is RopeStyle.FULL:
             return self.rotate(heads, cos, sin)  # type: ignore[misc]
         rotary = cos.shape[-1]
@@ -90,8 +91,56 @@ class Recipe:
         return torch.cat([turned, heads[..., rotary:]], dim=-1)
 
 
-def rotation_of(attention: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The rotation that an attention module's own file defines, as a function of keys alone, or None."""
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def candidates(
+    module: nn.Module, norms: Iterable[str], head_dim: int, rotations: Iterable[tuple[RopeStyle, Rotate | None]]
+) -> Iterator[Recipe]:
+    """Yield every combination of no norm or one that the module has, with a rotation.
+
+    Args:
+        module: the attention module.
+        norms: names under which it may hold a norm.
+        head_dim: channels per head.
+        rotations: pairs (style, function); the function is None for `RopeStyle.NONE`.
+    """
+    modules = [norm for norm in (getattr(module, name, None) for name in norms) if isinstance(norm, nn.Module)]
+    used = [style for style in NormStyle if style is not NormStyle.NONE]
+    for norm, norm_style in [(None, NormStyle.NONE), *product(modules, used)]:
+        for rope_style, rotate in rotations:
+            yield Recipe(head_dim, norm, norm_style, rope_style, rotate)
+
+
+@torch.no_grad()
+def closest(
+    recipes: Iterable[Recipe], channels: Tensor, cos: Tensor | None, sin: Tensor | None, cached: Tensor
+) -> tuple[Recipe | None, float]:
+    """Find the recipe that comes closest to what was cached.
+
+    Args:
+        recipes: the first of equally close ones wins.
+        channels: (batch, tokens, kv_dim), the projection's output.
+        cos, sin: of these tokens, or None.
+        cached: (batch, kv_heads, tokens, head_dim).
+
+    Returns:
+        The recipe, None if none gives heads of that shape; and its largest error, relative to the largest value.
+    """
+    best, least = None, float("inf")
+    scale = cached.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    for recipe in recipes:
+        try:
+            heads = recipe.heads(channels, cos, sin)
+        except (RuntimeError, ValueError, IndexError):  # shapes that do not go together: not this family's recipe
+            continue
+        if heads.shape == cached.shape and (error := float((heads - cached).abs().max() / scale)) < least:
+            best, least = recipe, error
+    return best, least
+
+
+def rotation_of(attention: nn.Module) -> Rotate | None:
+    """Return the rotation that an attention module's own file defines, as a function of keys alone, or None."""
     function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if function is None:
         return None
@@ -104,7 +153,7 @@ def rotation_of(attention: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tens
 
 @torch.no_grad()
 def kernel_norm(recipe: Recipe, heads: Tensor) -> RMSNorm | None:
-    """The norm over each head as a weight and an epsilon, if it is one of that kind: tried on some heads."""
+    """Return the norm over each head as a weight and an epsilon, tried on some heads; None if it is another kind."""
     norm = recipe.norm
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if recipe.norm_style is not NormStyle.PER_HEAD or norm is None or not isinstance(eps, float):
@@ -118,7 +167,7 @@ def kernel_norm(recipe: Recipe, heads: Tensor) -> RMSNorm | None:
 
 
 def find_pairs(keys: Recipe, cos: Tensor) -> RopePairs:
-    """The pairs of a layer.
+    """Find the pairs of channels that a layer's RoPE rotates.
 
     Args:
         keys: the layer's recipe; its keys are rotated.
@@ -145,7 +194,7 @@ def find_pairs(keys: Recipe, cos: Tensor) -> RopePairs:
 
 
 def _turned_unit_vectors(keys: Recipe, width: int) -> Tensor:
-    """(head_dim, head_dim): row i is unit vector i after the rotation."""
+    """Return (head_dim, head_dim): row i is unit vector i after the rotation."""
     vectors = torch.eye(keys.head_dim, dtype=torch.float64)[None, None]
     shape = (1, keys.head_dim, width)
     return keys.rotated(

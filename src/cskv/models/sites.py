@@ -1,4 +1,4 @@
-"""Where a model's keys and values are made: its attention layers and their projections, found generically.
+"""The attention layers of a model and their projections, found generically.
 
 A site is an attention module that owns a layer index and either separate `q_proj`, `k_proj` and `v_proj` or one fused
 `qkv_proj` whose output is [queries, keys, values] (Phi3). Whether a site's keys can really be rebuilt from its
@@ -10,46 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from cskv.errors import UnsupportedModelError
+from cskv.models.projection import Projection, features_of
 
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj")
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The rows of a linear layer that make queries, keys or values.
-
-    Attributes:
-        linear: the module whose output holds the channels.
-        start, stop: the channels of the module's output that are ours.
-    """
-
-    linear: nn.Module
-    start: int
-    stop: int
-
-    @property
-    def kv_dim(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def weight(self) -> Tensor:
-        """(kv_dim, hidden): a view of the base model's weight."""
-        return self.linear.weight[self.start : self.stop]  # type: ignore[index, return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """(kv_dim,) or None: a view of the base model's bias."""
-        bias = getattr(self.linear, "bias", None)
-        return None if bias is None else bias[self.start : self.stop]
-
-    def select(self, output: Tensor) -> Tensor:
-        """Our channels of the module's output, (..., kv_dim)."""
-        return output[..., self.start : self.stop]
 
 
 @dataclass(frozen=True)
@@ -78,7 +47,7 @@ class AttentionSite:
 
     @property
     def hidden_size(self) -> int:
-        return self.k.weight.shape[1]
+        return self.k.in_features
 
     @property
     def num_kv_heads(self) -> int:
@@ -88,14 +57,16 @@ class AttentionSite:
     def output_weight(self) -> Tensor | None:
         """(hidden, query heads * head_dim) of the projection that reads the heads' outputs, or None if not found."""
         for name in OUTPUT_PROJECTIONS:
-            weight = getattr(getattr(self.module, name, None), "weight", None)
-            if weight is not None and weight.shape[1] == self.q.kv_dim:
-                return weight
+            linear = getattr(self.module, name, None)
+            if isinstance(linear, nn.Module):
+                inputs, outputs = features_of(linear)
+                if inputs == self.q.kv_dim:
+                    return Projection(linear, 0, outputs, self.q.dtype).weight
         return None
 
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:
-    """The full-attention layers of a decoder model, in cache order.
+    """Find the full-attention layers of a decoder model, in cache order.
 
     Layers with a sliding window are left out: their cache is bounded already.
 
@@ -107,10 +78,11 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder models are supported")
+    decoder = set(getattr(model, "get_decoder", lambda: model)().modules())  # without the towers that see and hear
     found = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and _has_projections(module)
+        if module in decoder and isinstance(getattr(module, "layer_idx", None), int) and _has_projections(module)
     ]
     if not found:
         raise UnsupportedModelError(
@@ -122,7 +94,8 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
         raise UnsupportedModelError(
             f"no layer of {name} caches all tokens (sliding windows are bounded already): nothing to compress"
         )
-    sites = sorted((_site(path, module) for path, module in full), key=lambda site: site.layer_idx)
+    dtype = getattr(model, "dtype", torch.get_default_dtype())
+    sites = sorted((_site(path, module, dtype) for path, module in full), key=lambda site: site.layer_idx)
     indices = [site.layer_idx for site in sites]
     if len(set(indices)) != len(indices):
         raise UnsupportedModelError(f"{name} has several attention modules with the same layer_idx: {indices}")
@@ -135,20 +108,21 @@ def _has_projections(module: nn.Module) -> bool:
 
 
 def _uncompressed_layers(model: nn.Module) -> list[type]:
-    """What a fresh cache of this model holds, layer by layer; empty where transformers decides at the first forward."""
+    """Return the class of every layer of a fresh cache; none where transformers decides at the first forward."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore[operator, union-attr]
     return [type(layer) for layer in cache.layers]
 
 
-def _site(path: str, module: nn.Module) -> AttentionSite:
+def _site(path: str, module: nn.Module, dtype: torch.dtype) -> AttentionSite:
     head_dim = getattr(module, "head_dim", None)
     if not isinstance(head_dim, int):
         raise UnsupportedModelError(f"{path} ({type(module).__name__}) does not tell its head_dim")
     if hasattr(module, "qkv_proj"):
-        q, k, v = _fused(path, module, head_dim)
+        q, k, v = _fused(path, module, head_dim, dtype)
     else:
         q, k, v = (
-            Projection(linear, 0, linear.weight.shape[0]) for linear in (module.q_proj, module.k_proj, module.v_proj)
+            Projection(linear, 0, features_of(linear)[1], dtype)
+            for linear in (module.q_proj, module.k_proj, module.v_proj)
         )
     if k.kv_dim != v.kv_dim or k.kv_dim % head_dim:
         raise UnsupportedModelError(
@@ -157,16 +131,18 @@ def _site(path: str, module: nn.Module) -> AttentionSite:
     return AttentionSite(path, module.layer_idx, module, q, k, v, head_dim)
 
 
-def _fused(path: str, module: nn.Module, head_dim: int) -> tuple[Projection, Projection, Projection]:
+def _fused(
+    path: str, module: nn.Module, head_dim: int, dtype: torch.dtype
+) -> tuple[Projection, Projection, Projection]:
     config = module.config
     queries = config.num_attention_heads * head_dim
     kv_dim = config.num_key_value_heads * head_dim
-    total = module.qkv_proj.weight.shape[0]
+    total = features_of(module.qkv_proj)[1]
     if queries + 2 * kv_dim != total:
         raise UnsupportedModelError(
             f"{path}.qkv_proj has {total} rows; expected {queries} query + 2 x {kv_dim} key and value rows"
         )
     linear = module.qkv_proj
     bounds = (0, queries, queries + kv_dim, total)
-    q, k, v = (Projection(linear, start, stop) for start, stop in pairwise(bounds))
+    q, k, v = (Projection(linear, start, stop, dtype) for start, stop in pairwise(bounds))
     return q, k, v

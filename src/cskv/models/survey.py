@@ -1,4 +1,4 @@
-"""What a model is, found once and passed on: the facts that tie an adapter to it, its sites, and their recipes."""
+"""A survey of a model, made once and passed on: the facts that tie an adapter to it, its sites, and their recipes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from functools import cached_property
 from torch import nn
 
 from cskv.adapter.base_model import BaseModelInfo
+from cskv.errors import CSKVError
 from cskv.models.probe import SiteRecipe, probe
 from cskv.models.sites import AttentionSite, find_sites
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What calibration, factorisation, training and attaching need to know of a model.
+    """The facts of a model that calibration, factorisation, training and attaching need.
 
     Attributes:
         model: the model.
-        base: the facts that are remembered of it.
+        base: the facts that adapters and statistics record of it.
         sites: its full-attention layers, in cache order.
     """
 
@@ -41,6 +42,10 @@ def survey(model: nn.Module) -> Survey:
     """Find what a transformers decoder model is made of.
 
     Raises:
+        CSKVError: a compressor is attached, so the model's keys and values are not its own.
         UnsupportedModelError: it is no decoder, or has no layer that can be compressed.
     """
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    if any(hasattr(hook, "attachment") for hook in hooks):
+        raise CSKVError("a compressor is attached to this model; call cskv.detach(model) first")
     return Survey(model, BaseModelInfo.from_model(model), find_sites(model))

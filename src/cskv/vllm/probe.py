@@ -6,7 +6,6 @@ every combination of norm and rotation. A layer that matches none is refused whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +15,18 @@ from torch import Tensor, nn
 
 from cskv.attention.inputs import Rotation, split_heads
 from cskv.errors import UnsupportedModelError
-from cskv.models.recipe import KEY_NORMS, TOLERANCE, NormStyle, Recipe, RopeStyle, kernel_norm
+from cskv.models.placement import device_of
+from cskv.models.recipe import (
+    KEY_NORMS,
+    TOLERANCE,
+    NormStyle,
+    Recipe,
+    RopeStyle,
+    Rotate,
+    candidates,
+    closest,
+    kernel_norm,
+)
 
 TOKENS = 8
 
@@ -25,7 +35,7 @@ _tables: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary
 
 @dataclass
 class _Given:
-    """What a layer handed to its attention."""
+    """The keys and values that a layer handed to its attention."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -47,20 +57,20 @@ class _Recorder(nn.Module):
 def find_rope(
     parent: Any, forward: Any, child: str, hidden_size: int, head_dim: int, dtype: torch.dtype
 ) -> Rotation | None:
-    """How keys that are rebuilt become those that queries meet; None where they are those already.
+    """Find how rebuilt keys become those that queries meet; None where they are those already.
 
     Args:
         parent: vLLM's attention module, with its weights.
         forward: its own forward, a function of itself, positions and hidden states.
         child: the name of its attention layer.
-        hidden_size: channels of what it reads.
-        head_dim: channels of a head.
-        dtype: in which the layer computes.
+        hidden_size: channels of the layer's input.
+        head_dim: channels per head.
+        dtype: the layer's compute dtype.
 
     Raises:
         UnsupportedModelError: its keys or values follow from its projection by no known norm and rotation.
     """
-    device = next(parent.parameters()).device
+    device = device_of(parent)
     x = torch.randn(TOKENS, hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     x = x.to(device, dtype)
     positions = torch.arange(TOKENS, device=device)
@@ -94,7 +104,7 @@ def _record(parent: Any, forward: Any, child: str, positions: Tensor, x: Tensor)
 
 
 def _cos_sin(parent: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Cos and sin of all positions, (positions, rotary_dim), shared by all layers with the same embedding."""
+    """Return cos and sin of all positions, (positions, rotary_dim), shared by all layers with the same embedding."""
     rotary = getattr(parent, "rotary_emb", None)
     cache = getattr(rotary, "cos_sin_cache", None)
     if rotary is None or cache is None:
@@ -110,47 +120,33 @@ def _cos_sin(parent: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Of halves (Llama), on (batch, heads, tokens, rotary_dim)."""
+    """Rotate halves (Llama), on (batch, heads, tokens, rotary_dim)."""
     first, second = heads.chunk(2, dim=-1)
     return heads * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
 def _rotate_neighbours(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Of neighbouring channels (GLM, Cohere)."""
+    """Rotate neighbouring channels (GLM, Cohere)."""
     turned = torch.stack([-heads[..., 1::2], heads[..., 0::2]], dim=-1).flatten(-2)
     return heads * cos[:, None] + turned * sin[:, None]
 
 
-def _candidates(parent: Any, tables: Any, head_dim: int) -> Iterator[Recipe]:
-    norms: list[tuple[nn.Module | None, NormStyle]] = [(None, NormStyle.NONE)]
-    for name in KEY_NORMS:
-        norm = getattr(parent, name, None)
-        if isinstance(norm, nn.Module):
-            norms += [(norm, style) for style in (NormStyle.PER_HEAD, NormStyle.FLAT, NormStyle.AFTER_ROPE)]
-    for norm, style in norms:
-        if tables is not None:
-            neox = getattr(parent.rotary_emb, "is_neox_style", False)
-            whole = RopeStyle.FULL if tables[0].shape[-1] == head_dim else RopeStyle.SLICED
-            yield Recipe(head_dim, norm, style, whole, _rotate if neox else _rotate_neighbours)
-        yield Recipe(head_dim, norm, style)
-
-
 def _match(parent: Any, k: Tensor, keys: Tensor, tables: Any, head_dim: int) -> Recipe:
-    cos, sin = (None, None) if tables is None else (part[None, : len(k)] for part in tables)
-    least = float("inf")
-    for recipe in _candidates(parent, tables, head_dim):
-        try:
-            rebuilt = recipe.heads(k[None], cos, sin).transpose(1, 2).flatten(2)[0]
-        except (RuntimeError, ValueError, IndexError):  # shapes that do not go together: not this layer's recipe
-            continue
-        error = float((rebuilt - keys).abs().max() / keys.abs().max())
-        if error <= TOLERANCE.get(keys.dtype, 3e-2):
-            return recipe
-        least = min(least, error)
-    raise UnsupportedModelError(
-        f"the keys of {type(parent).__name__} follow from its projection by no known norm and rotation (the closest is "
-        f"off by {least:.1e} of the largest); this model is not served"
-    )
+    """Find the recipe of a layer's keys, (tokens, kv_dim), from what its projection makes, of the same shape."""
+    rotations: list[tuple[RopeStyle, Rotate | None]] = [(RopeStyle.NONE, None)]
+    cos = sin = None
+    if tables is not None:
+        cos, sin = (part[None, : len(k)] for part in tables)
+        rotate = _rotate if getattr(parent.rotary_emb, "is_neox_style", False) else _rotate_neighbours
+        rotations.insert(0, (RopeStyle.FULL if cos.shape[-1] == head_dim else RopeStyle.SLICED, rotate))
+    cached = keys.unflatten(-1, (-1, head_dim)).transpose(0, 1)[None]
+    recipe, error = closest(candidates(parent, KEY_NORMS, head_dim, rotations), k[None], cos, sin, cached)
+    if recipe is None or not error <= TOLERANCE.get(keys.dtype, 3e-2):
+        raise UnsupportedModelError(
+            f"the keys of {type(parent).__name__} follow from its projection by no known norm and rotation (the "
+            f"closest is off by {error:.1e} of the largest); this model is not served"
+        )
+    return recipe
 
 
 def _check_values(parent: Any, v: Tensor, values: Tensor) -> None:
