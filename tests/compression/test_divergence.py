@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError, UnsupportedModelError
-from cskv.compression.allocation import allocate_ranks
+from cskv.compression.budget import allocate_ranks
 from cskv.compression.divergence import Divergence
-from cskv.compression.initialise import initialise, part_spectra
+from cskv.compression.initialise import Factorisation, initialise
 from cskv.compression.lm_head import Head
 from cskv.compression.reading import compressed_reading
+from cskv.models.survey import survey
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import full_rank_adapter, tiny_model, truncated_adapter
 
@@ -29,15 +30,15 @@ def test_the_divergence_is_that_of_the_two_models_logits(family: str) -> None:
     tokens = torch.stack(samples(2))
     with torch.no_grad():
         exact = model(tokens, use_cache=False).logits.log_softmax(-1)
-        with compressed_reading(model, adapter):
+        with compressed_reading(survey(model), adapter):
             ours = model(tokens, use_cache=False).logits.log_softmax(-1)
     expected = (exact.exp() * (exact - ours)).sum(-1).mean()
-    assert Divergence(model).of(adapter, tokens).item() == pytest.approx(float(expected), rel=1e-3)
+    assert Divergence(survey(model)).kl(adapter, tokens).item() == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_nothing_lost_means_no_divergence_and_less_rank_means_more() -> None:
     model = tiny_model("llama", max_position_embeddings=512)
-    divergence, statistics = Divergence(model), statistics_of(model)
+    divergence, statistics = Divergence(survey(model)), statistics_of(model)
     assert abs(divergence.mean(full_rank_adapter(model, CONFIG), samples(1))) < 1e-5
     values = [
         divergence.mean(initialise(model, CSKVConfig(d, d, window=0, group=1, init="pca"), statistics), samples(1))
@@ -50,12 +51,12 @@ def test_chunked_logits_have_the_same_gradients() -> None:
     model = tiny_model("llama", max_position_embeddings=512).requires_grad_(False)
     adapter = truncated_adapter(model, CONFIG)
     tokens = samples(1)[0][None]
-    Divergence(model).of(adapter, tokens).backward()
+    Divergence(survey(model)).kl(adapter, tokens).backward()
     chunked = {name: parameter.grad.clone() for name, parameter in adapter.named_parameters()}
     adapter.zero_grad()
     with torch.no_grad():
         exact = model(tokens, use_cache=False).logits.log_softmax(-1)
-    with compressed_reading(model, adapter):
+    with compressed_reading(survey(model), adapter):
         ours = model(tokens, use_cache=False).logits.log_softmax(-1)
     (exact.exp() * (exact - ours)).sum(-1).mean().backward()
     for name, parameter in adapter.named_parameters():
@@ -102,7 +103,7 @@ def test_ranks_go_where_they_count() -> None:
     assert seen == [(i, 4) for i in (1, 2, 3, 4)]
     held_out = samples(8)[4:]
     uniform = initialise(model, CONFIG, statistics_of(model))
-    divergence = Divergence(model)
+    divergence = Divergence(survey(model))
     assert divergence.mean(found.adapter, held_out) < divergence.mean(uniform, held_out)
 
 
@@ -119,7 +120,10 @@ def test_spectra_are_what_ranks_save() -> None:
     model = tiny_model("llama-mha")
     statistics = statistics_of(model)
     for key_factors in ("joint", "commuting"):
-        spectra = part_spectra(model, CSKVConfig(init="pca", key_factors=key_factors), statistics)
+        components = Factorisation(
+            survey(model), CSKVConfig(init="pca", key_factors=key_factors), statistics
+        ).components()
+        spectra = {part: own.spectrum for part, own in components.items()}
         for part, spectrum in spectra.items():
             assert spectrum.shape == (64,), part
             assert (spectrum.diff() <= 1e-12).all()

@@ -1,4 +1,4 @@
-"""What a compressed cache would be read as, in one parallel and differentiable forward.
+"""Whole texts read as from a compressed cache, in one parallel and differentiable forward.
 
 Generation reads old tokens from latents and the newest exactly, one step after the other. Given a whole text, the same
 can be had at once: every layer makes both the exact and the rebuilt keys and values of all tokens, and each query reads
@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.compression.checkpointing import checkpointed_layers
 from cskv.config import CSKVConfig
-from cskv.errors import CSKVError
+from cskv.errors import CSKVError, UnsupportedModelError
 from cskv.factorization.factors import Factors
-from cskv.models.attention_interface import Original, Switch
+from cskv.models.attention_interface import Original, Switch, implementation_of
 from cskv.models.calls import AttentionCall, CallReader
 from cskv.models.evaluation_mode import evaluation_mode
-from cskv.models.probe import SiteRecipe, probe
-from cskv.models.sites import AttentionSite, find_sites
+from cskv.models.logits import UNDERSTOOD
+from cskv.models.probe import SiteRecipe
+from cskv.models.sites import AttentionSite
+from cskv.models.survey import Survey
 from cskv.quantization.fake import read_back
 
 NAME = "cskv_reading"
@@ -39,12 +41,26 @@ KWARG = "cskv_reading"
 Part = tuple[int, str]  # layer index, "k" or "v"
 
 
+def check_readable(surveyed: Survey) -> None:
+    """Refuse models whose attention cannot be told, by a mask, which tokens each query reads.
+
+    Raises:
+        UnsupportedModelError: some layer's attention implementation does not read (queries, keys) masks.
+    """
+    for site in surveyed.sites:
+        if (name := implementation_of(site.module)) not in UNDERSTOOD:
+            known = " or ".join(map(repr, sorted(UNDERSTOOD)))
+            raise UnsupportedModelError(
+                f"distillation and sensitivity need attention that reads a mask of queries and keys, {known}; the "
+                f"model's is {name!r}: call model.set_attn_implementation('sdpa') first"
+            )
+
+
 @contextmanager
 def compressed_reading(
-    model: nn.Module,
+    surveyed: Survey,
     adapter: CSKVAdapter,
     *,
-    recipes: dict[int, SiteRecipe] | None = None,
     only: frozenset[Part] | None = None,
     checkpointed: bool = False,
 ) -> Iterator[None]:
@@ -53,41 +69,38 @@ def compressed_reading(
     Gradients reach the adapter's factors. The model's hooks and settings are as before when the block ends.
 
     Args:
-        model: a decoder model.
+        surveyed: a decoder model.
         adapter: made for it, on its device.
-        recipes: from `probe(model, find_sites(model))`, to save it when this is done often.
         only: the parts that are compressed, (layer index, "k" or "v"); None compresses all.
         checkpointed: keep only the layers' inputs for the backward pass, and run every layer again in it.
 
     Raises:
+        UnsupportedModelError: the model's attention does not read such masks.
         CSKVError: a forward in the block has a cache.
     """
-    sites = find_sites(model)
-    recipes = recipes or probe(model, sites)
+    check_readable(surveyed)
     mask = lru_cache(maxsize=1)(partial(_mask, adapter.config))  # one for all layers: the backward pass keeps it
     with ExitStack() as stack:
-        for site in sites:
-            hook = _ReadingHook(site, recipes[site.layer_idx], adapter, only, mask)
+        for site in surveyed.sites:
+            hook = _ReadingHook(site, surveyed.recipes[site.layer_idx], adapter, only, mask)
             stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        stack.callback(Switch((site.module for site in sites), NAME, _attend).back)
+        stack.callback(Switch((site.module for site in surveyed.sites), NAME, _attend).back)
         if checkpointed:
-            again = partial(_again, model, adapter, recipes, only)
-            stack.enter_context(checkpointed_layers(model, sites, again))
+            again = partial(_again, surveyed, adapter, only)
+            stack.enter_context(checkpointed_layers(surveyed.model, surveyed.sites, again))
         yield
 
 
 @contextmanager
-def _again(
-    model: nn.Module, adapter: CSKVAdapter, recipes: dict[int, SiteRecipe], only: frozenset[Part] | None
-) -> Iterator[None]:
-    """What a layer's second forward runs in."""
-    with evaluation_mode(model), compressed_reading(model, adapter, recipes=recipes, only=only):
+def _again(surveyed: Survey, adapter: CSKVAdapter, only: frozenset[Part] | None) -> Iterator[None]:
+    """Set up a layer's second forward."""
+    with evaluation_mode(surveyed.model), compressed_reading(surveyed, adapter, only=only):
         yield
 
 
 @dataclass(frozen=True)
 class _Rebuilt:
-    """What a layer's attention gets beside the exact keys and values."""
+    """Makes a layer's mask, and its keys and values from those it has."""
 
     mask: Callable[[int, torch.device, torch.dtype], Tensor]
     keys: Callable[[Tensor], Tensor]
@@ -150,7 +163,7 @@ def _attend(
 
 
 def _mask(config: CSKVConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(1, 1, tokens, 2 tokens), added to the logits: 0 where a query reads a key, the least number elsewhere."""
+    """Make the (1, 1, tokens, 2 tokens) mask of logits: 0 where a query reads a key, the least number elsewhere."""
     position = torch.arange(tokens, device=device)
     sealed = ((position - config.window).clamp(min=0) // config.group * config.group)[:, None]
     exact = (position >= sealed) & (position <= position[:, None])

@@ -44,9 +44,13 @@ def rotated(factors: Factors, rotation: Float[Tensor, "group_rank group_rank"]) 
 
 
 def ordered(factors: Factors, order: Int[Tensor, " kept"]) -> Factors:
-    """Some latents in another order; those left out are dropped. Factors of one group only."""
-    down_bias = None if factors.down_bias is None else factors.down_bias[order]
-    return Factors(factors.down[order], factors.up[:, order], factors.bias, down_bias)
+    """Some latents in another order; those left out are dropped. With head groups, `order` is that within each."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (factors.groups, -1)).index_select(1, order).flatten(0, 1)
+
+    down_bias = None if factors.down_bias is None else rows(factors.down_bias)
+    return Factors(rows(factors.down), factors.up.index_select(1, order), factors.bias, down_bias)
 
 
 def hadamard(size: int) -> Float[Tensor, "size size"]:

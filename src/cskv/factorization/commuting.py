@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cskv.errors import ConfigError, DataError
+from cskv.factorization.components import Components
 from cskv.factorization.factors import Factors
 
 LEAST_GAIN = 1e-4  # as a share of the largest
@@ -48,7 +49,7 @@ class RopePairs:
 
 
 @dataclass(frozen=True)
-class _Component:
+class _Direction:
     """A direction that may be kept: orthonormal rows, (1 or 2, kv_dim), that make its latents and rebuild from them."""
 
     value: float
@@ -59,53 +60,32 @@ class _Component:
         return self.value / len(self.down)
 
 
-def commuting_factors(
-    moment: Float[Tensor, "kv_dim kv_dim"],
-    pairs: RopePairs,
-    rank: int,
-    gain: Float[Tensor, " kv_dim"] | None = None,
-) -> Factors:
-    """Factors that act on keys, before or after RoPE alike: keys ~= up @ (down @ keys).
+def commuting_components(
+    moment: Float[Tensor, "kv_dim kv_dim"], pairs: RopePairs, gain: Float[Tensor, " kv_dim"] | None = None
+) -> Components:
+    """Find factors that act on keys, before or after RoPE alike, at every rank: keys ~= up @ (down @ keys).
 
     Args:
         moment: E[k k^T] of the keys as RoPE gets them (after the norm where the family has one), heads laid end to end.
         pairs: the channels that RoPE turns together.
-        rank: latents to keep, from 1 to kv_dim. An odd last one stays unused where only pairs are left.
         gain: how much an error counts, by channel; equal within a pair. None counts all channels alike.
 
     Returns:
-        fp32 factors with `down` of (rank, kv_dim) and `up` of (kv_dim, rank).
+        components on the CPU, `down` and `up` of (kv_dim, kv_dim). The latents of a pair share its eigenvalue evenly.
 
     Raises:
-        ConfigError: the rank is out of range or too small for any component, or there is a single kv head.
+        ConfigError: there is a single kv head.
         DataError: the moment is not finite or of another shape.
     """
-    kv_dim = moment.shape[0]
-    if not 1 <= rank <= kv_dim:
-        raise ConfigError(f"rank is {rank}; expected 1 to {kv_dim}, the projection's channels")
-    components, weights = _components(moment, pairs, gain)
-    kept = _best(components, rank)
-    if not kept:
-        raise ConfigError(f"rank {rank} keeps no pair of rotated channels; give at least 2")
-    return Factors(
-        down=(torch.cat([c.down for c in kept]) * weights).float().contiguous(),
-        up=(torch.cat([c.down for c in kept]) / weights).T.float().contiguous(),
-    )
+    directions, weights = _directions(moment, pairs, gain)
+    directions.sort(key=lambda direction: direction.value_per_latent, reverse=True)
+    rows, sizes = torch.cat([own.down for own in directions]), [len(own.down) for own in directions]
+    shares = [own.value_per_latent for own in directions for _ in own.down]
+    factors = Factors((rows * weights).float().contiguous(), (rows / weights).T.float().contiguous())
+    return Components(factors, torch.tensor(shares, dtype=torch.float64), tuple(sizes))
 
 
-def commuting_spectrum(
-    moment: Float[Tensor, "kv_dim kv_dim"], pairs: RopePairs, gain: Float[Tensor, " kv_dim"] | None = None
-) -> Float[Tensor, " kv_dim"]:
-    """What each further latent saves, largest first; the two latents of a pair share its eigenvalue evenly.
-
-    Args and errors are those of `commuting_factors`.
-    """
-    components, _ = _components(moment, pairs, gain)
-    shares = [share for c in components for share in [c.value_per_latent] * len(c.down)]
-    return torch.tensor(shares, dtype=torch.float64).sort(descending=True).values
-
-
-def _components(moment: Tensor, pairs: RopePairs, gain: Tensor | None) -> tuple[list[_Component], Tensor]:
+def _directions(moment: Tensor, pairs: RopePairs, gain: Tensor | None) -> tuple[list[_Direction], Tensor]:
     """All directions that may be kept, of the weighted keys, and the weights."""
     kv_dim, heads = moment.shape[0], moment.shape[0] // pairs.head_dim
     if moment.shape != (kv_dim, kv_dim) or kv_dim % pairs.head_dim or not torch.isfinite(moment).all():
@@ -118,7 +98,7 @@ def _components(moment: Tensor, pairs: RopePairs, gain: Tensor | None) -> tuple[
     return _pair_components(weighted, pairs, heads) + _unrotated_components(weighted, pairs, heads), weights
 
 
-def _pair_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Component]:
+def _pair_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Direction]:
     starts = torch.arange(heads) * pairs.head_dim
     components = []
     for a, b in zip(pairs.real.tolist(), pairs.imaginary.tolist(), strict=True):
@@ -130,11 +110,11 @@ def _pair_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Comp
             rows = torch.zeros(2, moment.shape[0], dtype=torch.float64)
             rows[0, real], rows[0, imaginary] = vector.real, vector.imag
             rows[1, real], rows[1, imaginary] = -vector.imag, vector.real
-            components.append(_Component(max(value, 0.0), rows))
+            components.append(_Direction(max(value, 0.0), rows))
     return components
 
 
-def _unrotated_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Component]:
+def _unrotated_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Direction]:
     if not len(pairs.unrotated):
         return []
     channels = (torch.arange(heads)[:, None] * pairs.head_dim + pairs.unrotated).flatten()
@@ -143,15 +123,5 @@ def _unrotated_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[
     for value, vector in zip(values.tolist(), vectors.T, strict=True):
         row = torch.zeros(1, moment.shape[0], dtype=torch.float64)
         row[0, channels] = vector
-        components.append(_Component(max(value, 0.0), row))
+        components.append(_Direction(max(value, 0.0), row))
     return components
-
-
-def _best(components: list[_Component], rank: int) -> list[_Component]:
-    """The components with the largest value per latent that fit into the rank."""
-    kept, left = [], rank
-    for component in sorted(components, key=lambda c: c.value_per_latent, reverse=True):
-        if len(component.down) <= left:
-            kept.append(component)
-            left -= len(component.down)
-    return kept

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 import cskv
 from cskv import ConfigError, CSKVConfig, DataError
 from cskv.calibration.calibrate import calibrate
+from cskv.compression.budget import allocate_widths, observe_latents
+from cskv.compression.bytes import ratio_of
 from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import initialise
-from cskv.compression.observation import observe_latents
 from cskv.compression.sensitivity import Allocation, deal, halves, sensitivities
-from cskv.compression.widths import allocate_widths, ratio_of
 from cskv.models.compat import output_cache
 from cskv.models.sites import find_sites
+from cskv.models.survey import survey
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model, truncated_adapter
 
@@ -62,7 +63,7 @@ def test_on_other_text_mixed_widths_lose_less_than_uniform_ones(model: nn.Module
     uniform = initialise(model, config, statistics_of(model))
     assert ratio_of(uniform) == (20 * 5 + 16 * 4 + 32) / (2 * 16 * 64)
     assert ratio_of(found.adapter) <= 0.1
-    divergence, held_out = Divergence(model), samples(8)[4:]
+    divergence, held_out = Divergence(survey(model)), samples(8)[4:]
     assert divergence.mean(found.adapter, held_out) < 0.8 * divergence.mean(uniform, held_out)
     assert found.uniform_kl == pytest.approx(divergence.mean(uniform, samples()[2:]))
     assert found.allocated_kl == pytest.approx(divergence.mean(found.adapter, samples()[2:]))
@@ -93,7 +94,7 @@ def test_what_is_kept_are_centred_principal_components(model: nn.Module, found: 
     calibrated = torch.randint(3, 96, (6, 40), generator=torch.Generator().manual_seed(5))  # as in `statistics_of`
     full = initialise(model, CSKVConfig(1.0, 1.0, init="pca"), statistics_of(model))
     seen: dict[tuple[int, str], list[Tensor]] = {}
-    for part, latents in observe_latents(model, found.adapter, list(calibrated)):
+    for part, latents in observe_latents(survey(model), found.adapter, list(calibrated)):
         seen.setdefault(part, []).append(latents[0])
     for (index, kind), latents in seen.items():
         ours, components = (getattr(adapter.factors(index), kind) for adapter in (found.adapter, full))
@@ -108,7 +109,7 @@ def test_the_latents_of_layer_inputs_are_observed(dtype: torch.dtype) -> None:
     adapter = initialise(model, CSKVConfig(0.25, 0.5, init="pca", k_bits=4), statistics_of(model.eval()))
     model.to(dtype).train()
     texts = [samples(1, length)[0] for length in (7, 12)]
-    seen = list(observe_latents(model, adapter, texts))
+    seen = list(observe_latents(survey(model), adapter, texts))
     assert model.training
     model.eval()
     assert [part for part, _ in seen] == [(i, kind) for _ in texts for i in (0, 1) for kind in ("k", "v")]
@@ -128,7 +129,7 @@ def test_the_latents_of_layer_inputs_are_observed(dtype: torch.dtype) -> None:
 def test_a_sensitivity_is_the_divergence_of_one_part_per_loss() -> None:
     model = tiny_model("llama")
     adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
-    divergence, texts = Divergence(model), samples(2, 40)
+    divergence, texts = Divergence(survey(model)), samples(2, 40)
     seen: list[tuple[int, int]] = []
     losses = {(0, "k"): 2.0, (1, "v"): 0.5, (1, "k"): 0.0}
     found = sensitivities(divergence, adapter, losses, texts, lambda done, total: seen.append((done, total)))
@@ -153,17 +154,17 @@ def test_the_best_power_of_the_sensitivities_is_kept() -> None:
         weights.append(weighted)
         return next(made)
 
-    found = deal(model, uniform, losses, make, samples())
+    found = deal(Divergence(survey(model)), uniform, losses, make, samples())
     assert found.adapter is others[2]
     assert found.allocated_kl < found.uniform_kl
     for power, weighted in zip((1.0, 0.5, 0.25, 0.0), weights, strict=True):
         assert weighted == {part: value**power for part, value in found.sensitivity.items()}
     made = iter([others[0], others[1]] * 2)
-    worse = deal(model, uniform, losses, make, samples())
+    worse = deal(Divergence(survey(model)), uniform, losses, make, samples())
     assert worse.is_uniform
     assert worse.adapter is uniform
     made = iter([others[0], others[1]] * 2)
-    alone = deal(model, uniform, losses, make, samples(), uniform_fits=False)
+    alone = deal(Divergence(survey(model)), uniform, losses, make, samples(), uniform_fits=False)
     assert alone.uniform_kl is None
     assert any(alone.adapter is other for other in others[:2])
 
