@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import cskv
-from cskv import ConfigError, CSKVConfig, DataError
+import cskv.models.probe as probe_module
+import cskv.models.survey as survey_module
+from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError
 from cskv.calibration.calibrate import calibrate
-from cskv.compression.budget import allocate_widths, observe_latents
+from cskv.compression.budget import allocate_ranks, allocate_widths, observe_latents
 from cskv.compression.bytes import ratio_of
 from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import initialise
@@ -206,3 +209,95 @@ def test_too_little_is_refused(model: nn.Module) -> None:
             allocate_widths(model, CONFIG, statistics_of(model), samples(2)[:number], 0.1)
     with pytest.raises(DataError, match="lack"):
         allocate_widths(model, CONFIG, calibrate(model, samples(2, 40), covariance=False), samples(), 0.1)
+
+
+RANKED = CSKVConfig(0.25, 0.25, window=0, group=2, init="pca")
+
+
+def ranks_of(adapter: CSKVAdapter) -> dict[int, tuple[int, int]]:
+    return {i: (adapter.factors(i).k.rank, adapter.factors(i).v.rank) for i in adapter.layer_indices}
+
+
+def test_ranks_go_where_they_count() -> None:
+    """Layer 1's output projection is almost zero: nothing that its values or queries do matters."""
+    model = tiny_model("llama-mha", max_position_embeddings=512)
+    model.model.layers[1].self_attn.o_proj.weight.data.mul_(1e-3)
+    seen: list[tuple[int, int]] = []
+    found = allocate_ranks(
+        model,
+        RANKED,
+        statistics_of(model),
+        samples(4, 300),
+        0.25,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert sum(k + v for k, v in ranks_of(found.adapter).values()) == 0.25 * 4 * 64
+    assert sum(ranks_of(found.adapter)[0]) > 3 * sum(ranks_of(found.adapter)[1])
+    assert found.allocated_kl < found.uniform_kl
+    assert not found.is_uniform
+    assert seen == [(i, 4) for i in (1, 2, 3, 4)]
+    held_out = samples(8, 300)[4:]
+    uniform = initialise(model, RANKED, statistics_of(model))
+    divergence = Divergence(survey(model))
+    assert divergence.mean(found.adapter, held_out) < divergence.mean(uniform, held_out)
+
+
+@pytest.mark.parametrize("settings", [{"head_groups": 2}, {"key_factors": "commuting"}])
+def test_ranks_respect_groups_and_pairs(settings: dict) -> None:
+    model = tiny_model("llama-mha", max_position_embeddings=512)
+    config = CSKVConfig(window=0, group=2, init="weighted-pca", **settings)
+    found = allocate_ranks(model, config, statistics_of(model), samples(2, 300), 0.3)
+    assert all(rank % 2 == 0 for pair in ranks_of(found.adapter).values() for rank in pair)
+    assert sum(k + v for k, v in ranks_of(found.adapter).values()) <= 0.3 * 4 * 64
+
+
+def test_allocation_says_what_it_needs() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="init is 'svd'; expected 'pca' or 'weighted-pca'"):
+        allocate_ranks(model, CSKVConfig(init="svd"), statistics_of(model), samples(4, 300), 0.2)
+    with pytest.raises(DataError, match="at least 2 samples, got 1"):
+        allocate_ranks(model, RANKED, statistics_of(model), samples(1, 300), 0.2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"init": "weighted-pca", "k_bits": 4},
+        {"head_groups": 2},
+        {"key_factors": "commuting", "init": "weighted-pca"},
+    ],
+)
+def test_slices_are_what_factorising_at_their_ranks_gives(settings: dict) -> None:
+    model = tiny_model("qwen2")
+    statistics, x = statistics_of(model), torch.randn(9, 64)
+    config = replace(RANKED, **settings)
+    found = allocate_ranks(model, config, statistics, samples(2, 40), 0.4).adapter
+    made = initialise(model, found.config, statistics, ranks_of(found))
+    for index in found.layer_indices:
+        for kind in ("k", "v"):
+            ours, theirs = (getattr(adapter.factors(index), kind) for adapter in (found, made))
+            read = x[:, : ours.hidden_size]
+            expected = theirs.expand(theirs.latents(read))
+            assert (ours.expand(ours.latents(read)) - expected).abs().max() < 1e-5 * expected.abs().max()
+            assert (ours.down_bias is None) == (theirs.down_bias is None)
+
+
+def test_a_model_is_probed_once_and_each_projection_factorised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    statistics = statistics_of(model)
+    counted: Counter[str] = Counter()
+
+    def count(owner: object, name: str) -> None:
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: counted.update([name]) or plain(*args, **kwargs))
+
+    for owner in (probe_module, survey_module):
+        count(owner, "probe")
+    count(torch.linalg, "eigh")
+    for allocate, config in ((allocate_ranks, RANKED), (allocate_widths, CONFIG)):
+        counted.clear()
+        allocate(model, config, statistics, samples(2, 40), 0.25)
+        assert counted["probe"] == 1
+        # Of every projection its covariance and the identity that stands for its gain.
+        assert counted["eigh"] <= 2 * 4

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.calibrate import calibrate
 from cskv.compression.budget import observe_latents
-from cskv.compression.initialise import in_few_bits, initialise
+from cskv.compression.initialise import Factorisation, in_few_bits, initialise
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, DataError
 from cskv.factorization.asvd import asvd_factors
@@ -147,3 +147,18 @@ def test_an_adapter_is_put_in_few_bits() -> None:
 def test_mixed_widths_are_not_made_without_a_budget() -> None:
     with pytest.raises(ConfigError, match="allocate_widths"):
         initialise(tiny_model("llama"), CSKVConfig(mixed_widths=True, init="svd"))
+
+
+def test_spectra_are_what_ranks_save() -> None:
+    model = tiny_model("llama-mha")
+    statistics = statistics_of(model)
+    for key_factors in ("joint", "commuting"):
+        components = Factorisation(
+            survey(model), CSKVConfig(init="pca", key_factors=key_factors), statistics
+        ).components()
+        spectra = {part: own.spectrum for part, own in components.items()}
+        for part, spectrum in spectra.items():
+            assert spectrum.shape == (64,), part
+            assert (spectrum.diff() <= 1e-12).all()
+    moment = statistics.key_moment(0)
+    assert float(spectra[0, "k"].sum()) == pytest.approx(float(moment.trace()))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
 
 import cskv
 from cskv import CSKVConfig
@@ -115,6 +117,38 @@ def test_a_cache_is_refused() -> None:
     with compressed_reading(survey(model), adapter), pytest.raises(cskv.CSKVError, match="without a cache"):
         model(TOKENS, use_cache=True)
     model(TOKENS, use_cache=True)
+
+
+def test_attention_that_reads_no_mask_of_queries_and_keys_is_refused() -> None:
+    """Flash attention reads (batch, tokens): it would take a mask of logits for one of padding."""
+    masks: list[object] = []
+
+    def like_flash(module: nn.Module, *states: Tensor, **kwargs: object) -> tuple:
+        masks.append(states[3])
+        return sdpa_attention_forward(module, *states[:3], None, **{**kwargs, "is_causal": True})
+
+    AttentionInterface.register("like_fa", like_flash)
+    AttentionMaskInterface.register("like_fa", flash_attention_mask)
+    model = tiny_model("llama")
+    adapter = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=4))
+    understood, unlike = survey(model), "the model's is 'like_fa': call model.set_attn_implementation"
+    assert understood.recipes
+    model.set_attn_implementation("like_fa")
+    with pytest.raises(cskv.CSKVError, match=unlike) as caught, compressed_reading(understood, adapter):
+        pass
+    assert "\n" not in str(caught.value)
+    with pytest.raises(cskv.CSKVError, match=unlike):
+        Divergence(understood)
+    assert all(mask is None for mask in masks)
+
+
+def test_an_attached_model_is_read_all_the_same() -> None:
+    model = tiny_model("llama")
+    adapter, surveyed = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=4)), survey(model)
+    with compressed_reading(surveyed, adapter), torch.no_grad():
+        expected = model(TOKENS, use_cache=False).logits
+    with cskv.attach(model, adapter), compressed_reading(surveyed, adapter), torch.no_grad():
+        assert torch.equal(model(TOKENS, use_cache=False).logits, expected)
 
 
 def test_a_layers_own_forward_comes_back() -> None:
