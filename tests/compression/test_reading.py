@@ -142,6 +142,17 @@ def test_attention_that_reads_no_mask_of_queries_and_keys_is_refused() -> None:
     assert all(mask is None for mask in masks)
 
 
+def test_a_layer_that_does_not_call_transformers_attention_is_refused() -> None:
+    """It would read the exact tokens, and nothing would seem to be lost."""
+    model = tiny_model("llama")
+    adapter, module = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=4)), model.model.layers[1].self_attn
+    plain = module.forward
+    module.forward = lambda *args, cskv_reading=None, **kwargs: plain(*args, **kwargs)
+    with pytest.raises(cskv.CSKVError, match=r"layers\.1\.self_attn does not call transformers' attention interface"):
+        Divergence(survey(model)).kl(adapter, TOKENS)
+    assert not any(own._forward_hooks or own._forward_pre_hooks for own in model.modules())
+
+
 def test_an_attached_model_is_read_all_the_same() -> None:
     model = tiny_model("llama")
     adapter, surveyed = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=4)), survey(model)

@@ -75,7 +75,7 @@ def compressed_reading(
         checkpointed: keep only the layers' inputs for the backward pass, and run every layer again in it.
 
     Raises:
-        UnsupportedModelError: the model's attention does not read such masks.
+        UnsupportedModelError: the model's attention does not read such masks, or a layer does not call it.
         CSKVError: a forward in the block has a cache.
     """
     check_readable(surveyed)
@@ -84,6 +84,7 @@ def compressed_reading(
         for site in surveyed.sites:
             hook = _ReadingHook(site, surveyed.recipes[site.layer_idx], adapter, only, mask)
             stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(site.module.register_forward_hook(hook.check).remove)
         stack.callback(Switch((site.module for site in surveyed.sites), NAME, _attend).back)
         if checkpointed:
             again = partial(_again, surveyed, adapter, only)
@@ -98,13 +99,14 @@ def _again(surveyed: Survey, adapter: CSKVAdapter, only: frozenset[Part] | None)
         yield
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Rebuilt:
     """Makes a layer's mask, and its keys and values from those it has."""
 
     mask: Callable[[int, torch.device, torch.dtype], Tensor]
     keys: Callable[[Tensor], Tensor]
     values: Callable[[Tensor], Tensor]
+    was_read: bool = False
 
 
 class _ReadingHook:
@@ -119,6 +121,7 @@ class _ReadingHook:
         self._site, self._recipe, self._adapter, self._mask = site, recipe, adapter, mask
         self._parts = {kind for kind in ("k", "v") if only is None or (site.layer_idx, kind) in only}
         self._reader = CallReader(site.module)
+        self._rebuilt: _Rebuilt | None = None
 
     def __call__(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -128,12 +131,19 @@ class _ReadingHook:
             raise CSKVError("reading a whole text as compressed goes without a cache; pass use_cache=False")
         if not self._parts:
             return None
-        rebuilt = _Rebuilt(
+        self._rebuilt = _Rebuilt(
             self._mask,
             keys=lambda keys: self._keys(call, keys) if "k" in self._parts else keys,
             values=lambda values: self._values(call) if "v" in self._parts else values,
         )
-        return args, {**kwargs, KWARG: rebuilt}
+        return args, {**kwargs, KWARG: self._rebuilt}
+
+    def check(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        if self._rebuilt is not None and not self._rebuilt.was_read:
+            raise UnsupportedModelError(
+                f"{self._site.name} does not call transformers' attention interface, so it cannot be given compressed "
+                "keys and values: distillation and sensitivity are not for this model"
+            )
 
     def _keys(self, call: AttentionCall, keys: Tensor) -> Tensor:
         if self._adapter.config.key_factors == "commuting":
@@ -156,6 +166,7 @@ def _attend(
 ) -> Any:
     rebuilt: _Rebuilt | None = kwargs.pop(KWARG, None)
     if rebuilt is not None:
+        rebuilt.was_read = True
         mask = rebuilt.mask(query.shape[2], query.device, query.dtype)
         key = torch.cat([rebuilt.keys(key), key], dim=2)
         value = torch.cat([rebuilt.values(value), value], dim=2)

@@ -17,6 +17,7 @@ cheaper decode.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,18 +49,6 @@ class RopePairs:
         return 2 * len(self.real) + len(self.unrotated)
 
 
-@dataclass(frozen=True)
-class _Direction:
-    """A direction that may be kept: orthonormal rows, (1 or 2, kv_dim), that make its latents and rebuild from them."""
-
-    value: float
-    down: Tensor
-
-    @property
-    def value_per_latent(self) -> float:
-        return self.value / len(self.down)
-
-
 def commuting_components(
     moment: Float[Tensor, "kv_dim kv_dim"], pairs: RopePairs, gain: Float[Tensor, " kv_dim"] | None = None
 ) -> Components:
@@ -77,16 +66,6 @@ def commuting_components(
         ConfigError: there is a single kv head.
         DataError: the moment is not finite or of another shape.
     """
-    directions, weights = _directions(moment, pairs, gain)
-    directions.sort(key=lambda direction: direction.value_per_latent, reverse=True)
-    rows, sizes = torch.cat([own.down for own in directions]), [len(own.down) for own in directions]
-    shares = [own.value_per_latent for own in directions for _ in own.down]
-    factors = Factors((rows * weights).float().contiguous(), (rows / weights).T.float().contiguous())
-    return Components(factors, torch.tensor(shares, dtype=torch.float64), tuple(sizes))
-
-
-def _directions(moment: Tensor, pairs: RopePairs, gain: Tensor | None) -> tuple[list[_Direction], Tensor]:
-    """All directions that may be kept, of the weighted keys, and the weights."""
     kv_dim, heads = moment.shape[0], moment.shape[0] // pairs.head_dim
     if moment.shape != (kv_dim, kv_dim) or kv_dim % pairs.head_dim or not torch.isfinite(moment).all():
         raise DataError(f"the keys' moment has shape {tuple(moment.shape)} or holds NaN; calibrate this model")
@@ -95,33 +74,37 @@ def _directions(moment: Tensor, pairs: RopePairs, gain: Tensor | None) -> tuple[
     weights = torch.ones(kv_dim, dtype=torch.float64) if gain is None else gain.detach().double().cpu()
     weights = weights.clamp(min=LEAST_GAIN * float(weights.max()))
     weighted = moment.detach().double().cpu() * torch.outer(weights, weights)
-    return _pair_components(weighted, pairs, heads) + _unrotated_components(weighted, pairs, heads), weights
+    found = [*_pair_directions(weighted, pairs, heads), *_unrotated_directions(weighted, pairs, heads)]
+    found.sort(key=lambda direction: direction[0], reverse=True)
+    rows = torch.cat([own for _, own in found])
+    shares = torch.tensor([value for value, own in found for _ in own], dtype=torch.float64)
+    factors = Factors((rows * weights).float().contiguous(), (rows / weights).T.float().contiguous())
+    return Components(factors, shares, tuple(len(own) for _, own in found))
 
 
-def _pair_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Direction]:
-    starts = torch.arange(heads) * pairs.head_dim
-    components = []
-    for a, b in zip(pairs.real.tolist(), pairs.imaginary.tolist(), strict=True):
-        real, imaginary = starts + a, starts + b
+def _pair_directions(moment: Tensor, pairs: RopePairs, heads: int) -> Iterator[tuple[float, Tensor]]:
+    """Yield the eigenvalue per latent and the two orthonormal rows, (2, kv_dim), of every complex component."""
+    for real, imaginary in zip(*(_channels(own, pairs, heads) for own in (pairs.real, pairs.imaginary)), strict=True):
         rr, ii = moment[real][:, real], moment[imaginary][:, imaginary]
         ir = moment[imaginary][:, real]
         values, vectors = torch.linalg.eigh(torch.complex(rr + ii, ir - ir.T))
-        for value, vector in zip(values.tolist(), vectors.T, strict=True):
+        for value, vector in zip(values.clamp(min=0).tolist(), vectors.T, strict=True):
             rows = torch.zeros(2, moment.shape[0], dtype=torch.float64)
             rows[0, real], rows[0, imaginary] = vector.real, vector.imag
             rows[1, real], rows[1, imaginary] = -vector.imag, vector.real
-            components.append(_Direction(max(value, 0.0), rows))
-    return components
+            yield value / 2, rows
 
 
-def _unrotated_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Direction]:
-    if not len(pairs.unrotated):
-        return []
-    channels = (torch.arange(heads)[:, None] * pairs.head_dim + pairs.unrotated).flatten()
+def _unrotated_directions(moment: Tensor, pairs: RopePairs, heads: int) -> Iterator[tuple[float, Tensor]]:
+    """Yield the eigenvalue and the row, (1, kv_dim), of every component of the channels that RoPE leaves alone."""
+    channels = _channels(pairs.unrotated, pairs, heads).flatten()
     values, vectors = torch.linalg.eigh(moment[channels][:, channels])
-    components = []
-    for value, vector in zip(values.tolist(), vectors.T, strict=True):
+    for value, vector in zip(values.clamp(min=0).tolist(), vectors.T, strict=True):
         row = torch.zeros(1, moment.shape[0], dtype=torch.float64)
         row[0, channels] = vector
-        components.append(_Direction(max(value, 0.0), row))
-    return components
+        yield value, row
+
+
+def _channels(of_head: Tensor, pairs: RopePairs, heads: int) -> Tensor:
+    """Return channels of a head as those of all heads laid end to end, (channels, heads)."""
+    return of_head[:, None] + torch.arange(heads) * pairs.head_dim
