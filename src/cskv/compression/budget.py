@@ -101,12 +101,9 @@ def allocate_widths(
     The ratio is that of sealed tokens, codes, minima and scales. The window, positions and slack come on top.
 
     Args:
-        model: the base model, with its language-model head.
         config: a PCA init with `mixed_widths`, joint key factors and one head group; its densities are replaced.
-        statistics: of the model, with covariances.
-        samples: token samples without padding, at least two; the second half is kept aside for the comparison.
         target_ratio: in (0, 1).
-        progress: called with (projections measured, projections in all).
+        model, statistics, samples, progress: as for `allocate_ranks`.
 
     Raises:
         ConfigError: the settings do not go with mixed widths, or the ratio is out of range.

@@ -56,7 +56,7 @@ def initialise(
 
 
 class Factorisation:
-    """The factors of a model, for settings and statistics.
+    """Makes the factors of a model, for settings and statistics.
 
     Args:
         surveyed: the base model.
@@ -232,9 +232,9 @@ class _Layer:
 
 
 def _conditioned(factors: Factors, config: CSKVConfig, kind: str, input_mean: Tensor | None) -> Factors:
-    """Return them in a basis that suits few bits, where few are spent: centred, turned so that channels vary alike.
+    """Change to a basis that suits few bits, where few are spent: centred, rotated so that channels vary alike.
 
-    Commuting keys stay as they are: a turn would mix frequencies.
+    Commuting keys stay as they are: a rotation would mix frequencies.
     """
     if config.bits(kind) == 16 or (kind == "k" and config.key_factors == "commuting"):
         return factors

@@ -155,7 +155,7 @@ class _ReadingHook:
         return self._recipe.values.heads(self._rebuild("v", call.x), None, None)
 
     def _rebuild(self, kind: str, x: Tensor) -> Tensor:
-        """Through the stored latents and back, in the factors' own dtype (fp32 while they train)."""
+        """Encode and decode through the stored latents, in the factors' own dtype (fp32 while they train)."""
         factors: Factors = getattr(self._adapter.factors(self._site.layer_idx), kind)
         latents = factors.latents(x.to(factors.down.dtype))
         return factors.expand(read_back(latents, self._adapter.grid(self._site.layer_idx, kind))).to(x.dtype)

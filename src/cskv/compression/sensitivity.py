@@ -45,7 +45,7 @@ class Allocation:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether the uniform adapter was the better one."""
+        """True if the uniform adapter was the better one."""
         return self.uniform_kl is not None and self.uniform_kl <= self.allocated_kl
 
 

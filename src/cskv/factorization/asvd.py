@@ -26,7 +26,7 @@ def asvd_factors(
     eps: float = 1e-6,
     bias: Float[Tensor, " kv_dim"] | None = None,
 ) -> Factors:
-    """The best factors of this rank when input channels count by their calibrated size.
+    """Find the best factors of a rank when input channels count by their calibrated size.
 
     Args:
         weight: any floating dtype and device; computed there in fp64.

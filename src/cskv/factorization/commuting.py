@@ -33,7 +33,7 @@ LEAST_GAIN = 1e-4  # as a share of the largest
 
 @dataclass(frozen=True)
 class RopePairs:
-    """Which channels of a head RoPE turns together.
+    """The channels of a head that RoPE rotates together.
 
     Attributes:
         real, imaginary: (pairs,): the channels whose k_real + i k_imaginary is multiplied by exp(i t theta).

@@ -25,7 +25,7 @@ SMALLEST_SHARE = 1e-7
 def svd_factors(
     weight: Float[Tensor, "kv_dim hidden"], rank: int, bias: Float[Tensor, " kv_dim"] | None = None
 ) -> Factors:
-    """The best factors of this rank when every input channel counts the same.
+    """Find the best factors of a rank when every input channel counts the same.
 
     Args:
         weight: any floating dtype and device; computed there in fp64.
@@ -48,7 +48,7 @@ def scaled_factors(
     rank: int,
     bias: Float[Tensor, " kv_dim"] | None = None,
 ) -> Factors:
-    """The factors that minimise || (W - up @ down) diag(scale) ||_F, or the unscaled norm where `scale` is None.
+    """Find the factors that minimise || (W - up @ down) diag(scale) ||_F, or the unscaled norm where `scale` is None.
 
     They are the truncated SVD of W diag(scale) with the scale undone on `down`. Since that SVD's right side is
     B^T W diag(scale) / S, undoing it leaves B^T W / S: nothing is divided by the scale, so zeros in it are harmless.
