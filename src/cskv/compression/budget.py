@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.adapter.folder import Widths
 from cskv.calibration.hooks import Teacher
 from cskv.calibration.statistics import Statistics
 from cskv.compression.bytes import ratio_of
@@ -74,7 +73,6 @@ def allocate_ranks(
     divergence, factorisation = Divergence(surveyed), Factorisation(surveyed, config, statistics)
     components = factorisation.components()
     uniform = factorisation.adapter(components=components)
-    losses = {part: float(own.spectrum[_rank(uniform, part) :].sum()) for part, own in components.items()}
     tables = {part: torch.stack([own.spectrum, torch.zeros_like(own.spectrum)], 1) for part, own in components.items()}
     budget = float(BITS_16 * int(target_ratio * sum(map(len, tables.values())) + 0.5))
     step = 2 if config.key_factors == "commuting" else config.head_groups
@@ -85,7 +83,7 @@ def allocate_ranks(
         ranks = {part: int(kept.count_nonzero()) for part, kept in widths.items()}
         return factorisation.adapter({i: (ranks[i, "k"], ranks[i, "v"]) for i in uniform.layer_indices}, components)
 
-    return deal(divergence, uniform, losses, make, samples, progress=progress)
+    return deal(divergence, uniform, _losses(tables, uniform, RANKS.index(16)), make, samples, progress=progress)
 
 
 def allocate_widths(
@@ -118,7 +116,7 @@ def allocate_widths(
     full = CSKVAdapter(plain, _layers({part: own.factors for part, own in components.items()}), surveyed.base)
     errors = _errors(surveyed, full, config, seen)
     uniform = _uniform(surveyed, config, statistics, components, target_ratio)
-    losses = {part: _uniform_loss(table, _rank(uniform, part)) for part, table in errors.items()}
+    losses = _losses(errors, uniform, CHOICES.index(UNIFORM_BITS))
 
     def make(weights: Mapping[Part, float]) -> CSKVAdapter:
         return _mixed(full, config, {part: weights[part] * table for part, table in errors.items()}, target_ratio)
@@ -149,6 +147,12 @@ def observe_latents(
 
 def _rank(adapter: CSKVAdapter, part: Part) -> int:
     return getattr(adapter.factors(part[0]), part[1]).rank
+
+
+def _losses(tables: Mapping[Part, Tensor], uniform: CSKVAdapter, width: int) -> dict[Part, float]:
+    """Add up what an adapter of one width loses of every projection: the latents left out, and errors of those kept."""
+    ranks = {part: _rank(uniform, part) for part in tables}
+    return {part: float(own[: ranks[part], width].sum() + own[ranks[part] :, 0].sum()) for part, own in tables.items()}
 
 
 def _layers(parts: Mapping[Part, Factors]) -> dict[int, LayerFactors]:
@@ -198,17 +202,8 @@ def _uniform(
 
 
 def _largest_rank(kv_dim: int, budget: float, block: tuple[int, int]) -> int:
-    fitting = [
-        rank
-        for rank in range(1, kv_dim + 1)
-        if rank * Grid.uniform(rank, UNIFORM_BITS, block).bits_per_latent <= budget
-    ]
-    return max(fitting, default=1)
-
-
-def _uniform_loss(errors: Tensor, rank: int) -> float:
-    """Add up what 4 bits lose of a projection: of the latents that are kept their error, and all of the others."""
-    return float(errors[:rank, CHOICES.index(UNIFORM_BITS)].sum() + errors[rank:, 0].sum())
+    grids = (Grid.uniform(rank, UNIFORM_BITS, block) for rank in range(1, kv_dim + 1))
+    return max((grid.rank for grid in grids if grid.rank * grid.bits_per_latent <= budget), default=1)
 
 
 def _mixed(full: CSKVAdapter, config: CSKVConfig, errors: Mapping[Part, Tensor], target_ratio: float) -> CSKVAdapter:
@@ -230,10 +225,6 @@ def _mixed(full: CSKVAdapter, config: CSKVConfig, errors: Mapping[Part, Tensor],
             high = budget
     if kept is None:
         raise ConfigError(f"no choice of widths takes {target_ratio:g} of the bytes; raise the target ratio")
-    return _adapter(full, config, kept)
-
-
-def _adapter(full: CSKVAdapter, config: CSKVConfig, kept: Mapping[Part, tuple[Tensor, Widths]]) -> CSKVAdapter:
     layers = _layers({(i, kind): ordered(getattr(full.factors(i), kind), kept[i, kind][0]).clone() for i, kind in kept})
     k_density, v_density = (
         sum(len(kept[i, kind][0]) for i in layers) / sum(_rank(full, (i, kind)) for i in layers) for kind in ("k", "v")

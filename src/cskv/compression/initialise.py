@@ -170,18 +170,12 @@ class _Layer:
         if kind == "k" and self.config.key_factors == "commuting":
             return self._commuting_components()
         mean, moment, gain = self._statistic(f"{kind}.mean"), self._statistic(f"{kind}.moment"), self._gain(kind)
-        return Components.grouped(
-            [
-                principal_components(
-                    weight,
-                    mean[rows],
-                    moment[rows, rows],
-                    bias=bias,
-                    gain=None if gain is None else gain[rows, rows],
-                )
-                for rows, weight, bias in self._groups(kind)
-            ]
-        )
+
+        def part(rows: slice, weight: Tensor, bias: Tensor | None) -> Components:
+            own = None if gain is None else gain[rows, rows]
+            return principal_components(weight, mean[rows], moment[rows, rows], bias=bias, gain=own)
+
+        return Components.grouped([part(*group) for group in self._groups(kind)])
 
     def _groups(self, kind: str) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Yield the channels of every head group, their weight and their bias."""

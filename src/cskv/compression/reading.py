@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -99,16 +98,6 @@ def _again(surveyed: Survey, adapter: CSKVAdapter, only: frozenset[Part] | None)
         yield
 
 
-@dataclass
-class _Rebuilt:
-    """Makes a layer's mask, and its keys and values from those it has."""
-
-    mask: Callable[[int, torch.device, torch.dtype], Tensor]
-    keys: Callable[[Tensor], Tensor]
-    values: Callable[[Tensor], Tensor]
-    was_read: bool = False
-
-
 class _ReadingHook:
     def __init__(
         self,
@@ -121,7 +110,7 @@ class _ReadingHook:
         self._site, self._recipe, self._adapter, self._mask = site, recipe, adapter, mask
         self._parts = {kind for kind in ("k", "v") if only is None or (site.layer_idx, kind) in only}
         self._reader = CallReader(site.module)
-        self._rebuilt: _Rebuilt | None = None
+        self._unread = False
 
     def __call__(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -131,19 +120,25 @@ class _ReadingHook:
             raise CSKVError("reading a whole text as compressed goes without a cache; pass use_cache=False")
         if not self._parts:
             return None
-        self._rebuilt = _Rebuilt(
-            self._mask,
-            keys=lambda keys: self._keys(call, keys) if "k" in self._parts else keys,
-            values=lambda values: self._values(call) if "v" in self._parts else values,
-        )
-        return args, {**kwargs, KWARG: self._rebuilt}
+        self._unread = True
+        return args, {**kwargs, KWARG: partial(self._extended, call)}
 
     def check(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        if self._rebuilt is not None and not self._rebuilt.was_read:
+        if self._unread:
             raise UnsupportedModelError(
                 f"{self._site.name} does not call transformers' attention interface, so it cannot be given compressed "
                 "keys and values: distillation and sensitivity are not for this model"
             )
+
+    def _extended(
+        self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rebuilt keys and values before the exact ones, and the mask for both."""
+        self._unread = False
+        keys = self._keys(call, key) if "k" in self._parts else key
+        values = self._values(call) if "v" in self._parts else value
+        mask = self._mask(query.shape[2], query.device, query.dtype)
+        return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2), mask
 
     def _keys(self, call: AttentionCall, keys: Tensor) -> Tensor:
         if self._adapter.config.key_factors == "commuting":
@@ -164,12 +159,9 @@ class _ReadingHook:
 def _attend(
     original: Original, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> Any:
-    rebuilt: _Rebuilt | None = kwargs.pop(KWARG, None)
-    if rebuilt is not None:
-        rebuilt.was_read = True
-        mask = rebuilt.mask(query.shape[2], query.device, query.dtype)
-        key = torch.cat([rebuilt.keys(key), key], dim=2)
-        value = torch.cat([rebuilt.values(value), value], dim=2)
+    extended = kwargs.pop(KWARG, None)
+    if extended is not None:
+        key, value, mask = extended(query, key, value)
     return original(module, query, key, value, mask, **kwargs)
 
 

@@ -6,7 +6,7 @@ diagonal, and only its blocks are kept. Less is saved per latent, but rebuilding
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,8 +93,7 @@ class Factors:
 
     def clone(self) -> Factors:
         """Copy the factors, without gradients."""
-        parts = (self.down, self.up, self.bias, self.down_bias)
-        return Factors(*(None if part is None else part.detach().clone() for part in parts))  # type: ignore[arg-type]
+        return self._each(lambda part: part.detach().clone())
 
     def aligned(self, multiple: int) -> Factors:
         """Align the rows of `up` to a multiple of bytes: kernels load them 16 bytes at a time."""
@@ -104,11 +103,11 @@ class Factors:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
         """Return the same factors on another device or in another dtype."""
-        bias, down_bias = (
-            None if part is None else part.to(device=device, dtype=dtype) for part in (self.bias, self.down_bias)
-        )
-        down, up = self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype)
-        return Factors(down, up, bias, down_bias)
+        return self._each(lambda part: part.to(device=device, dtype=dtype))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Factors:
+        parts = (self.down, self.up, self.bias, self.down_bias)
+        return Factors(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
