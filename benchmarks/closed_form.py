@@ -28,7 +28,7 @@ from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.attach import attach
 from cskv.calibration.calibrate import calibrate
 from cskv.calibration.statistics import Statistics
-from cskv.compression.allocation import allocate_ranks
+from cskv.compression.budget import allocate_ranks
 from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
@@ -39,6 +39,7 @@ from cskv.demo.text import mixed_source
 from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
+from cskv.models.survey import survey
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
 
@@ -106,7 +107,7 @@ class Bench:
 
     def __init__(self, model: Any, tokenizer: Any, seed: int) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self.divergence = Divergence(model)
+        self.divergence = Divergence(survey(model))
         self.held_out = token_sequences(tokenizer, open_source("offline", "heldout").read(seed), TEXT_TOKENS, TEXTS)
         self.cases = [make_case(NUM_LINES, 1000 * seed + i) for i in range(CASES)]
         self._statistics: dict[int, tuple[Statistics, float]] = {}

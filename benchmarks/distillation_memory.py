@@ -38,6 +38,7 @@ def step(checkpointed: bool) -> dict[str, float]:
     from cskv.factorization.factors import LayerFactors
     from cskv.factorization.svd import svd_factors
     from cskv.models.sites import find_sites
+    from cskv.models.survey import survey
 
     torch.manual_seed(0)
     shape = {"num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 32000}
@@ -47,10 +48,10 @@ def step(checkpointed: bool) -> dict[str, float]:
         for site in find_sites(model)
     }
     adapter = CSKVAdapter(CSKVConfig(init="svd"), layers, BaseModelInfo.from_model(model))
-    divergence = Divergence(model)
+    divergence = Divergence(survey(model))
     tokens = torch.randint(0, 32000, (1, TOKENS))
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    divergence.of(adapter, tokens, checkpointed=checkpointed).backward()
+    divergence.kl(adapter, tokens, checkpointed=checkpointed).backward()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"mib": peak / MIB, "seconds": time.perf_counter() - began}
 

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import cskv
 from cskv.attachment.cache_bytes import cache_report
 from cskv.evaluation.forward import clock, forward
-from cskv.factorization.commuting import RopePairs, commuting_factors
+from cskv.factorization.commuting import RopePairs, commuting_components
 from cskv.models.sites import find_sites
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +110,7 @@ def _commuting(kv_dim: int, head_dim: int, rank: int, generator: torch.Generator
     noise = torch.randn(kv_dim, kv_dim, generator=generator, dtype=torch.float64)
     half = torch.arange(head_dim // 2)
     pairs = RopePairs(half, half + head_dim // 2, torch.empty(0, dtype=torch.long))
-    return commuting_factors(noise @ noise.T / kv_dim, pairs, rank // 2 * 2)
+    return commuting_components(noise @ noise.T / kv_dim, pairs).truncated(rank // 2 * 2)
 
 
 def config_of(name: str, kv_dim: int) -> cskv.CSKVConfig:

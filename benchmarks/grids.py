@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.calibrate import calibrate
+from cskv.compression.budget import allocate_widths, observe_latents
+from cskv.compression.bytes import ratio_of
 from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import initialise
-from cskv.compression.observation import observe_latents
 from cskv.compression.reading import Part
-from cskv.compression.widths import allocate_widths, ratio_of
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
 from cskv.data.samples import TokenSamples
@@ -38,6 +38,7 @@ from cskv.evaluation.perplexity import token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
 from cskv.factorization.basis import centred, hadamard_blocks, rotated, scaled
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.models.survey import survey
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "tinymodel" / "checkpoint"
@@ -85,7 +86,8 @@ class Bench:
     def __init__(self) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self.divergence = Divergence(self.model)
+        self.surveyed = survey(self.model)
+        self.divergence = Divergence(self.surveyed)
         self.statistics = calibrate(self.model, TokenSamples(mixed_source(200), tokenizer, 32, 1024, 0))
         self.samples = list(TokenSamples(mixed_source(200), tokenizer, 8, 1024, 0))
         self.text = token_sequences(tokenizer, open_source("offline", "heldout").read(0), 1024, 6)
@@ -93,7 +95,7 @@ class Bench:
         self.records = token_sequences(tokenizer, records, 512, 6)
         self.pca = initialise(self.model, BASE, self.statistics)
         self.latents: dict[Part, Tensor] = {}
-        for part, latents in observe_latents(self.model, self.pca, self.samples):
+        for part, latents in observe_latents(self.surveyed, self.pca, self.samples):
             seen = self.latents.get(part)
             self.latents[part] = latents[0] if seen is None else torch.cat([seen, latents[0]])
         self.floor = self._losses(self.pca)

@@ -30,9 +30,9 @@ from common import measure_missing, read_results
 import cskv
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.calibrate import calibrate
+from cskv.compression.budget import allocate_widths
 from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import initialise
-from cskv.compression.widths import allocate_widths
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
 from cskv.data.samples import TokenSamples
@@ -43,6 +43,7 @@ from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
 from cskv.methods.quantized import quantized_cache
+from cskv.models.survey import survey
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
 
@@ -112,7 +113,7 @@ class Bench:
 
     def __init__(self, model: Any, half: Any, tokenizer: Any, seed: int) -> None:
         self.model, self.half, self.tokenizer, self.seed = model, half, tokenizer, seed
-        self.divergence = Divergence(model)
+        self.divergence = Divergence(survey(model))
         self.held_out = token_sequences(tokenizer, open_source("offline", "heldout").read(seed), 1024, 12)
         self.cases = [make_case(NUM_LINES, 1000 * seed + i) for i in range(CASES)]
         self.prompt = tokenizer(self.cases[0].prompt, return_tensors="pt").input_ids

@@ -12,9 +12,8 @@ from typing import Any
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.calibrate import calibrate
 from cskv.calibration.statistics import Statistics
-from cskv.compression.allocation import allocate_ranks
+from cskv.compression.budget import allocate_ranks, allocate_widths
 from cskv.compression.initialise import in_few_bits, initialise
-from cskv.compression.widths import allocate_widths
 from cskv.config import CSKVConfig
 from cskv.data.samples import TokenSamples
 from cskv.demo.text import mixed_source

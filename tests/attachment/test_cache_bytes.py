@@ -20,8 +20,8 @@ import cskv
 from cskv import CSKVConfig
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.attachment.cache_bytes import adapter_report
+from cskv.compression.bytes import ratio_of
 from cskv.compression.initialise import initialise
-from cskv.compression.widths import ratio_of
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.models.compat import output_cache
 from cskv.models.sites import find_sites

@@ -13,6 +13,7 @@ from cskv import CSKVConfig
 from cskv.cache.latents import PlainStore
 from cskv.compression.reading import compressed_reading
 from cskv.models.compat import output_cache
+from cskv.models.survey import survey
 from cskv.quantization.fake import read_back
 from cskv.quantization.grid import Grid
 from tests.attachment.test_cache_bytes import storages
@@ -62,7 +63,7 @@ def test_a_whole_text_is_read_as_it_is_decoded(family: str, name: str) -> None:
     model = tiny_model(family)
     adapter = truncated_adapter(model, SETTINGS[name])
     expected = decoded(model, adapter)
-    with compressed_reading(model, adapter), torch.no_grad():
+    with compressed_reading(survey(model), adapter), torch.no_grad():
         got = model(TOKENS, use_cache=False).logits
     # Rounding can move a value to the next code; that is seldom, and no larger than a step.
     assert (got - expected).square().mean().sqrt() < 2e-2 * expected.std()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError, UnsupportedModelError
-from cskv.compression.allocation import allocate_ranks
+from cskv import CSKVConfig, UnsupportedModelError
 from cskv.compression.divergence import Divergence
-from cskv.compression.initialise import initialise, part_spectra
+from cskv.compression.initialise import initialise
 from cskv.compression.lm_head import Head
 from cskv.compression.reading import compressed_reading
+from cskv.models.survey import survey
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import full_rank_adapter, tiny_model, truncated_adapter
 
@@ -29,15 +29,15 @@ def test_the_divergence_is_that_of_the_two_models_logits(family: str) -> None:
     tokens = torch.stack(samples(2))
     with torch.no_grad():
         exact = model(tokens, use_cache=False).logits.log_softmax(-1)
-        with compressed_reading(model, adapter):
+        with compressed_reading(survey(model), adapter):
             ours = model(tokens, use_cache=False).logits.log_softmax(-1)
     expected = (exact.exp() * (exact - ours)).sum(-1).mean()
-    assert Divergence(model).of(adapter, tokens).item() == pytest.approx(float(expected), rel=1e-3)
+    assert Divergence(survey(model)).kl(adapter, tokens).item() == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_nothing_lost_means_no_divergence_and_less_rank_means_more() -> None:
     model = tiny_model("llama", max_position_embeddings=512)
-    divergence, statistics = Divergence(model), statistics_of(model)
+    divergence, statistics = Divergence(survey(model)), statistics_of(model)
     assert abs(divergence.mean(full_rank_adapter(model, CONFIG), samples(1))) < 1e-5
     values = [
         divergence.mean(initialise(model, CSKVConfig(d, d, window=0, group=1, init="pca"), statistics), samples(1))
@@ -50,12 +50,12 @@ def test_chunked_logits_have_the_same_gradients() -> None:
     model = tiny_model("llama", max_position_embeddings=512).requires_grad_(False)
     adapter = truncated_adapter(model, CONFIG)
     tokens = samples(1)[0][None]
-    Divergence(model).of(adapter, tokens).backward()
+    Divergence(survey(model)).kl(adapter, tokens).backward()
     chunked = {name: parameter.grad.clone() for name, parameter in adapter.named_parameters()}
     adapter.zero_grad()
     with torch.no_grad():
         exact = model(tokens, use_cache=False).logits.log_softmax(-1)
-    with compressed_reading(model, adapter):
+    with compressed_reading(survey(model), adapter):
         ours = model(tokens, use_cache=False).logits.log_softmax(-1)
     (exact.exp() * (exact - ours)).sum(-1).mean().backward()
     for name, parameter in adapter.named_parameters():
@@ -81,55 +81,3 @@ def test_a_head_that_does_more_is_refused() -> None:
         Head(Odd(tiny_model("llama")))
     with pytest.raises(UnsupportedModelError, match="no language-model head"):
         Head(tiny_model("llama").model)
-
-
-def ranks_of(adapter: CSKVAdapter) -> dict[int, tuple[int, int]]:
-    return {i: (adapter.factors(i).k.rank, adapter.factors(i).v.rank) for i in adapter.layer_indices}
-
-
-def test_ranks_go_where_they_count() -> None:
-    """Layer 1's output projection is almost zero: nothing that its values or queries do matters."""
-    model = tiny_model("llama-mha", max_position_embeddings=512)
-    model.model.layers[1].self_attn.o_proj.weight.data.mul_(1e-3)
-    seen: list[tuple[int, int]] = []
-    found = allocate_ranks(
-        model, CONFIG, statistics_of(model), samples(), 0.25, progress=lambda done, total: seen.append((done, total))
-    )
-    assert sum(k + v for k, v in ranks_of(found.adapter).values()) == 0.25 * 4 * 64
-    assert sum(ranks_of(found.adapter)[0]) > 3 * sum(ranks_of(found.adapter)[1])
-    assert found.allocated_kl < found.uniform_kl
-    assert not found.is_uniform
-    assert seen == [(i, 4) for i in (1, 2, 3, 4)]
-    held_out = samples(8)[4:]
-    uniform = initialise(model, CONFIG, statistics_of(model))
-    divergence = Divergence(model)
-    assert divergence.mean(found.adapter, held_out) < divergence.mean(uniform, held_out)
-
-
-@pytest.mark.parametrize("settings", [{"head_groups": 2}, {"key_factors": "commuting"}])
-def test_ranks_respect_groups_and_pairs(settings: dict) -> None:
-    model = tiny_model("llama-mha", max_position_embeddings=512)
-    config = CSKVConfig(window=0, group=2, init="weighted-pca", **settings)
-    found = allocate_ranks(model, config, statistics_of(model), samples(2), 0.3)
-    assert all(rank % 2 == 0 for pair in ranks_of(found.adapter).values() for rank in pair)
-    assert sum(k + v for k, v in ranks_of(found.adapter).values()) <= 0.3 * 4 * 64
-
-
-def test_spectra_are_what_ranks_save() -> None:
-    model = tiny_model("llama-mha")
-    statistics = statistics_of(model)
-    for key_factors in ("joint", "commuting"):
-        spectra = part_spectra(model, CSKVConfig(init="pca", key_factors=key_factors), statistics)
-        for part, spectrum in spectra.items():
-            assert spectrum.shape == (64,), part
-            assert (spectrum.diff() <= 1e-12).all()
-    moment = statistics.key_moment(0)
-    assert float(spectra[0, "k"].sum()) == pytest.approx(float(moment.trace()))
-
-
-def test_allocation_says_what_it_needs() -> None:
-    model = tiny_model("llama")
-    with pytest.raises(ConfigError, match="init is 'svd'; expected 'pca' or 'weighted-pca'"):
-        allocate_ranks(model, CSKVConfig(init="svd"), statistics_of(model), samples(), 0.2)
-    with pytest.raises(DataError, match="at least 2 samples, got 1"):
-        allocate_ranks(model, CONFIG, statistics_of(model), samples(1), 0.2)

@@ -7,13 +7,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.calibrate import calibrate
-from cskv.compression.initialise import in_few_bits, initialise
-from cskv.compression.observation import observe_latents
+from cskv.compression.budget import observe_latents
+from cskv.compression.initialise import Factorisation, in_few_bits, initialise
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, DataError
 from cskv.factorization.asvd import asvd_factors
 from cskv.factorization.svd import svd_factors
 from cskv.models.sites import find_sites
+from cskv.models.survey import survey
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model
 
@@ -111,7 +112,9 @@ def test_few_bits_get_centred_latents_of_like_spread(settings: dict) -> None:
     calibrated = torch.randint(3, 96, (6, 40), generator=torch.Generator().manual_seed(5))  # as in `statistics_of`
     spreads: dict[str, list[float]] = {"plain": [], "few": []}
     for name, adapter in (("plain", plain), ("few", few)):
-        latents = torch.cat([rows[0] for part, rows in observe_latents(model, adapter, calibrated) if part == (0, "v")])
+        latents = torch.cat(
+            [rows[0] for part, rows in observe_latents(survey(model), adapter, calibrated) if part == (0, "v")]
+        )
         if name == "few":
             assert latents.mean(0).abs().max() < 1e-4 * latents.std()
         by_group = latents.std(0).unflatten(0, (adapter.factors(0).v.groups, -1))
@@ -144,3 +147,18 @@ def test_an_adapter_is_put_in_few_bits() -> None:
 def test_mixed_widths_are_not_made_without_a_budget() -> None:
     with pytest.raises(ConfigError, match="allocate_widths"):
         initialise(tiny_model("llama"), CSKVConfig(mixed_widths=True, init="svd"))
+
+
+def test_spectra_are_what_ranks_save() -> None:
+    model = tiny_model("llama-mha")
+    statistics = statistics_of(model)
+    for key_factors in ("joint", "commuting"):
+        components = Factorisation(
+            survey(model), CSKVConfig(init="pca", key_factors=key_factors), statistics
+        ).components()
+        spectra = {part: own.spectrum for part, own in components.items()}
+        for part, spectrum in spectra.items():
+            assert spectrum.shape == (64,), part
+            assert (spectrum.diff() <= 1e-12).all()
+    moment = statistics.key_moment(0)
+    assert float(spectra[0, "k"].sum()) == pytest.approx(float(moment.trace()))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
 
 import cskv
 from cskv import CSKVConfig
 from cskv.compression.divergence import Divergence
 from cskv.compression.reading import compressed_reading
 from cskv.models.compat import cache_kwarg
+from cskv.models.survey import survey
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import FAMILIES, tiny_model, truncated_adapter
 
@@ -34,7 +37,7 @@ def test_it_reads_what_decoding_reads(family: str, attention: str) -> None:
     adapter = truncated_adapter(model, CSKVConfig(0.5, 0.25, window=3, group=4))
     expected = decoded(model, adapter)
     before = model.config._attn_implementation
-    with compressed_reading(model, adapter), torch.no_grad():
+    with compressed_reading(survey(model), adapter), torch.no_grad():
         got = model(TOKENS, use_cache=False).logits
     assert (got - expected).abs().max() < 2e-3 * expected.abs().max()
     assert model.config._attn_implementation == before
@@ -48,7 +51,7 @@ def test_commuting_keys_are_read_likewise() -> None:
     config = CSKVConfig(0.5, 0.5, window=0, group=4, init="pca", key_factors="commuting")
     adapter = initialise(model, config, statistics_of(model))
     expected = decoded(model, adapter)
-    with compressed_reading(model, adapter), torch.no_grad():
+    with compressed_reading(survey(model), adapter), torch.no_grad():
         got = model(TOKENS, use_cache=False).logits
     assert (got - expected).abs().max() < 2e-3 * expected.abs().max()
 
@@ -60,7 +63,7 @@ def test_parts_can_be_compressed_alone() -> None:
         exact = model(TOKENS, use_cache=False).logits
         errors = {}
         for only in (frozenset(), frozenset({(0, "k")}), frozenset({(1, "v")}), None):
-            with compressed_reading(model, adapter, only=only):
+            with compressed_reading(survey(model), adapter, only=only):
                 errors[only] = float((model(TOKENS, use_cache=False).logits - exact).square().mean())
     assert errors[frozenset()] == 0
     assert 0 < errors[frozenset({(0, "k")})] < errors[None]
@@ -70,7 +73,7 @@ def test_parts_can_be_compressed_alone() -> None:
 def test_gradients_reach_every_factor() -> None:
     model = tiny_model("llama").requires_grad_(False)
     adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
-    with compressed_reading(model, adapter):
+    with compressed_reading(survey(model), adapter):
         model(TOKENS, use_cache=False).logits.square().mean().backward()
     for name, parameter in adapter.named_parameters():
         assert parameter.grad is not None, name
@@ -82,11 +85,11 @@ def test_gradients_reach_every_factor() -> None:
 def test_checkpointed_layers_give_the_same_gradients(family: str) -> None:
     model = tiny_model(family).requires_grad_(False).train()  # dropout must not come in with the second forward either
     adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
-    divergence = Divergence(model)
+    divergence = Divergence(survey(model))
     gradients = []
     for checkpointed in (False, True):
         adapter.zero_grad()
-        divergence.of(adapter, TOKENS, checkpointed=checkpointed).backward()
+        divergence.kl(adapter, TOKENS, checkpointed=checkpointed).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in adapter.named_parameters()})
     assert all(gradients[0][name].abs().max() > 0 for name in gradients[0])
     for name, gradient in gradients[0].items():
@@ -98,12 +101,12 @@ def test_checkpointed_layers_give_the_same_gradients(family: str) -> None:
 def test_checkpointing_keeps_only_the_layers_inputs() -> None:
     model = tiny_model("llama").requires_grad_(False)
     adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
-    divergence = Divergence(model)
+    divergence = Divergence(survey(model))
     held = []
     for checkpointed in (False, True):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t):
-            divergence.of(adapter, TOKENS, checkpointed=checkpointed)
+            divergence.kl(adapter, TOKENS, checkpointed=checkpointed)
         held.append(sum(sizes))
     assert held[1] < 0.4 * held[0]
 
@@ -111,9 +114,52 @@ def test_checkpointing_keeps_only_the_layers_inputs() -> None:
 def test_a_cache_is_refused() -> None:
     model = tiny_model("llama")
     adapter = truncated_adapter(model, CSKVConfig())
-    with compressed_reading(model, adapter), pytest.raises(cskv.CSKVError, match="without a cache"):
+    with compressed_reading(survey(model), adapter), pytest.raises(cskv.CSKVError, match="without a cache"):
         model(TOKENS, use_cache=True)
     model(TOKENS, use_cache=True)
+
+
+def test_attention_that_reads_no_mask_of_queries_and_keys_is_refused() -> None:
+    """Flash attention reads (batch, tokens): it would take a mask of logits for one of padding."""
+    masks: list[object] = []
+
+    def like_flash(module: nn.Module, *states: Tensor, **kwargs: object) -> tuple:
+        masks.append(states[3])
+        return sdpa_attention_forward(module, *states[:3], None, **{**kwargs, "is_causal": True})
+
+    AttentionInterface.register("like_fa", like_flash)
+    AttentionMaskInterface.register("like_fa", flash_attention_mask)
+    model = tiny_model("llama")
+    adapter = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=4))
+    understood, unlike = survey(model), "the model's is 'like_fa': call model.set_attn_implementation"
+    assert understood.recipes
+    model.set_attn_implementation("like_fa")
+    with pytest.raises(cskv.CSKVError, match=unlike) as caught, compressed_reading(understood, adapter):
+        pass
+    assert "\n" not in str(caught.value)
+    with pytest.raises(cskv.CSKVError, match=unlike):
+        Divergence(understood)
+    assert all(mask is None for mask in masks)
+
+
+def test_a_layer_that_does_not_call_transformers_attention_is_refused() -> None:
+    """It would read the exact tokens, and nothing would seem to be lost."""
+    model = tiny_model("llama")
+    adapter, module = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=4)), model.model.layers[1].self_attn
+    plain = module.forward
+    module.forward = lambda *args, cskv_reading=None, **kwargs: plain(*args, **kwargs)
+    with pytest.raises(cskv.CSKVError, match=r"layers\.1\.self_attn does not call transformers' attention interface"):
+        Divergence(survey(model)).kl(adapter, TOKENS)
+    assert not any(own._forward_hooks or own._forward_pre_hooks for own in model.modules())
+
+
+def test_an_attached_model_is_read_all_the_same() -> None:
+    model = tiny_model("llama")
+    adapter, surveyed = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=4)), survey(model)
+    with compressed_reading(surveyed, adapter), torch.no_grad():
+        expected = model(TOKENS, use_cache=False).logits
+    with cskv.attach(model, adapter), compressed_reading(surveyed, adapter), torch.no_grad():
+        assert torch.equal(model(TOKENS, use_cache=False).logits, expected)
 
 
 def test_a_layers_own_forward_comes_back() -> None:
@@ -128,6 +174,6 @@ def test_a_layers_own_forward_comes_back() -> None:
         return plain(*args, **kwargs)
 
     layer.forward = replaced
-    Divergence(model).of(adapter, TOKENS, checkpointed=True).backward()
+    Divergence(survey(model)).kl(adapter, TOKENS, checkpointed=True).backward()
     assert layer.forward is replaced
     assert len(calls) >= 3  # the exact forward, the compressed one, and again in the backward pass

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cskv import CSKVConfig, DataError
-from cskv.compression.initialise import initialise, part_spectra
+from cskv.compression.initialise import Factorisation, initialise
 from cskv.evaluation.reconstruction import reconstruction_losses
+from cskv.models.survey import survey
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import full_rank_adapter, tiny_model
 
@@ -19,11 +20,11 @@ def test_on_its_own_text_pca_loses_the_eigenvalues_it_leaves_out(family: str, ke
     statistics = statistics_of(model)
     config = CSKVConfig(0.25, 0.5, init="pca", key_factors=key_factors)
     adapter = initialise(model, config, statistics)
-    spectra = part_spectra(model, config, statistics)
+    components = Factorisation(survey(model), config, statistics).components()
     for loss in reconstruction_losses(model, adapter, SAMPLES):
         factors = adapter.factors(loss.layer)
         for kind, value, rank in (("k", loss.k, factors.k.rank), ("v", loss.v, factors.v.rank)):
-            spectrum = spectra[loss.layer, kind]
+            spectrum = components[loss.layer, kind].spectrum
             assert value == pytest.approx(float(spectrum[rank:].sum()) / len(spectrum), rel=1e-3)
 
 

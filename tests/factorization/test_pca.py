@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cskv import ConfigError, DataError, Factors
 from cskv.factorization.asvd import asvd_factors
-from cskv.factorization.pca import pca_factors, spectrum
+from cskv.factorization.pca import principal_components
 from cskv.factorization.svd import svd_factors
 
 HIDDEN, KV_DIM, TOKENS = 12, 8, 400
@@ -29,6 +29,14 @@ def problem(seed: int, biased: bool = True) -> tuple[Tensor, Tensor | None, Tens
 def statistics(weight: Tensor, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.nn.functional.linear(x, weight, bias)
     return y, y.mean(0), y.T @ y / len(y)
+
+
+def pca_factors(weight: Tensor, mean: Tensor, moment: Tensor, rank: int, **kwargs: Tensor | None) -> Factors:
+    return principal_components(weight, mean, moment, **kwargs).truncated(rank)
+
+
+def spectrum(mean: Tensor, moment: Tensor, gain: Tensor | None = None) -> Tensor:
+    return principal_components(torch.eye(len(mean)), mean, moment, gain=gain).spectrum
 
 
 def loss(factors: Factors, x: Tensor, y: Tensor, gain: Tensor | None = None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cskv import ConfigError
-from cskv.quantization.widths import CHOICES, choose_widths, runs_of, width_errors
+from cskv.quantization.widths import CHOICES, RANKS, choose_widths, runs_of, width_errors
 
 ALONE = (32, 1)  # a minimum and a scale of 16 bits each for 32 values: a bit per kept channel
 FREE = (2**20, 4)  # blocks so large that their minimum and scale cost nothing
@@ -78,7 +79,7 @@ def test_every_projection_keeps_a_channel() -> None:
 def test_a_budget_too_small_is_refused() -> None:
     errors, blocks = {"k": table([4, 1], [2, 1]), "v": table([1, 0], [3, 0])}, {"k": ALONE, "v": ALONE}
     assert [widths.tolist() for widths in choose_widths(errors, blocks, 6.0, (0, 2)).values()] == [[2, 0], [0, 2]]
-    says = r"5 bits per token does not give 2 projections one channel of 2 bits each \(6\); raise the target ratio"
+    says = "5 bits per token does not keep a latent of each of 2 projections, which takes 6; raise the target ratio"
     with pytest.raises(ConfigError, match=says):
         choose_widths(errors, blocks, 5.0, (0, 2))
 
@@ -147,6 +148,49 @@ def test_gaussian_channels_are_filled_like_vessels_with_water(number: int, seed:
 
 def _filled(variances: Tensor, level: float) -> Tensor:
     return (0.5 * (variances / level).log2()).clamp(min=0)
+
+
+def ranks_of(spectra: dict[str, list[float]], budget: int, step: int = 1) -> dict[str, int]:
+    """Ranks by eigenvalue, from a budget of latents."""
+    errors = {key: table(*([value, 0.0] for value in spectrum)) for key, spectrum in spectra.items()}
+    widths = choose_widths(errors, dict.fromkeys(errors, ALONE), 16.0 * budget, RANKS, step)
+    assert all(set(own.tolist()) <= {0, 16} for own in widths.values())
+    assert all((own.diff() <= 0).all() for own in widths.values())  # the leading ones
+    return {key: int(own.count_nonzero()) for key, own in widths.items()}
+
+
+def test_the_largest_eigenvalues_are_kept_wherever_they_are() -> None:
+    spectra = {"a": [9.0, 8.0, 1.0, 0.5], "b": [2.0, 1.5, 0.1, 0.0]}
+    assert ranks_of(spectra, 4) == {"a": 2, "b": 2}
+    assert ranks_of(spectra, 3) == {"a": 2, "b": 1}
+    assert ranks_of(spectra, 8) == {"a": 4, "b": 4}
+    assert ranks_of(spectra, 100) == {"a": 4, "b": 4}
+    assert ranks_of({"a": [9.0, 8.0], "b": [0.0, 0.0]}, 2) == {"a": 1, "b": 1}
+    with pytest.raises(ConfigError, match="does not keep 2 latents of each of 2 projections, which takes 64"):
+        ranks_of(spectra, 3, step=2)
+
+
+falling = st.lists(st.floats(0, 100), min_size=4, max_size=4).map(lambda values: sorted(values, reverse=True))
+
+
+@given(st.lists(falling, min_size=2, max_size=3), st.integers(0, 9))
+def test_no_other_ranks_save_more(spectra: list[list[float]], extra: int) -> None:
+    budget = len(spectra) + extra
+    ranks = ranks_of(dict(zip("abc", spectra)), budget)
+    assert sum(ranks.values()) == min(budget, 4 * len(spectra))
+
+    def saved(split: tuple[int, ...]) -> float:
+        return sum(sum(spectrum[:rank]) for spectrum, rank in zip(spectra, split))
+
+    splits = (split for split in product(range(1, 5), repeat=len(spectra)) if sum(split) <= budget)
+    assert saved(tuple(ranks.values())) == pytest.approx(max(saved(split) for split in splits))
+
+
+@given(st.lists(falling, min_size=2, max_size=3), st.integers(6, 12))
+def test_with_a_step_ranks_are_multiples_within_the_budget(spectra: list[list[float]], budget: int) -> None:
+    ranks = ranks_of(dict(zip("abc", spectra)), budget, step=2)
+    assert all(rank in (2, 4) for rank in ranks.values())
+    assert budget - 2 < sum(ranks.values()) <= budget or set(ranks.values()) == {4}
 
 
 def test_runs_are_widest_first_and_otherwise_in_order() -> None:

@@ -83,8 +83,7 @@ def allocated_adapter(
         DataError: there are no usable statistics, or too little text.
     """
     from cskv.calibration.statistics import Statistics
-    from cskv.compression.allocation import allocate_ranks
-    from cskv.compression.widths import allocate_widths
+    from cskv.compression.budget import allocate_ranks, allocate_widths
 
     allocate, kind = (allocate_widths, "mixed") if config.mixed_widths else (allocate_ranks, "allocated")
     taken = list(islice(samples, ALLOCATION_SAMPLES))

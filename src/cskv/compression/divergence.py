@@ -1,4 +1,4 @@
-"""How far a compressed cache moves a model's predictions: KL divergence per token, by one forward for a whole text."""
+"""KL divergence per token of a compressed model's predictions from the model's own, by one forward for a whole text."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.hooks import device_of
 from cskv.compression.lm_head import Head
-from cskv.compression.reading import Part, compressed_reading
+from cskv.compression.reading import Part, check_readable, compressed_reading
 from cskv.models.evaluation_mode import evaluation_mode
-from cskv.models.probe import SiteRecipe, probe
-from cskv.models.sites import find_sites
+from cskv.models.survey import Survey
 
 CHUNK = 256  # positions whose logits exist at the same time
 
@@ -24,18 +23,18 @@ class Divergence:
     """KL(uncompressed || compressed) of next-token distributions, old tokens read compressed and the window exactly.
 
     Args:
-        model: a decoder model with a language-model head.
+        surveyed: a decoder model with a language-model head.
 
     Raises:
         UnsupportedModelError: the model's attention or head is not understood.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.head = Head(model)
-        self.recipes: dict[int, SiteRecipe] = probe(model, find_sites(model))
+    def __init__(self, surveyed: Survey) -> None:
+        check_readable(surveyed)
+        self.surveyed, self.model = surveyed, surveyed.model
+        self.head = Head(surveyed.model)
 
-    def of(
+    def kl(
         self,
         adapter: CSKVAdapter,
         input_ids: Int[Tensor, "batch tokens"],
@@ -44,7 +43,7 @@ class Divergence:
         only: frozenset[Part] | None = None,
         checkpointed: bool = False,
     ) -> Float[Tensor, ""]:
-        """The mean over tokens, in nats; gradients reach the adapter's factors.
+        """Return the mean over tokens, in nats; gradients reach the adapter's factors.
 
         Args:
             adapter: made for the model.
@@ -54,7 +53,7 @@ class Divergence:
             checkpointed: run every layer a second time in the backward pass, rather than keep its activations.
         """
         exact = self.exact_hidden(input_ids) if exact is None else exact
-        reading = compressed_reading(self.model, adapter, recipes=self.recipes, only=only, checkpointed=checkpointed)
+        reading = compressed_reading(self.surveyed, adapter, only=only, checkpointed=checkpointed)
         with evaluation_mode(self.model), reading:
             hidden = self.model.base_model(input_ids=input_ids, use_cache=False)[0]  # type: ignore[operator]
         total = torch.zeros((), device=hidden.device)
@@ -65,12 +64,12 @@ class Divergence:
 
     @torch.no_grad()
     def exact_hidden(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens hidden"]:
-        """The unpatched model's last hidden states."""
+        """Return the unpatched model's last hidden states."""
         with evaluation_mode(self.model):
             return self.model.base_model(input_ids=input_ids, use_cache=False)[0]  # type: ignore[operator]
 
     def exact(self, samples: Iterable[Int[Tensor, " tokens"]]) -> list[Float[Tensor, "1 tokens hidden"]]:
-        """`exact_hidden` of every sample, for `mean`, when several adapters are compared on the same samples."""
+        """Return `exact_hidden` of every sample, for `mean`, when several adapters are compared on the same samples."""
         return [self.exact_hidden(sample.to(device_of(self.model))[None]) for sample in samples]
 
     @torch.no_grad()
@@ -81,10 +80,10 @@ class Divergence:
         only: frozenset[Part] | None = None,
         exact: Sequence[Float[Tensor, "1 tokens hidden"]] | None = None,
     ) -> float:
-        """The mean over samples; `exact` saves a forward of each."""
+        """Return the mean over samples; `exact` saves a forward of each."""
         device = device_of(self.model)
         values = [
-            self.of(adapter, sample.to(device)[None], only=only, exact=None if exact is None else exact[i]).item()
+            self.kl(adapter, sample.to(device)[None], only=only, exact=None if exact is None else exact[i]).item()
             for i, sample in enumerate(samples)
         ]
         return sum(values) / len(values)

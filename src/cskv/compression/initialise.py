@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.statistics import Statistics
+from cskv.compression.reading import Part
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, CSKVError, DataError, UnsupportedModelError
 from cskv.factorization.asvd import asvd_factors
 from cskv.factorization.basis import centred, hadamard_blocks, rotated
-from cskv.factorization.commuting import RopePairs, commuting_factors, commuting_spectrum
+from cskv.factorization.commuting import commuting_components
+from cskv.factorization.components import Components
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.factorization.pca import pca_factors, spectrum
+from cskv.factorization.pca import principal_components
 from cskv.factorization.svd import svd_factors
 from cskv.factorization.weighting import before_norm, key_gain, value_gain
-from cskv.models.probe import SiteRecipe, probe
-from cskv.models.sites import AttentionSite, Projection, find_sites
+from cskv.models.probe import SiteRecipe
+from cskv.models.sites import AttentionSite
+from cskv.models.survey import Survey, survey
 
 Ranks = Mapping[int, tuple[int, int]]
 
@@ -36,7 +39,7 @@ def initialise(
         model: the base model; its weights are only read.
         config: densities, init, key factors, head groups.
         statistics: of this model; needed for all but "svd".
-        ranks: layer index -> (key rank, value rank), in place of the densities; from `cskv.compression.allocation`.
+        ranks: layer index -> (key rank, value rank), in place of the densities.
 
     Returns:
         An adapter with fp32 factors on the weights' devices.
@@ -48,30 +51,63 @@ def initialise(
         UnsupportedModelError: the model has no layer that can be compressed, or a weight is offloaded.
     """
     if config.mixed_widths:
-        raise ConfigError("mixed widths are chosen together with ranks; use cskv.compression.widths.allocate_widths")
-    sites = find_sites(model)
-    base = BaseModelInfo.from_model(model)
-    if config.init != "svd":
-        if statistics is None:
-            raise DataError(
-                f"init {config.init!r} needs calibration statistics, got none; calibrate first, or choose init 'svd'"
-            )
-        statistics.check_fits(base, sites)
-    recipes = probe(model, sites) if "pca" in config.init else {}
-    layers = {}
-    for site in sites:
-        try:
-            layer = _Layer(site, config, statistics, recipes.get(site.layer_idx))
-            pair = layer.uniform_ranks() if ranks is None else ranks[site.layer_idx]
-            layers[site.layer_idx] = layer.factors(*pair)
-        except CSKVError as error:
-            raise type(error)(f"layer {site.layer_idx} ({site.name}): {error}") from error
-    return CSKVAdapter(config, layers, base)
+        raise ConfigError("mixed widths are chosen together with ranks; use cskv.compression.budget.allocate_widths")
+    return Factorisation(survey(model), config, statistics).adapter(ranks)
+
+
+class Factorisation:
+    """Makes the factors of a model, for settings and statistics.
+
+    Args:
+        surveyed: the base model.
+        config, statistics: as for `initialise`.
+
+    Raises:
+        DataError: an init without its statistics.
+        AdapterError: the statistics belong to another model.
+    """
+
+    def __init__(self, surveyed: Survey, config: CSKVConfig, statistics: Statistics | None) -> None:
+        if config.init != "svd":
+            if statistics is None:
+                raise DataError(
+                    f"init {config.init!r} needs calibration statistics, got none; calibrate first, or choose init "
+                    "'svd'"
+                )
+            statistics.check_fits(surveyed.base, surveyed.sites)
+        recipes = surveyed.recipes if "pca" in config.init else {}
+        self._surveyed, self._config = surveyed, config
+        self._layers = [_Layer(site, config, statistics, recipes.get(site.layer_idx)) for site in surveyed.sites]
+
+    def components(self) -> dict[Part, Components]:
+        """Find the components of every projection, for a PCA init: memory is that of full-rank factors."""
+        found: dict[Part, Components] = {}
+        for layer in self._layers:
+            with layer.named():
+                found |= {(layer.site.layer_idx, kind): layer.components(kind) for kind in ("k", "v")}
+        return found
+
+    def adapter(self, ranks: Ranks | None = None, components: Mapping[Part, Components] | None = None) -> CSKVAdapter:
+        """Make the adapter of given ranks, or of the settings' densities.
+
+        Args:
+            ranks: as for `initialise`.
+            components: of every projection, from which factors are cut; None finds each when it is needed.
+        """
+        layers, components = {}, components or {}
+        for layer in self._layers:
+            index = layer.site.layer_idx
+            with layer.named():
+                pair = zip(("k", "v"), layer.uniform_ranks() if ranks is None else ranks[index], strict=True)
+                layers[index] = LayerFactors(
+                    **{kind: layer.factors(kind, rank, components.get((index, kind))) for kind, rank in pair}
+                )
+        return CSKVAdapter(self._config, layers, self._surveyed.base)
 
 
 @torch.no_grad()
 def in_few_bits(adapter: CSKVAdapter, config: CSKVConfig, statistics: Statistics | None = None) -> CSKVAdapter:
-    """The factors of an adapter, trained or not, for latents in few bits: what post-training quantisation is.
+    """Put the latents of an adapter, trained or not, in few bits (post-training quantisation).
 
     Args:
         adapter: of 16-bit latents; stays as it is.
@@ -93,30 +129,11 @@ def in_few_bits(adapter: CSKVAdapter, config: CSKVConfig, statistics: Statistics
     changed = dataclasses.replace(adapter.config, **taken)
     layers = {}
     for index in adapter.layer_indices:
-        mean, pair = None if statistics is None else statistics.get(index, "input.mean"), {}
-        for kind in ("k", "v"):
-            factors = getattr(adapter.factors(index), kind)
-            turned = kind == "v" or changed.key_factors == "joint"
-            few = changed.bits(kind) < 16 and turned
-            own = factors.clone()
-            pair[kind] = _for_few_bits(own, mean) if few else own
-        layers[index] = LayerFactors(**pair)
+        mean, pair = None if statistics is None else statistics.get(index, "input.mean"), adapter.factors(index)
+        layers[index] = LayerFactors(
+            _conditioned(pair.k.clone(), changed, "k", mean), _conditioned(pair.v.clone(), changed, "v", mean)
+        )
     return CSKVAdapter(changed, layers, adapter.base)
-
-
-def part_spectra(model: nn.Module, config: CSKVConfig, statistics: Statistics) -> dict[tuple[int, str], Tensor]:
-    """What each further latent of a projection saves of its loss, largest first.
-
-    Args:
-        model, config, statistics: as for `initialise`; the init is "pca" or "weighted-pca".
-
-    Returns:
-        (layer index, "k" or "v") -> (kv_dim,), fp64.
-    """
-    sites = find_sites(model)
-    recipes = probe(model, sites)
-    layers = [_Layer(site, config, statistics, recipes[site.layer_idx]) for site in sites]
-    return {(layer.site.layer_idx, kind): layer.spectrum(kind) for layer in layers for kind in ("k", "v")}
 
 
 @dataclass(frozen=True)
@@ -128,67 +145,64 @@ class _Layer:
     statistics: Statistics | None
     recipe: SiteRecipe | None
 
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Let errors name the layer."""
+        try:
+            yield
+        except CSKVError as error:
+            raise type(error)(f"layer {self.site.layer_idx} ({self.site.name}): {error}") from error
+
     def uniform_ranks(self) -> tuple[int, int]:
         return self.config.k_rank(self.site.kv_dim), self.config.v_rank(self.site.kv_dim)
 
-    def spectrum(self, kind: str) -> Tensor:
-        """What each further latent saves of the loss that PCA minimises, largest first."""
+    def factors(self, kind: str, rank: int, components: Components | None) -> Factors:
+        """Make the factors of a rank, cut from the components where the init is PCA."""
+        if "pca" in self.config.init:
+            factors = (components or self.components(kind)).truncated(rank)
+        else:
+            per_group = rank // self.config.head_groups
+            factors = Factors.grouped([self._svd(weight, bias, per_group) for _, weight, bias in self._groups(kind)])
+        few = self.config.bits(kind) < 16 and self.statistics is not None
+        return _conditioned(factors, self.config, kind, self._statistic("input.mean") if few else None)
+
+    def components(self, kind: str) -> Components:
         if kind == "k" and self.config.key_factors == "commuting":
-            return commuting_spectrum(*self._commuting_problem())
-        return spectrum(self._statistic(f"{kind}.mean"), self._statistic(f"{kind}.moment"), self._gain(kind))
+            return self._commuting_components()
+        mean, moment, gain = self._statistic(f"{kind}.mean"), self._statistic(f"{kind}.moment"), self._gain(kind)
 
-    def factors(self, k_rank: int, v_rank: int) -> LayerFactors:
-        site, config = self.site, self.config
-        if site.num_kv_heads % config.head_groups:
-            raise ConfigError(f"{config.head_groups} head groups do not divide {site.num_kv_heads} kv heads")
-        commuting = config.key_factors == "commuting"
-        keys = self._commuting(k_rank) if commuting else self._conditioned("k", self._grouped("k", site.k, k_rank))
-        return LayerFactors(k=keys, v=self._conditioned("v", self._grouped("v", site.v, v_rank)))
+        def part(rows: slice, weight: Tensor, bias: Tensor | None) -> Components:
+            own = None if gain is None else gain[rows, rows]
+            return principal_components(weight, mean[rows], moment[rows, rows], bias=bias, gain=own)
 
-    def _conditioned(self, kind: str, factors: Factors) -> Factors:
-        """In a basis that suits few bits, where few are spent: centred, and turned so that channels vary alike."""
-        if self.config.bits(kind) == 16:
-            return factors
-        return _for_few_bits(factors, None if self.statistics is None else self._statistic("input.mean"))
+        return Components.grouped([part(*group) for group in self._groups(kind)])
 
-    def _grouped(self, kind: str, projection: Projection, rank: int) -> Factors:
-        groups = self.config.head_groups
-        size = projection.kv_dim // groups
-        gain = self._gain(kind)
-        return Factors.grouped(
-            [self._part(kind, projection, slice(g * size, (g + 1) * size), rank // groups, gain) for g in range(groups)]
-        )
-
-    def _part(self, kind: str, projection: Projection, rows: slice, rank: int, gain: Tensor | None) -> Factors:
-        if projection.weight.is_meta:
+    def _groups(self, kind: str) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yield the channels of every head group, their weight and their bias."""
+        projection, groups = getattr(self.site, kind), self.config.head_groups
+        if self.site.num_kv_heads % groups:
+            raise ConfigError(f"{groups} head groups do not divide {self.site.num_kv_heads} kv heads")
+        weight, bias, size = projection.weight, projection.bias, projection.kv_dim // groups
+        if weight.is_meta:
             raise UnsupportedModelError("the weight is offloaded; load the model onto CPU or GPU to factorise it")
-        weight, bias = projection.weight[rows], None if projection.bias is None else projection.bias[rows]
+        for start in range(0, projection.kv_dim, size):
+            rows = slice(start, start + size)
+            yield rows, weight[rows], None if bias is None else bias[rows]
+
+    def _svd(self, weight: Tensor, bias: Tensor | None, rank: int) -> Factors:
         if self.config.init == "svd":
             return svd_factors(weight, rank, bias)
-        if self.config.init == "asvd":
-            mean_abs = self._statistic("input.mean_abs").to(weight.device)
-            return asvd_factors(weight, mean_abs, rank, alpha=self.config.asvd_alpha, bias=bias)
-        return pca_factors(
-            weight,
-            self._statistic(f"{kind}.mean")[rows],
-            self._statistic(f"{kind}.moment")[rows, rows],
-            rank,
-            bias=bias,
-            gain=None if gain is None else gain[rows, rows],
-        )
+        mean_abs = self._statistic("input.mean_abs").to(weight.device)
+        return asvd_factors(weight, mean_abs, rank, alpha=self.config.asvd_alpha, bias=bias)
 
-    def _commuting(self, rank: int) -> Factors:
-        moment, pairs, gain = self._commuting_problem()
-        return commuting_factors(moment, pairs, rank, gain).to(self.site.k.weight.device)
-
-    def _commuting_problem(self) -> tuple[Tensor, RopePairs, Tensor | None]:
+    def _commuting_components(self) -> Components:
         if self.recipe is None or self.recipe.pairs is None:
             raise UnsupportedModelError(
                 "its keys are not rotated: commuting factors are for keys with RoPE; use joint ones"
             )
         gain = self._key_gain() if self.config.init == "weighted-pca" else None
         moment = self.statistics.key_moment(self.site.layer_idx)  # type: ignore[union-attr]
-        return moment, self.recipe.pairs, gain
+        return commuting_components(moment, self.recipe.pairs, gain).to(self.site.k.weight.device)
 
     def _gain(self, kind: str) -> Tensor | None:
         if self.config.init != "weighted-pca":
@@ -211,8 +225,13 @@ class _Layer:
         return self.statistics.get(self.site.layer_idx, name)  # type: ignore[union-attr]
 
 
-def _for_few_bits(factors: Factors, input_mean: Tensor | None) -> Factors:
+def _conditioned(factors: Factors, config: CSKVConfig, kind: str, input_mean: Tensor | None) -> Factors:
+    """Change to a basis that suits few bits, where few are spent: centred, rotated so that channels vary alike.
+
+    Commuting keys stay as they are: a rotation would mix frequencies.
+    """
+    if config.bits(kind) == 16 or (kind == "k" and config.key_factors == "commuting"):
+        return factors
     if input_mean is not None:
-        now = 0 if factors.down_bias is None else factors.down_bias
-        factors = centred(factors, factors.down @ input_mean.to(factors.down) + now)
+        factors = centred(factors, factors.latents(input_mean.to(factors.down)))
     return rotated(factors, hadamard_blocks(factors.rank // factors.groups).to(factors.down))

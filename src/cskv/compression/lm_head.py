@@ -46,7 +46,7 @@ class Head:
         self._check(model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """(..., vocab) logits of (..., hidden) last hidden states, final norm included."""
+        """Return the (..., vocab) logits of (..., hidden) last hidden states, final norm included."""
         logits = self._linear(hidden)
         for change in self._changes:
             logits = change(logits)

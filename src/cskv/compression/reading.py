@@ -1,4 +1,4 @@
-"""What a compressed cache would be read as, in one parallel and differentiable forward.
+"""Whole texts read as from a compressed cache, in one parallel and differentiable forward.
 
 Generation reads old tokens from latents and the newest exactly, one step after the other. Given a whole text, the same
 can be had at once: every layer makes both the exact and the rebuilt keys and values of all tokens, and each query reads
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,13 +25,15 @@ from cskv.adapter.adapter import CSKVAdapter
 from cskv.attention.inputs import split_heads
 from cskv.compression.checkpointing import checkpointed_layers
 from cskv.config import CSKVConfig
-from cskv.errors import CSKVError
+from cskv.errors import CSKVError, UnsupportedModelError
 from cskv.factorization.factors import Factors
-from cskv.models.attention_interface import Original, Switch
+from cskv.models.attention_interface import Original, Switch, implementation_of
 from cskv.models.calls import AttentionCall, CallReader
 from cskv.models.evaluation_mode import evaluation_mode
-from cskv.models.probe import SiteRecipe, probe
-from cskv.models.sites import AttentionSite, find_sites
+from cskv.models.logits import UNDERSTOOD
+from cskv.models.probe import SiteRecipe
+from cskv.models.sites import AttentionSite
+from cskv.models.survey import Survey
 from cskv.quantization.fake import read_back
 
 NAME = "cskv_reading"
@@ -40,12 +41,26 @@ KWARG = "cskv_reading"
 Part = tuple[int, str]  # layer index, "k" or "v"
 
 
+def check_readable(surveyed: Survey) -> None:
+    """Refuse models whose attention cannot be told, by a mask, which tokens each query reads.
+
+    Raises:
+        UnsupportedModelError: some layer's attention implementation does not read (queries, keys) masks.
+    """
+    for site in surveyed.sites:
+        if (name := implementation_of(site.module)) not in UNDERSTOOD:
+            known = " or ".join(map(repr, sorted(UNDERSTOOD)))
+            raise UnsupportedModelError(
+                f"distillation and sensitivity need attention that reads a mask of queries and keys, {known}; the "
+                f"model's is {name!r}: call model.set_attn_implementation('sdpa') first"
+            )
+
+
 @contextmanager
 def compressed_reading(
-    model: nn.Module,
+    surveyed: Survey,
     adapter: CSKVAdapter,
     *,
-    recipes: dict[int, SiteRecipe] | None = None,
     only: frozenset[Part] | None = None,
     checkpointed: bool = False,
 ) -> Iterator[None]:
@@ -54,45 +69,34 @@ def compressed_reading(
     Gradients reach the adapter's factors. The model's hooks and settings are as before when the block ends.
 
     Args:
-        model: a decoder model.
+        surveyed: a decoder model.
         adapter: made for it, on its device.
-        recipes: from `probe(model, find_sites(model))`, to save it when this is done often.
         only: the parts that are compressed, (layer index, "k" or "v"); None compresses all.
         checkpointed: keep only the layers' inputs for the backward pass, and run every layer again in it.
 
     Raises:
+        UnsupportedModelError: the model's attention does not read such masks, or a layer does not call it.
         CSKVError: a forward in the block has a cache.
     """
-    sites = find_sites(model)
-    recipes = recipes or probe(model, sites)
+    check_readable(surveyed)
     mask = lru_cache(maxsize=1)(partial(_mask, adapter.config))  # one for all layers: the backward pass keeps it
     with ExitStack() as stack:
-        for site in sites:
-            hook = _ReadingHook(site, recipes[site.layer_idx], adapter, only, mask)
+        for site in surveyed.sites:
+            hook = _ReadingHook(site, surveyed.recipes[site.layer_idx], adapter, only, mask)
             stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        stack.callback(Switch((site.module for site in sites), NAME, _attend).back)
+            stack.callback(site.module.register_forward_hook(hook.check).remove)
+        stack.callback(Switch((site.module for site in surveyed.sites), NAME, _attend).back)
         if checkpointed:
-            again = partial(_again, model, adapter, recipes, only)
-            stack.enter_context(checkpointed_layers(model, sites, again))
+            again = partial(_again, surveyed, adapter, only)
+            stack.enter_context(checkpointed_layers(surveyed.model, surveyed.sites, again))
         yield
 
 
 @contextmanager
-def _again(
-    model: nn.Module, adapter: CSKVAdapter, recipes: dict[int, SiteRecipe], only: frozenset[Part] | None
-) -> Iterator[None]:
-    """What a layer's second forward runs in."""
-    with evaluation_mode(model), compressed_reading(model, adapter, recipes=recipes, only=only):
+def _again(surveyed: Survey, adapter: CSKVAdapter, only: frozenset[Part] | None) -> Iterator[None]:
+    """Set up a layer's second forward."""
+    with evaluation_mode(surveyed.model), compressed_reading(surveyed, adapter, only=only):
         yield
-
-
-@dataclass(frozen=True)
-class _Rebuilt:
-    """What a layer's attention gets beside the exact keys and values."""
-
-    mask: Callable[[int, torch.device, torch.dtype], Tensor]
-    keys: Callable[[Tensor], Tensor]
-    values: Callable[[Tensor], Tensor]
 
 
 class _ReadingHook:
@@ -107,6 +111,7 @@ class _ReadingHook:
         self._site, self._recipe, self._adapter, self._mask = site, recipe, adapter, mask
         self._parts = {kind for kind in ("k", "v") if only is None or (site.layer_idx, kind) in only}
         self._reader = CallReader(site.module)
+        self._unread = False
 
     def __call__(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -116,12 +121,25 @@ class _ReadingHook:
             raise CSKVError("reading a whole text as compressed goes without a cache; pass use_cache=False")
         if not self._parts:
             return None
-        rebuilt = _Rebuilt(
-            self._mask,
-            keys=lambda keys: self._keys(call, keys) if "k" in self._parts else keys,
-            values=lambda values: self._values(call) if "v" in self._parts else values,
-        )
-        return args, {**kwargs, KWARG: rebuilt}
+        self._unread = True
+        return args, {**kwargs, KWARG: partial(self._extended, call)}
+
+    def check(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        if self._unread:
+            raise UnsupportedModelError(
+                f"{self._site.name} does not call transformers' attention interface, so it cannot be given compressed "
+                "keys and values: distillation and sensitivity are not for this model"
+            )
+
+    def _extended(
+        self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rebuilt keys and values before the exact ones, and the mask for both."""
+        self._unread = False
+        keys = self._keys(call, key) if "k" in self._parts else key
+        values = self._values(call) if "v" in self._parts else value
+        mask = self._mask(query.shape[2], query.device, query.dtype)
+        return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2), mask
 
     def _keys(self, call: AttentionCall, keys: Tensor) -> Tensor:
         if self._adapter.config.key_factors == "commuting":
@@ -133,7 +151,7 @@ class _ReadingHook:
         return self._recipe.values.heads(self._rebuild("v", call.x), None, None)
 
     def _rebuild(self, kind: str, x: Tensor) -> Tensor:
-        """Through the stored latents and back, in the factors' own dtype (fp32 while they train)."""
+        """Encode and decode through the stored latents, in the factors' own dtype (fp32 while they train)."""
         factors: Factors = getattr(self._adapter.factors(self._site.layer_idx), kind)
         latents = factors.latents(x.to(factors.down.dtype))
         return factors.expand(read_back(latents, self._adapter.grid(self._site.layer_idx, kind))).to(x.dtype)
@@ -142,16 +160,14 @@ class _ReadingHook:
 def _attend(
     original: Original, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> Any:
-    rebuilt: _Rebuilt | None = kwargs.pop(KWARG, None)
-    if rebuilt is not None:
-        mask = rebuilt.mask(query.shape[2], query.device, query.dtype)
-        key = torch.cat([rebuilt.keys(key), key], dim=2)
-        value = torch.cat([rebuilt.values(value), value], dim=2)
+    extended = kwargs.pop(KWARG, None)
+    if extended is not None:
+        key, value, mask = extended(query, key, value)
     return original(module, query, key, value, mask, **kwargs)
 
 
 def _mask(config: CSKVConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(1, 1, tokens, 2 tokens), added to the logits: 0 where a query reads a key, the least number elsewhere."""
+    """Make the (1, 1, tokens, 2 tokens) mask of logits: 0 where a query reads a key, the least number elsewhere."""
     position = torch.arange(tokens, device=device)
     sealed = ((position - config.window).clamp(min=0) // config.group * config.group)[:, None]
     exact = (position >= sealed) & (position <= position[:, None])

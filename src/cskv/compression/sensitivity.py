@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.compression.divergence import Divergence
@@ -23,16 +23,16 @@ from cskv.compression.reading import Part
 from cskv.errors import DataError
 
 Make = Callable[[Mapping[Part, float]], CSKVAdapter]
-Progress = Callable[[int, int], None]
+OnMeasured = Callable[[int, int], None]  # (projections measured, projections in all)
 TEMPERS = (1.0, 0.5, 0.25, 0.0)  # powers of the sensitivities that are tried; 0 counts all losses alike
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What was found.
+    """The result of dealing a budget out.
 
     Attributes:
-        adapter: the better one.
+        adapter: the one that is kept.
         sensitivity: (layer index, "k" or "v") -> nats of KL per unit of reconstruction loss.
         uniform_kl, allocated_kl: of the uniform and of the best allocated adapter on the samples kept aside, in nats
             per token. The former is None where the budget holds no uniform adapter.
@@ -45,24 +45,24 @@ class Allocation:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether the uniform adapter was the better one."""
+        """True if the uniform adapter was the better one."""
         return self.uniform_kl is not None and self.uniform_kl <= self.allocated_kl
 
 
 def deal(
-    model: nn.Module,
+    divergence: Divergence,
     uniform: CSKVAdapter,
     losses: Mapping[Part, float],
     make: Make,
     samples: Sequence[Int[Tensor, " tokens"]],
     *,
     uniform_fits: bool = True,
-    progress: Progress | None = None,
+    progress: OnMeasured | None = None,
 ) -> Allocation:
     """Make an adapter from the sensitivities and from each of their powers, and keep the best one.
 
     Args:
-        model: the base model, with its language-model head.
+        divergence: of the base model.
         uniform: the adapter at which sensitivities are measured, and that the others are compared with.
         losses: its reconstruction loss of every projection.
         make: an adapter within the budget, from a weight for the losses of every projection.
@@ -74,7 +74,6 @@ def deal(
         DataError: fewer than two samples.
     """
     seen, aside = halves(samples)
-    divergence = Divergence(model)
     sensitivity = sensitivities(divergence, uniform, losses, seen, progress)
     exact = divergence.exact(aside)
 
@@ -96,9 +95,9 @@ def sensitivities(
     adapter: CSKVAdapter,
     losses: Mapping[Part, float],
     samples: Sequence[Int[Tensor, " tokens"]],
-    progress: Progress | None = None,
+    progress: OnMeasured | None = None,
 ) -> dict[Part, float]:
-    """Nats of KL per token and unit of loss, for every projection.
+    """Measure the nats of KL per token and unit of loss, for every projection.
 
     Args:
         divergence: of the base model.
@@ -117,7 +116,9 @@ def sensitivities(
 
 
 def halves(samples: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Samples to measure on and samples to compare on. Halves, since sources may alternate between kinds of text.
+    """Split samples into those to measure on and those to compare on.
+
+    Each is a whole half, since sources may alternate between kinds of text.
 
     Raises:
         DataError: fewer than two samples.

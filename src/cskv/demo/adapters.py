@@ -9,9 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.calibrate import calibrate
 from cskv.calibration.statistics import Statistics
-from cskv.compression.allocation import allocate_ranks
+from cskv.compression.budget import allocate_ranks, allocate_widths
 from cskv.compression.initialise import initialise
-from cskv.compression.widths import allocate_widths
 from cskv.data.samples import TokenSamples
 from cskv.demo.settings import DemoSettings, Variant
 from cskv.demo.text import mixed_source

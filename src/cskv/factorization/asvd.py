@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cskv.errors import ConfigError, DataError
 from cskv.factorization.factors import Factors
-from cskv.factorization.svd import scaled_factors
+from cskv.factorization.svd import svd_factors
 
 
 def asvd_factors(
@@ -26,7 +26,7 @@ def asvd_factors(
     eps: float = 1e-6,
     bias: Float[Tensor, " kv_dim"] | None = None,
 ) -> Factors:
-    """The best factors of this rank when input channels count by their calibrated size.
+    """Find the best factors of a rank when input channels count by their calibrated size.
 
     Args:
         weight: any floating dtype and device; computed there in fp64.
@@ -54,4 +54,4 @@ def asvd_factors(
     mean_abs = mean_abs.detach().double()
     if not torch.isfinite(mean_abs).all() or (mean_abs < 0).any():
         raise DataError("ASVD statistics hold NaN, infinity or a negative mean |x|; calibrate again")
-    return scaled_factors(weight, (mean_abs + eps) ** alpha, rank, bias)
+    return svd_factors(weight, rank, bias, scale=(mean_abs + eps) ** alpha)

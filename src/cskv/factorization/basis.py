@@ -14,7 +14,7 @@ from cskv.factorization.factors import Factors
 
 
 def centred(factors: Factors, mean: Float[Tensor, " rank"]) -> Factors:
-    """Latents without their mean, which moves into the bias.
+    """Subtract the mean of the latents, which moves into the bias.
 
     Args:
         factors: with any `down_bias`.
@@ -27,7 +27,7 @@ def centred(factors: Factors, mean: Float[Tensor, " rank"]) -> Factors:
 
 
 def scaled(factors: Factors, scale: Float[Tensor, " rank"]) -> Factors:
-    """Latents times a positive scale per channel."""
+    """Multiply the latents by a positive scale per channel."""
     groups, per_group = factors.groups, factors.up.shape[1]
     by_row = scale.unflatten(0, (groups, per_group)).repeat_interleave(factors.kv_dim // groups, dim=0)
     down_bias = None if factors.down_bias is None else factors.down_bias * scale
@@ -35,7 +35,7 @@ def scaled(factors: Factors, scale: Float[Tensor, " rank"]) -> Factors:
 
 
 def rotated(factors: Factors, rotation: Float[Tensor, "group_rank group_rank"]) -> Factors:
-    """Latents times an orthogonal matrix, `rotation @ latents`; with head groups, those of each group."""
+    """Multiply the latents, with head groups those of each group, by an orthogonal matrix: `rotation @ latents`."""
     by_group = factors.down.unflatten(0, (factors.groups, -1))
     down_bias = None
     if factors.down_bias is not None:
@@ -44,13 +44,17 @@ def rotated(factors: Factors, rotation: Float[Tensor, "group_rank group_rank"]) 
 
 
 def ordered(factors: Factors, order: Int[Tensor, " kept"]) -> Factors:
-    """Some latents in another order; those left out are dropped. Factors of one group only."""
-    down_bias = None if factors.down_bias is None else factors.down_bias[order]
-    return Factors(factors.down[order], factors.up[:, order], factors.bias, down_bias)
+    """Select latents, in a new order. With head groups, `order` is that within each group."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (factors.groups, -1)).index_select(1, order).flatten(0, 1)
+
+    down_bias = None if factors.down_bias is None else rows(factors.down_bias)
+    return Factors(rows(factors.down), factors.up.index_select(1, order), factors.bias, down_bias)
 
 
 def hadamard(size: int) -> Float[Tensor, "size size"]:
-    """An orthogonal matrix whose entries all have the same size, for a power of two; fp64."""
+    """Return an orthogonal matrix whose entries all have the same size, for a power of two; fp64."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
@@ -58,7 +62,7 @@ def hadamard(size: int) -> Float[Tensor, "size size"]:
 
 
 def hadamard_blocks(size: int) -> Float[Tensor, "size size"]:
-    """Hadamard matrices along the diagonal, the largest first, for any size; fp64."""
+    """Return Hadamard matrices along the diagonal, the largest first, for any size; fp64."""
     matrix, start = torch.zeros(size, size, dtype=torch.float64), 0
     while start < size:
         own = 1 << (size - start).bit_length() - 1

@@ -17,6 +17,7 @@ cheaper decode.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cskv.errors import ConfigError, DataError
+from cskv.factorization.components import Components
 from cskv.factorization.factors import Factors
 
 LEAST_GAIN = 1e-4  # as a share of the largest
@@ -31,7 +33,7 @@ LEAST_GAIN = 1e-4  # as a share of the largest
 
 @dataclass(frozen=True)
 class RopePairs:
-    """Which channels of a head RoPE turns together.
+    """The channels of a head that RoPE rotates together.
 
     Attributes:
         real, imaginary: (pairs,): the channels whose k_real + i k_imaginary is multiplied by exp(i t theta).
@@ -47,66 +49,23 @@ class RopePairs:
         return 2 * len(self.real) + len(self.unrotated)
 
 
-@dataclass(frozen=True)
-class _Component:
-    """A direction that may be kept: orthonormal rows, (1 or 2, kv_dim), that make its latents and rebuild from them."""
-
-    value: float
-    down: Tensor
-
-    @property
-    def value_per_latent(self) -> float:
-        return self.value / len(self.down)
-
-
-def commuting_factors(
-    moment: Float[Tensor, "kv_dim kv_dim"],
-    pairs: RopePairs,
-    rank: int,
-    gain: Float[Tensor, " kv_dim"] | None = None,
-) -> Factors:
-    """Factors that act on keys, before or after RoPE alike: keys ~= up @ (down @ keys).
+def commuting_components(
+    moment: Float[Tensor, "kv_dim kv_dim"], pairs: RopePairs, gain: Float[Tensor, " kv_dim"] | None = None
+) -> Components:
+    """Find factors that act on keys, before or after RoPE alike, at every rank: keys ~= up @ (down @ keys).
 
     Args:
         moment: E[k k^T] of the keys as RoPE gets them (after the norm where the family has one), heads laid end to end.
         pairs: the channels that RoPE turns together.
-        rank: latents to keep, from 1 to kv_dim. An odd last one stays unused where only pairs are left.
         gain: how much an error counts, by channel; equal within a pair. None counts all channels alike.
 
     Returns:
-        fp32 factors with `down` of (rank, kv_dim) and `up` of (kv_dim, rank).
+        components on the CPU, `down` and `up` of (kv_dim, kv_dim). The latents of a pair share its eigenvalue evenly.
 
     Raises:
-        ConfigError: the rank is out of range or too small for any component, or there is a single kv head.
+        ConfigError: there is a single kv head.
         DataError: the moment is not finite or of another shape.
     """
-    kv_dim = moment.shape[0]
-    if not 1 <= rank <= kv_dim:
-        raise ConfigError(f"rank is {rank}; expected 1 to {kv_dim}, the projection's channels")
-    components, weights = _components(moment, pairs, gain)
-    kept = _best(components, rank)
-    if not kept:
-        raise ConfigError(f"rank {rank} keeps no pair of rotated channels; give at least 2")
-    return Factors(
-        down=(torch.cat([c.down for c in kept]) * weights).float().contiguous(),
-        up=(torch.cat([c.down for c in kept]) / weights).T.float().contiguous(),
-    )
-
-
-def commuting_spectrum(
-    moment: Float[Tensor, "kv_dim kv_dim"], pairs: RopePairs, gain: Float[Tensor, " kv_dim"] | None = None
-) -> Float[Tensor, " kv_dim"]:
-    """What each further latent saves, largest first; the two latents of a pair share its eigenvalue evenly.
-
-    Args and errors are those of `commuting_factors`.
-    """
-    components, _ = _components(moment, pairs, gain)
-    shares = [share for c in components for share in [c.value_per_latent] * len(c.down)]
-    return torch.tensor(shares, dtype=torch.float64).sort(descending=True).values
-
-
-def _components(moment: Tensor, pairs: RopePairs, gain: Tensor | None) -> tuple[list[_Component], Tensor]:
-    """All directions that may be kept, of the weighted keys, and the weights."""
     kv_dim, heads = moment.shape[0], moment.shape[0] // pairs.head_dim
     if moment.shape != (kv_dim, kv_dim) or kv_dim % pairs.head_dim or not torch.isfinite(moment).all():
         raise DataError(f"the keys' moment has shape {tuple(moment.shape)} or holds NaN; calibrate this model")
@@ -115,43 +74,37 @@ def _components(moment: Tensor, pairs: RopePairs, gain: Tensor | None) -> tuple[
     weights = torch.ones(kv_dim, dtype=torch.float64) if gain is None else gain.detach().double().cpu()
     weights = weights.clamp(min=LEAST_GAIN * float(weights.max()))
     weighted = moment.detach().double().cpu() * torch.outer(weights, weights)
-    return _pair_components(weighted, pairs, heads) + _unrotated_components(weighted, pairs, heads), weights
+    found = [*_pair_directions(weighted, pairs, heads), *_unrotated_directions(weighted, pairs, heads)]
+    found.sort(key=lambda direction: direction[0], reverse=True)
+    rows = torch.cat([own for _, own in found])
+    shares = torch.tensor([value for value, own in found for _ in own], dtype=torch.float64)
+    factors = Factors((rows * weights).float().contiguous(), (rows / weights).T.float().contiguous())
+    return Components(factors, shares, tuple(len(own) for _, own in found))
 
 
-def _pair_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Component]:
-    starts = torch.arange(heads) * pairs.head_dim
-    components = []
-    for a, b in zip(pairs.real.tolist(), pairs.imaginary.tolist(), strict=True):
-        real, imaginary = starts + a, starts + b
+def _pair_directions(moment: Tensor, pairs: RopePairs, heads: int) -> Iterator[tuple[float, Tensor]]:
+    """Yield the eigenvalue per latent and the two orthonormal rows, (2, kv_dim), of every complex component."""
+    for real, imaginary in zip(*(_channels(own, pairs, heads) for own in (pairs.real, pairs.imaginary)), strict=True):
         rr, ii = moment[real][:, real], moment[imaginary][:, imaginary]
         ir = moment[imaginary][:, real]
         values, vectors = torch.linalg.eigh(torch.complex(rr + ii, ir - ir.T))
-        for value, vector in zip(values.tolist(), vectors.T, strict=True):
+        for value, vector in zip(values.clamp(min=0).tolist(), vectors.T, strict=True):
             rows = torch.zeros(2, moment.shape[0], dtype=torch.float64)
             rows[0, real], rows[0, imaginary] = vector.real, vector.imag
             rows[1, real], rows[1, imaginary] = -vector.imag, vector.real
-            components.append(_Component(max(value, 0.0), rows))
-    return components
+            yield value / 2, rows
 
 
-def _unrotated_components(moment: Tensor, pairs: RopePairs, heads: int) -> list[_Component]:
-    if not len(pairs.unrotated):
-        return []
-    channels = (torch.arange(heads)[:, None] * pairs.head_dim + pairs.unrotated).flatten()
+def _unrotated_directions(moment: Tensor, pairs: RopePairs, heads: int) -> Iterator[tuple[float, Tensor]]:
+    """Yield the eigenvalue and the row, (1, kv_dim), of every component of the channels that RoPE leaves alone."""
+    channels = _channels(pairs.unrotated, pairs, heads).flatten()
     values, vectors = torch.linalg.eigh(moment[channels][:, channels])
-    components = []
-    for value, vector in zip(values.tolist(), vectors.T, strict=True):
+    for value, vector in zip(values.clamp(min=0).tolist(), vectors.T, strict=True):
         row = torch.zeros(1, moment.shape[0], dtype=torch.float64)
         row[0, channels] = vector
-        components.append(_Component(max(value, 0.0), row))
-    return components
+        yield value, row
 
 
-def _best(components: list[_Component], rank: int) -> list[_Component]:
-    """The components with the largest value per latent that fit into the rank."""
-    kept, left = [], rank
-    for component in sorted(components, key=lambda c: c.value_per_latent, reverse=True):
-        if len(component.down) <= left:
-            kept.append(component)
-            left -= len(component.down)
-    return kept
+def _channels(of_head: Tensor, pairs: RopePairs, heads: int) -> Tensor:
+    """Return channels of a head as those of all heads laid end to end, (channels, heads)."""
+    return of_head[:, None] + torch.arange(heads) * pairs.head_dim

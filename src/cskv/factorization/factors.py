@@ -6,7 +6,7 @@ diagonal, and only its blocks are kept. Less is saved per latent, but rebuilding
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +50,13 @@ class Factors:
         return self.down.shape[1]
 
     def latents(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch rank"]:
-        """The latents of a layer's input."""
+        """Return the latents of a layer's input."""
         return torch.nn.functional.linear(x, self.down, self.down_bias)
 
     def expand(
         self, latents: Float[Tensor, "*batch rank"], out: Float[Tensor, "*batch kv_dim"] | None = None
     ) -> Float[Tensor, "*batch kv_dim"]:
-        """The channels rebuilt from latents, into `out` if it is given (without gradients then)."""
+        """Rebuild the channels from latents, into `out` if it is given (without gradients then)."""
         if out is not None:
             self._expand_into(out, latents)
             return out if self.bias is None else out.add_(self.bias)
@@ -68,7 +68,7 @@ class Factors:
         return parts.flatten(-2) if self.bias is None else parts.flatten(-2) + self.bias
 
     def _expand_into(self, out: Tensor, latents: Tensor) -> None:
-        """Without the bias. A row of the batch at a time: rows of a cache are not packed together in memory."""
+        """Rebuild without the bias. One row of the batch at a time: rows of a cache are not contiguous in memory."""
         if self.groups > 1:
             parts = zip(latents.chunk(self.groups, -1), self.up.chunk(self.groups), out.chunk(self.groups, -1))
             for rows, up, channels in parts:
@@ -81,7 +81,7 @@ class Factors:
 
     @classmethod
     def grouped(cls, parts: Sequence[Factors]) -> Factors:
-        """The factors of groups of kv heads, in the order of their channels, as one. All have the same rank."""
+        """Join the factors of groups of kv heads, in the order of their channels. All have the same rank."""
         biases = [part.bias for part in parts if part.bias is not None]
         down_biases = [part.down_bias for part in parts if part.down_bias is not None]
         return cls(
@@ -92,23 +92,22 @@ class Factors:
         )
 
     def clone(self) -> Factors:
-        """The same factors in tensors of their own, without gradients."""
-        parts = (self.down, self.up, self.bias, self.down_bias)
-        return Factors(*(None if part is None else part.detach().clone() for part in parts))  # type: ignore[arg-type]
+        """Copy the factors, without gradients."""
+        return self._each(lambda part: part.detach().clone())
 
     def aligned(self, multiple: int) -> Factors:
-        """The same factors, the rows of `up` at multiples of so many bytes: kernels load them 16 bytes at a time."""
+        """Align the rows of `up` to a multiple of bytes: kernels load them 16 bytes at a time."""
         step = max(1, multiple // self.up.element_size())
         padded = torch.nn.functional.pad(self.up, (0, -self.up.shape[1] % step))
         return Factors(self.down, padded[:, : self.up.shape[1]], self.bias, self.down_bias)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
-        """The same factors on another device or in another dtype."""
-        bias, down_bias = (
-            None if part is None else part.to(device=device, dtype=dtype) for part in (self.bias, self.down_bias)
-        )
-        down, up = self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype)
-        return Factors(down, up, bias, down_bias)
+        """Return the same factors on another device or in another dtype."""
+        return self._each(lambda part: part.to(device=device, dtype=dtype))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Factors:
+        parts = (self.down, self.up, self.bias, self.down_bias)
+        return Factors(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -119,5 +118,5 @@ class LayerFactors:
     v: Factors
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerFactors:
-        """The same factors on another device or in another dtype."""
+        """Return the same factors on another device or in another dtype."""
         return LayerFactors(self.k.to(device, dtype), self.v.to(device, dtype))

@@ -3,8 +3,9 @@
 For a layer with y = W x + b, the paper trains D and U of rank r to minimise E||y - y^||^2, y^ = U D x + offset. With
 mu = E[y], C = Cov(y) and B the r leading eigenvectors of C, the minimum over all factors of that rank is reached by
 
-    D = B^T W,   U = B,   offset = mu + B B^T (b - mu).
+    D = B^T W,   U = B,   offset = mu + B B^T (b - mu),
 
+so that the factors of a lower rank are the leading latents of those of a higher one, about the same mean.
 The offset costs no cache. With a gain G (symmetric, positive definite) the error that is minimised is E||G (y - y^)||^2
 instead: B are the leading eigenvectors of G C G, D = B^T G W and U = G^-1 B.
 
@@ -17,41 +18,37 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.errors import ConfigError, DataError
+from cskv.errors import DataError
+from cskv.factorization.components import Components
 from cskv.factorization.factors import Factors
 
 # A gain's smallest eigenvalue, as a share of its largest: channels that nobody reads must stay invertible.
 LEAST_GAIN = 1e-4
 
 
-def pca_factors(
+def principal_components(
     weight: Float[Tensor, "kv_dim hidden"],
     mean: Float[Tensor, " kv_dim"],
     moment: Float[Tensor, "kv_dim kv_dim"],
-    rank: int,
     *,
     bias: Float[Tensor, " kv_dim"] | None = None,
     gain: Float[Tensor, "kv_dim kv_dim"] | None = None,
-) -> Factors:
-    """The factors of a rank that lose least of what the projection puts out.
+) -> Components:
+    """Find the factors that lose least of what the projection puts out, at every rank.
 
     Args:
         weight: any floating dtype; computed in fp64 on its device.
         mean, moment: E[y] and E[y y^T] of the projection's output, bias included.
-        rank: from 1 to kv_dim.
         bias: the projection's own bias.
         gain: how much an error counts, symmetric and positive semi-definite; None counts all channels alike.
 
     Returns:
-        fp32 factors on the weight's device, with the offset as bias.
+        components on the weight's device with centred latents, and the eigenvalues of G Cov(y) G.
 
     Raises:
-        ConfigError: the rank is out of range.
         DataError: a statistic, gain or weight is not finite or has another shape.
     """
     kv_dim = weight.shape[0]
-    if not 1 <= rank <= kv_dim:
-        raise ConfigError(f"rank is {rank}; expected 1 to {kv_dim}, the projection's channels")
     for name, tensor, shape in (("mean", mean, (kv_dim,)), ("moment", moment, (kv_dim, kv_dim))):
         if tuple(tensor.shape) != shape:
             raise DataError(
@@ -62,32 +59,18 @@ def pca_factors(
         raise DataError("the weight or the output's statistics hold NaN or infinity; calibrate again")
     offset = torch.zeros_like(mean) if bias is None else bias.detach().double()
     to_loss, from_loss = _gain_and_inverse(gain, weight)
-    basis = principal_axes(to_loss @ (moment - torch.outer(mean, mean)) @ to_loss, rank)
+    covariance = to_loss @ (moment - torch.outer(mean, mean)) @ to_loss
+    # Orthonormal also where the covariance is singular.
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    basis = vectors.flip(1)
     down, up = basis.T @ to_loss, from_loss @ basis
-    return Factors(
+    factors = Factors(
         down=(down @ weight).float().contiguous(),
         up=up.float().contiguous(),
-        bias=(mean + up @ (down @ (offset - mean))).float(),
+        bias=mean.float(),
+        down_bias=(down @ (offset - mean)).float(),
     )
-
-
-def principal_axes(covariance: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n rank"]:
-    """The leading eigenvectors of a covariance, orthonormal also where it is singular, largest eigenvalue first."""
-    _, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    return vectors[:, -rank:].flip(1)
-
-
-def spectrum(
-    mean: Float[Tensor, " kv_dim"],
-    moment: Float[Tensor, "kv_dim kv_dim"],
-    gain: Float[Tensor, "kv_dim kv_dim"] | None = None,
-) -> Float[Tensor, " kv_dim"]:
-    """What each further latent saves of E||G (y - y^)||^2, largest first: the eigenvalues of G Cov(y) G, fp64."""
-    covariance = moment.double() - torch.outer(mean.double(), mean.double())
-    if gain is not None:
-        to_loss, _ = _gain_and_inverse(gain, covariance)
-        covariance = to_loss @ covariance @ to_loss
-    return torch.linalg.eigvalsh((covariance + covariance.T) / 2).clamp(min=0).flip(0)
+    return Components(factors, values.clamp(min=0).flip(0).cpu(), (1,) * kv_dim)
 
 
 def _gain_and_inverse(gain: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:

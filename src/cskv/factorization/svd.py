@@ -23,14 +23,21 @@ SMALLEST_SHARE = 1e-7
 
 
 def svd_factors(
-    weight: Float[Tensor, "kv_dim hidden"], rank: int, bias: Float[Tensor, " kv_dim"] | None = None
+    weight: Float[Tensor, "kv_dim hidden"],
+    rank: int,
+    bias: Float[Tensor, " kv_dim"] | None = None,
+    scale: Float[Tensor, " hidden"] | None = None,
 ) -> Factors:
-    """The best factors of this rank when every input channel counts the same.
+    """Find the factors of a rank that minimise || (W - up @ down) diag(scale) ||_F.
+
+    They are the truncated SVD of W diag(scale) with the scale undone on `down`. Since that SVD's right side is
+    B^T W diag(scale) / S, undoing it leaves B^T W / S: nothing is divided by the scale, so zeros in it are harmless.
 
     Args:
         weight: any floating dtype and device; computed there in fp64.
         rank: from 1 to kv_dim.
         bias: the projection's own bias, kept exactly.
+        scale: how much each input channel counts; None counts all alike.
 
     Returns:
         fp32 factors on the weight's device.
@@ -38,20 +45,6 @@ def svd_factors(
     Raises:
         ConfigError: the rank is out of range.
         DataError: the weight is not finite.
-    """
-    return scaled_factors(weight, None, rank, bias)
-
-
-def scaled_factors(
-    weight: Float[Tensor, "kv_dim hidden"],
-    scale: Float[Tensor, " hidden"] | None,
-    rank: int,
-    bias: Float[Tensor, " kv_dim"] | None = None,
-) -> Factors:
-    """The factors that minimise || (W - up @ down) diag(scale) ||_F, or the unscaled norm where `scale` is None.
-
-    They are the truncated SVD of W diag(scale) with the scale undone on `down`. Since that SVD's right side is
-    B^T W diag(scale) / S, undoing it leaves B^T W / S: nothing is divided by the scale, so zeros in it are harmless.
     """
     kv_dim = weight.shape[0]
     if not 1 <= rank <= kv_dim:

@@ -1,4 +1,4 @@
-"""How much an error in keys and values counts: gains for PCA, in closed form.
+"""Gains for PCA, in closed form: the weight of an error in keys and values.
 
 What matters is not ||K - K^|| but the error in the attention logits, and not ||V - V^|| but the error in the layer's
 output. RoPE turns query and key pairs by their relative position; averaged over positions, an error in a pair of key
@@ -23,7 +23,7 @@ from cskv.factorization.commuting import RopePairs
 def key_gain(
     query_energy: Float[Tensor, " kv_dim"], pairs: RopePairs | None, head_dim: int
 ) -> Float[Tensor, " kv_dim"]:
-    """How much an error in each channel of a key counts in the attention logits.
+    """Weight each key channel by how much an error in it counts in the attention logits.
 
     Args:
         query_energy: E[q^2] by channel, summed over the query heads of each kv head.
@@ -40,7 +40,7 @@ def key_gain(
 def value_gain(
     output_weight: Float[Tensor, "hidden query_dim"], num_kv_heads: int, head_dim: int
 ) -> Float[Tensor, "kv_dim kv_dim"]:
-    """How much an error in the values counts in the layer's output: block diagonal, symmetric.
+    """Weight value channels by how much an error in them counts in the layer's output: block diagonal, symmetric.
 
     Args:
         output_weight: of the output projection; it reads the query heads in order.
@@ -58,7 +58,7 @@ def before_norm(
     before: Float[Tensor, "kv_dim kv_dim"],
     after: Float[Tensor, "kv_dim kv_dim"],
 ) -> Float[Tensor, " kv_dim"]:
-    """A gain of normalised keys as one of the projection's output: scaled by what the norm does to each channel's size.
+    """Convert a gain of normalised keys to one of the projection's output: the norm changes each channel's size.
 
     Args:
         gain: of keys after the norm.

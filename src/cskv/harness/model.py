@@ -19,6 +19,7 @@ import cskv
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.attach import attach
 from cskv.attachment.cache_bytes import adapter_report
+from cskv.compression.reading import check_readable
 from cskv.errors import ConfigError, CSKVError, UnsupportedModelError
 from cskv.harness import MODEL
 from cskv.harness.arguments import (
@@ -33,8 +34,7 @@ from cskv.harness.arguments import (
 )
 from cskv.harness.reading import chunked_logits, context_cache, parallel_logits
 from cskv.models.compat import cache_kwarg
-from cskv.models.probe import SiteRecipe, probe
-from cskv.models.sites import find_sites
+from cskv.models.survey import survey
 
 REPORTED_TOKENS = 131_072  # the longest cache that the results give the bytes of
 
@@ -84,11 +84,12 @@ class CSKVLM(HFLM):
         self._compressor = find_compressor(adapter, pretrained, revision, window, group)
         self._longest_continuation: int | None = None
         self._load(device or ("cuda" if torch.cuda.is_available() else "cpu"), int(batch_size), kwargs)
-        self._recipes: dict[int, SiteRecipe] = {}
+        self._surveyed = survey(self.model)
         compressor = self._compressor.adapter
         if compressor is not None:
             if reading == PARALLEL:
-                self._recipes = probe(self.model, find_sites(self.model))
+                check_readable(self._surveyed)
+                self._surveyed.recipes  # noqa: B018 (found before anything is attached)
                 compressor.to(self.model.device)
             attach(self.model, compressor, attention=attention)
 
@@ -129,7 +130,7 @@ class CSKVLM(HFLM):
         if attn_mask is not None or labels is not None:
             raise UnsupportedModelError("encoder-decoders have no cache to compress; expected a decoder")
         if self._how.reading == PARALLEL:
-            return parallel_logits(self.model, self._compressor.adapter, self._recipes, inps)
+            return parallel_logits(self._surveyed, self._compressor.adapter, inps)
         # Of a batch, the ends of shorter rows lie anywhere; a batch of long contexts has one row.
         longest = self._longest_continuation
         keep = longest if longest is not None and inps.shape[0] == 1 else inps.shape[1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.hooks import device_of
 from cskv.compression.reading import compressed_reading
 from cskv.errors import CacheError
 from cskv.evaluation.forward import forward
 from cskv.models.compat import output_cache
-from cskv.models.probe import SiteRecipe
+from cskv.models.survey import Survey
 
 
 def chunked_logits(model: PreTrainedModel, rows: Tensor, window: int, group: int, keep: int) -> Tensor:
@@ -55,25 +57,20 @@ def chunked_logits(model: PreTrainedModel, rows: Tensor, window: int, group: int
     return kept
 
 
-def parallel_logits(
-    model: PreTrainedModel, adapter: CSKVAdapter | None, recipes: dict[int, SiteRecipe], rows: Tensor
-) -> Tensor:
+def parallel_logits(surveyed: Survey, adapter: CSKVAdapter | None, rows: Tensor) -> Tensor:
     """The same in one forward without a cache, for short texts: a mask of tokens x 2 tokens is made.
 
     Args:
-        model: attached or not.
+        surveyed: the model, attached or not, as it was found before anything was attached.
         adapter: on the model's device; None for the uncompressed model.
-        recipes: what `probe` said of the model before anything was attached.
         rows: (batch, tokens) ids, padded on the right or not at all.
 
     Returns:
         (batch, tokens, vocabulary) logits.
     """
-    rows = rows.to(model.device)
-    if adapter is None:
-        return model(input_ids=rows, use_cache=False).logits
-    with compressed_reading(model, adapter, recipes=recipes):
-        return model(input_ids=rows, use_cache=False).logits
+    rows = rows.to(device_of(surveyed.model))
+    with nullcontext() if adapter is None else compressed_reading(surveyed, adapter):
+        return surveyed.model(input_ids=rows, use_cache=False).logits
 
 
 def context_cache(model: PreTrainedModel, rows: Tensor, mask: Tensor | None) -> Cache:

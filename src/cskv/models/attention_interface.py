@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Original = Callable[..., Any]  # (module, query, key, value, mask, **kwargs) -> (output, weights or None)
 Function = Callable[..., Any]  # (original, module, query, key, value, mask, **kwargs) -> the same
+_beside: dict[str, str] = {}  # our registered names -> the implementation that each stands beside
 
 
 def name_of(prefix: str, implementation: str) -> str:
@@ -28,6 +29,7 @@ def name_of(prefix: str, implementation: str) -> str:
 def register(prefix: str, implementation: str, function: Function) -> str:
     """Register a function beside an implementation, once, and return its name."""
     name = name_of(prefix, implementation)
+    _beside[name] = implementation
     if name not in ALL_ATTENTION_FUNCTIONS:
 
         def attend(
@@ -38,6 +40,14 @@ def register(prefix: str, implementation: str, function: Function) -> str:
 
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def implementation_of(module: nn.Module) -> str:
+    """Return the name of the attention that a module uses, beneath functions of ours."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
+    while name in _beside:
+        name = _beside[name]
     return name
 
 

@@ -2,8 +2,9 @@
 
 For a Gaussian source the best widths are max(0, 1/2 log2(variance / D)): the same error D in every channel that is
 kept, and none kept that varies less. Real latents on real grids are near that but not it, so the error of every channel
-at every width is measured, and the sum of errors is minimised under a sum of bits: for a price per bit, every channel
-takes the width of least error plus price, and the price is raised until the bits fit.
+at every width is measured, and the sum of errors is minimised under a sum of bits: of all channels' next wider widths
+the one that saves most error per bit is taken, again and again, until the bits are spent. With the choices 0 and 16
+that is a choice of ranks: the largest eigenvalues are kept, wherever they are.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from cskv.quantization.grid import PARAMETER_DTYPE, Grid
 
 Key = TypeVar("Key")
 CHOICES = (0, 2, 3, 4, 5, 6, 8)  # 0 drops the channel
-HALVINGS = 60  # of the interval of prices
+RANKS = (0, 16)  # the choices where no latent is quantised
 
 
 def width_errors(
     latents: Float[Tensor, "batch tokens rank"], block: tuple[int, int], choices: Sequence[int] = CHOICES
 ) -> Float[Tensor, "rank choices"]:
-    """The mean squared error of every channel at every width; at width 0 its mean square.
+    """Measure the mean squared error of every channel at every width; at width 0 its mean square.
 
     Args:
         latents: centred ones; a channel that is dropped is read as 0.
@@ -48,54 +49,80 @@ def choose_widths(
     block: Mapping[Key, tuple[int, int]],
     budget: float,
     choices: Sequence[int] = CHOICES,
+    step: int = 1,
 ) -> dict[Key, Tensor]:
-    """The widths of least error within a budget.
+    """Choose the widths of least error within a budget.
 
     Args:
         errors: of every projection, (its rank, choices), in one unit.
         block: (tokens, channels) of every projection; a minimum and a scale of each block count as bits.
         budget: bits per token, all projections together.
         choices: the widths that the columns of `errors` stand for, from 0 up.
+        step: neighbours that get the same width (latents of head groups, pairs of commuting keys).
 
     Returns:
-        bits per channel, 0 where it is dropped. Every projection keeps at least one channel.
+        bits per channel, 0 where it is dropped. Every projection keeps at least one step.
 
     Raises:
-        ConfigError: the budget does not give every projection a channel of the least width.
+        ConfigError: the budget does not give every projection a step of the least width.
     """
-    costs = {key: _costs(block[key], choices) for key in errors}
-    least = sum(float(cost[1]) for cost in costs.values())
-    if budget < least:
+    by_key = {
+        key: _widenings(_stepped(table, step), step * _costs(block[key], choices)) for key, table in errors.items()
+    }
+    savings, costs = (torch.cat([found[i].flatten() for found in by_key.values()]) for i in (0, 1))
+    if (least := float(costs[savings.isposinf()].sum())) > budget:
+        latents = "a latent" if step == 1 else f"{step} latents"
         raise ConfigError(
-            f"a budget of {budget:.0f} bits per token does not give {len(errors)} projections one channel of "
-            f"{choices[1]} bits each ({least:.0f}); raise the target ratio"
+            f"a budget of {budget:.0f} bits per token does not keep {latents} of each of {len(errors)} projections, "
+            f"which takes {least:.0f}; raise the target ratio"
         )
-    low, high = 0.0, max(float(table.max()) for table in errors.values())
-    for _ in range(HALVINGS):
-        price = (low + high) / 2
-        picked = {key: _picked(table, costs[key], price) for key, table in errors.items()}
-        spent = sum(float(costs[key][index].sum()) for key, index in picked.items())
-        low, high = (price, high) if spent > budget else (low, price)
-    widths = torch.tensor(choices)
-    return {key: widths[_picked(table, costs[key], high)] for key, table in errors.items()}
+    order = savings.argsort(descending=True, stable=True)
+    order = order[savings[order] >= 0]
+    taken = torch.zeros(len(savings), dtype=torch.bool)
+    taken[order[costs[order].cumsum(0) <= budget]] = True
+    widths, start = {}, 0
+    for key, (saving, _, to) in by_key.items():
+        own = taken[start : start + saving.numel()].view_as(saving)
+        widths[key] = torch.tensor(choices)[torch.where(own, to, 0).amax(0)].repeat_interleave(step)
+        start += saving.numel()
+    return widths
 
 
 def runs_of(widths: Int[Tensor, " rank"]) -> tuple[Int[Tensor, " kept"], tuple[tuple[int, int], ...]]:
-    """The channels that are kept, widest first and otherwise in their order, and their runs of (bits, channels)."""
+    """Return the channels that are kept, widest first and otherwise in their order, and their (bits, channels) runs."""
     order = widths.argsort(descending=True, stable=True)
     order = order[widths[order] > 0]
     return order, tuple((bits, len(list(run))) for bits, run in groupby(widths[order].tolist()))
 
 
 def _costs(block: tuple[int, int], choices: Sequence[int]) -> Tensor:
-    """Bits per token of a channel at every width, its share of a block's minimum and scale included."""
+    """Count the bits per token of a channel at every width, its share of a block's minimum and scale included."""
     parameters = 2 * 8 * PARAMETER_DTYPE.itemsize / (block[0] * block[1])
-    return torch.tensor([bits + parameters if bits else 0.0 for bits in choices], dtype=torch.float64)
+    return torch.tensor([bits + parameters if 0 < bits < 16 else bits for bits in choices], dtype=torch.float64)
 
 
-def _picked(errors: Tensor, costs: Tensor, price: float) -> Tensor:
-    """For every channel the index of the width of least error plus price; one channel is kept in any case."""
-    picked = (errors + price * costs).argmin(1)
-    if not picked.any():
-        picked[errors[:, 0].argmax()] = 1
-    return picked
+def _stepped(errors: Tensor, step: int) -> Tensor:
+    """Sum the errors of each step of neighbours; channels beyond the last whole step are never kept."""
+    return errors.double()[: len(errors) // step * step].unflatten(0, (-1, step)).sum(1)
+
+
+def _widenings(errors: Tensor, costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the widths worth having, from 0 up: those on the lower convex hull of every channel's errors over costs.
+
+    Returns:
+        error saved per bit, bits, and the index of the new width, each (widenings, channels). The saving falls along
+        the first dimension, is negative where nothing is left to gain, and infinite for the first of the best channel,
+        which is kept in any case.
+    """
+    at = torch.zeros(len(errors), 1, dtype=torch.long)
+    steps = []
+    for _ in costs[1:]:
+        more = costs - costs[at]
+        saved = (errors.gather(1, at) - errors) / more
+        saving, to = torch.where(more > 0, saved, -torch.inf).max(1, keepdim=True)
+        steps.append((saving, more.gather(1, to), to))
+        at = to
+    savings, bits, to = (torch.stack(column)[..., 0] for column in zip(*steps, strict=True))
+    savings = savings.cummin(0).values  # rounding aside it falls already
+    savings[0, savings[0].argmax()] = torch.inf
+    return savings, bits, to

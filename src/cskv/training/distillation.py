@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.hooks import device_of
 from cskv.compression.divergence import Divergence
+from cskv.models.survey import survey
 
 
 class WholeTexts:
@@ -62,8 +63,8 @@ class Distillation(nn.Module):
         super().__init__()
         self._checkpointed = checkpointed
         self.adapter = adapter
-        self._divergence = Divergence(model)
+        self._divergence = Divergence(survey(model))
 
     def forward(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, " 1"]:
         """KL(uncompressed || compressed), in nats per token."""
-        return self._divergence.of(self.adapter, input_ids, checkpointed=self._checkpointed)[None]
+        return self._divergence.kl(self.adapter, input_ids, checkpointed=self._checkpointed)[None]

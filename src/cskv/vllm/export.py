@@ -22,6 +22,7 @@ import torch
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.adapter.folder import CONFIG_FILE
+from cskv.compression.bytes import bytes_per_token
 from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
 from cskv.files import write_folder, write_text
 from cskv.vllm.architectures import PREFIX
@@ -157,17 +158,6 @@ def served_dtype(config: BaseConfig) -> torch.dtype:
     named = config.text.dtype or config.values.get("dtype") or config.values.get("torch_dtype")
     dtype = getattr(torch, named.removeprefix("torch."), None) if isinstance(named, str) else named
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-
-
-def bytes_per_token(adapter: CSKVAdapter, dtype: torch.dtype) -> tuple[int, float]:
-    """Bytes of a token's keys and values, and of its latents, over all layers of an adapter."""
-    uncompressed, compressed = 0, 0.0
-    for index in adapter.layer_indices:
-        factors = adapter.factors(index)
-        for part, grid in zip((factors.k, factors.v), adapter.grids(index), strict=True):
-            uncompressed += part.kv_dim * dtype.itemsize
-            compressed += part.rank * (dtype.itemsize if grid is None else grid.bits_per_latent / 8)
-    return uncompressed, compressed
 
 
 class _Layer(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import cskv
-from cskv import ConfigError, CSKVConfig, DataError
+import cskv.models.probe as probe_module
+import cskv.models.survey as survey_module
+from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError
 from cskv.calibration.calibrate import calibrate
+from cskv.compression.budget import allocate_ranks, allocate_widths, observe_latents
+from cskv.compression.bytes import ratio_of
 from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import initialise
-from cskv.compression.observation import observe_latents
 from cskv.compression.sensitivity import Allocation, deal, halves, sensitivities
-from cskv.compression.widths import allocate_widths, ratio_of
 from cskv.models.compat import output_cache
 from cskv.models.sites import find_sites
+from cskv.models.survey import survey
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model, truncated_adapter
 
@@ -62,7 +66,7 @@ def test_on_other_text_mixed_widths_lose_less_than_uniform_ones(model: nn.Module
     uniform = initialise(model, config, statistics_of(model))
     assert ratio_of(uniform) == (20 * 5 + 16 * 4 + 32) / (2 * 16 * 64)
     assert ratio_of(found.adapter) <= 0.1
-    divergence, held_out = Divergence(model), samples(8)[4:]
+    divergence, held_out = Divergence(survey(model)), samples(8)[4:]
     assert divergence.mean(found.adapter, held_out) < 0.8 * divergence.mean(uniform, held_out)
     assert found.uniform_kl == pytest.approx(divergence.mean(uniform, samples()[2:]))
     assert found.allocated_kl == pytest.approx(divergence.mean(found.adapter, samples()[2:]))
@@ -93,7 +97,7 @@ def test_what_is_kept_are_centred_principal_components(model: nn.Module, found: 
     calibrated = torch.randint(3, 96, (6, 40), generator=torch.Generator().manual_seed(5))  # as in `statistics_of`
     full = initialise(model, CSKVConfig(1.0, 1.0, init="pca"), statistics_of(model))
     seen: dict[tuple[int, str], list[Tensor]] = {}
-    for part, latents in observe_latents(model, found.adapter, list(calibrated)):
+    for part, latents in observe_latents(survey(model), found.adapter, list(calibrated)):
         seen.setdefault(part, []).append(latents[0])
     for (index, kind), latents in seen.items():
         ours, components = (getattr(adapter.factors(index), kind) for adapter in (found.adapter, full))
@@ -108,7 +112,7 @@ def test_the_latents_of_layer_inputs_are_observed(dtype: torch.dtype) -> None:
     adapter = initialise(model, CSKVConfig(0.25, 0.5, init="pca", k_bits=4), statistics_of(model.eval()))
     model.to(dtype).train()
     texts = [samples(1, length)[0] for length in (7, 12)]
-    seen = list(observe_latents(model, adapter, texts))
+    seen = list(observe_latents(survey(model), adapter, texts))
     assert model.training
     model.eval()
     assert [part for part, _ in seen] == [(i, kind) for _ in texts for i in (0, 1) for kind in ("k", "v")]
@@ -128,7 +132,7 @@ def test_the_latents_of_layer_inputs_are_observed(dtype: torch.dtype) -> None:
 def test_a_sensitivity_is_the_divergence_of_one_part_per_loss() -> None:
     model = tiny_model("llama")
     adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))
-    divergence, texts = Divergence(model), samples(2, 40)
+    divergence, texts = Divergence(survey(model)), samples(2, 40)
     seen: list[tuple[int, int]] = []
     losses = {(0, "k"): 2.0, (1, "v"): 0.5, (1, "k"): 0.0}
     found = sensitivities(divergence, adapter, losses, texts, lambda done, total: seen.append((done, total)))
@@ -153,17 +157,17 @@ def test_the_best_power_of_the_sensitivities_is_kept() -> None:
         weights.append(weighted)
         return next(made)
 
-    found = deal(model, uniform, losses, make, samples())
+    found = deal(Divergence(survey(model)), uniform, losses, make, samples())
     assert found.adapter is others[2]
     assert found.allocated_kl < found.uniform_kl
     for power, weighted in zip((1.0, 0.5, 0.25, 0.0), weights, strict=True):
         assert weighted == {part: value**power for part, value in found.sensitivity.items()}
     made = iter([others[0], others[1]] * 2)
-    worse = deal(model, uniform, losses, make, samples())
+    worse = deal(Divergence(survey(model)), uniform, losses, make, samples())
     assert worse.is_uniform
     assert worse.adapter is uniform
     made = iter([others[0], others[1]] * 2)
-    alone = deal(model, uniform, losses, make, samples(), uniform_fits=False)
+    alone = deal(Divergence(survey(model)), uniform, losses, make, samples(), uniform_fits=False)
     assert alone.uniform_kl is None
     assert any(alone.adapter is other for other in others[:2])
 
@@ -205,3 +209,95 @@ def test_too_little_is_refused(model: nn.Module) -> None:
             allocate_widths(model, CONFIG, statistics_of(model), samples(2)[:number], 0.1)
     with pytest.raises(DataError, match="lack"):
         allocate_widths(model, CONFIG, calibrate(model, samples(2, 40), covariance=False), samples(), 0.1)
+
+
+RANKED = CSKVConfig(0.25, 0.25, window=0, group=2, init="pca")
+
+
+def ranks_of(adapter: CSKVAdapter) -> dict[int, tuple[int, int]]:
+    return {i: (adapter.factors(i).k.rank, adapter.factors(i).v.rank) for i in adapter.layer_indices}
+
+
+def test_ranks_go_where_they_count() -> None:
+    """Layer 1's output projection is almost zero: nothing that its values or queries do matters."""
+    model = tiny_model("llama-mha", max_position_embeddings=512)
+    model.model.layers[1].self_attn.o_proj.weight.data.mul_(1e-3)
+    seen: list[tuple[int, int]] = []
+    found = allocate_ranks(
+        model,
+        RANKED,
+        statistics_of(model),
+        samples(4, 300),
+        0.25,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert sum(k + v for k, v in ranks_of(found.adapter).values()) == 0.25 * 4 * 64
+    assert sum(ranks_of(found.adapter)[0]) > 3 * sum(ranks_of(found.adapter)[1])
+    assert found.allocated_kl < found.uniform_kl
+    assert not found.is_uniform
+    assert seen == [(i, 4) for i in (1, 2, 3, 4)]
+    held_out = samples(8, 300)[4:]
+    uniform = initialise(model, RANKED, statistics_of(model))
+    divergence = Divergence(survey(model))
+    assert divergence.mean(found.adapter, held_out) < divergence.mean(uniform, held_out)
+
+
+@pytest.mark.parametrize("settings", [{"head_groups": 2}, {"key_factors": "commuting"}])
+def test_ranks_respect_groups_and_pairs(settings: dict) -> None:
+    model = tiny_model("llama-mha", max_position_embeddings=512)
+    config = CSKVConfig(window=0, group=2, init="weighted-pca", **settings)
+    found = allocate_ranks(model, config, statistics_of(model), samples(2, 300), 0.3)
+    assert all(rank % 2 == 0 for pair in ranks_of(found.adapter).values() for rank in pair)
+    assert sum(k + v for k, v in ranks_of(found.adapter).values()) <= 0.3 * 4 * 64
+
+
+def test_allocation_says_what_it_needs() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="init is 'svd'; expected 'pca' or 'weighted-pca'"):
+        allocate_ranks(model, CSKVConfig(init="svd"), statistics_of(model), samples(4, 300), 0.2)
+    with pytest.raises(DataError, match="at least 2 samples, got 1"):
+        allocate_ranks(model, RANKED, statistics_of(model), samples(1, 300), 0.2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"init": "weighted-pca", "k_bits": 4},
+        {"head_groups": 2},
+        {"key_factors": "commuting", "init": "weighted-pca"},
+    ],
+)
+def test_slices_are_what_factorising_at_their_ranks_gives(settings: dict) -> None:
+    model = tiny_model("qwen2")
+    statistics, x = statistics_of(model), torch.randn(9, 64)
+    config = replace(RANKED, **settings)
+    found = allocate_ranks(model, config, statistics, samples(2, 40), 0.4).adapter
+    made = initialise(model, found.config, statistics, ranks_of(found))
+    for index in found.layer_indices:
+        for kind in ("k", "v"):
+            ours, theirs = (getattr(adapter.factors(index), kind) for adapter in (found, made))
+            read = x[:, : ours.hidden_size]
+            expected = theirs.expand(theirs.latents(read))
+            assert (ours.expand(ours.latents(read)) - expected).abs().max() < 1e-5 * expected.abs().max()
+            assert (ours.down_bias is None) == (theirs.down_bias is None)
+
+
+def test_a_model_is_probed_once_and_each_projection_factorised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    statistics = statistics_of(model)
+    counted: Counter[str] = Counter()
+
+    def count(owner: object, name: str) -> None:
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: counted.update([name]) or plain(*args, **kwargs))
+
+    for owner in (probe_module, survey_module):
+        count(owner, "probe")
+    count(torch.linalg, "eigh")
+    for allocate, config in ((allocate_ranks, RANKED), (allocate_widths, CONFIG)):
+        counted.clear()
+        allocate(model, config, statistics, samples(2, 40), 0.25)
+        assert counted["probe"] == 1
+        # Of every projection its covariance and the identity that stands for its gain.
+        assert counted["eigh"] <= 2 * 4
