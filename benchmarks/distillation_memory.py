@@ -20,8 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from pages import Table
 
 TOKENS, LAYERS = 4096, 16
 MIB = 1024  # ru_maxrss counts KiB
@@ -60,12 +59,12 @@ def main(one: Annotated[str, typer.Option("--one", help="Run one step here: plai
     if one:
         print(json.dumps(step(one == "checkpointed")))
         return
-    table = Table("backward pass", "peak, MiB", "seconds", title=f"Distillation, {TOKENS} tokens, {LAYERS} layers")
+    cells = []
     for name in ("plain", "checkpointed"):
         out = subprocess.run([sys.executable, __file__, "--one", name], check=True, capture_output=True, text=True)
         figures = json.loads(out.stdout.splitlines()[-1])
-        table.add_row(name, f"{figures['mib']:.0f}", f"{figures['seconds']:.0f}")
-    Console().print(table)
+        cells.append((name, f"{figures['mib']:.0f}", f"{figures['seconds']:.0f}"))
+    Table(f"Distillation, {TOKENS} tokens, {LAYERS} layers", ("backward pass", "peak, MiB", "seconds"), cells).print()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import fill_page
-from results import PARTS, ROOT
+from common import ROOT
+from pages import fill_page
+from results import PARTS
 from results_methods import TRAINED
 from results_tables import Points, main_table, orderings, quantisation, splits, windows
 

@@ -12,9 +12,9 @@ from cskv.calibration.statistics import Statistics
 from cskv.compression.allocation import allocate_ranks
 from cskv.compression.initialise import initialise
 from cskv.compression.widths import allocate_widths
+from cskv.data.mixed import mixed_source
 from cskv.data.samples import TokenSamples
 from cskv.demo.settings import DemoSettings, Variant
-from cskv.demo.text import mixed_source
 from cskv.demo.workspace import Workspace
 from cskv.training.trainer import train
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.data.lines import LinesCase, make_case
+from cskv.data.cases import Case
+from cskv.data.lines import make_case
 from cskv.data.sources import open_source
 from cskv.demo.settings import CACHE, DemoSettings, Variant
 from cskv.evaluation.cache_size import cache_after_prefill
-from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.speed import measure_decode
+from cskv.evaluation.tasks import evaluate_cases
 
 ANSWER_TOKENS = 24
 
@@ -32,7 +33,7 @@ class Material:
         texts: (texts, tokens), held-out documents.
     """
 
-    cases: list[LinesCase]
+    cases: list[Case]
     prompt: Int[Tensor, "1 tokens"]
     texts: Int[Tensor, "texts tokens"]
 
@@ -44,7 +45,7 @@ class Material:
 
 def material(tokenizer: PreTrainedTokenizerBase, settings: DemoSettings) -> Material:
     """Cases by seeds 0, 1, ..., and held-out offline documents in a fixed order."""
-    cases = [make_case(settings.num_lines, seed) for seed in range(settings.cases)]
+    cases = [make_case(settings.num_lines, seed).as_case() for seed in range(settings.cases)]
     prompt = torch.tensor([tokenizer(cases[0].prompt, verbose=False)["input_ids"]])
     texts = open_source("offline", "heldout").read(0)
     return Material(cases, prompt, token_sequences(tokenizer, texts, settings.text_tokens, settings.texts))
@@ -64,7 +65,7 @@ def measure(
         model: with the variant's adapter attached, or none for the uncompressed one.
         advance: called with units of progress, `on.work` in all.
     """
-    lines = evaluate_lines(
+    lines = evaluate_cases(
         model, tokenizer, on.cases, batch_size=settings.batch_size, max_new_tokens=ANSWER_TOKENS, on_case=advance
     )
     fed = len(on.cases) / (on.texts.shape[0] * (on.texts.shape[1] - 1))
@@ -86,7 +87,7 @@ def measure(
         "ratio": report.ratio,
         "num_lines": settings.num_lines,
         "cases": lines.n,
-        "accuracy": lines.accuracy,
+        "accuracy": lines.score,
         "low": lines.low,
         "high": lines.high,
         "perplexity": text.ppl,
@@ -94,7 +95,7 @@ def measure(
         "details": {
             "cache": report.to_dict(),
             "lines": lines.to_dict(),
-            "perplexity": text.to_dict(),
+            "perplexity": asdict(text),
             "speed": speed.to_dict(),
         },
     }
@@ -114,13 +115,13 @@ class Example:
 
 def example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on: Material) -> Example:
     """Answer the first case and tell what the cache holds after its prompt."""
-    result = evaluate_lines(model, tokenizer, on.cases[:1], max_new_tokens=ANSWER_TOKENS)
+    result = evaluate_cases(model, tokenizer, on.cases[:1], max_new_tokens=ANSWER_TOKENS)
     report = cache_after_prefill(model, on.prompt)
     case = on.cases[0]
     return Example(
-        prompt_end=case.prompt[case.prompt.rindex("Now the record is over") :],
+        prompt_end=case.question,
         output=result.outputs[0].output,
-        expected=str(case.expected),
+        expected=case.answers[0],
         cache_bytes=report.total_bytes,
         uncompressed_bytes=report.uncompressed_bytes,
         tokens=report.tokens,

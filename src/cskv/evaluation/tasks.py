@@ -21,6 +21,7 @@ from cskv.evaluation.decoding import (
     answer_after_context,
     question_tokens,
 )
+from cskv.evaluation.forward import check_least
 from cskv.evaluation.wilson import wilson_interval
 from cskv.methods.method import NewCache
 
@@ -104,9 +105,7 @@ def evaluate_cases(
         raise DataError("no cases to answer; give at least one")
     if protocol not in PROTOCOLS:
         raise DataError(f"protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise DataError(f"{name} is {value}; expected at least 1")
+    check_least(1, batch_size=batch_size, max_new_tokens=max_new_tokens)
     texts: dict[int, str] = {}
     batches: list[Answers] = []
     with evaluation_mode(model):

@@ -20,10 +20,10 @@ from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.attach import attach
 from cskv.attachment.cache_bytes import adapter_report
 from cskv.errors import ConfigError, CSKVError, UnsupportedModelError
+from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL
+from cskv.evaluation.forward import forward
 from cskv.harness import MODEL
 from cskv.harness.arguments import (
-    CONTEXT_FIRST,
-    IN_PREFILL,
     MISSING,
     PARALLEL,
     Reading,
@@ -31,7 +31,7 @@ from cskv.harness.arguments import (
     check_batch_size,
     find_compressor,
 )
-from cskv.harness.reading import chunked_logits, context_cache, parallel_logits
+from cskv.harness.reading import chunked_logits, parallel_logits
 from cskv.models.compat import cache_kwarg
 from cskv.models.probe import SiteRecipe, probe
 from cskv.models.sites import find_sites
@@ -142,7 +142,8 @@ class CSKVLM(HFLM):
             split = context.shape[1] - self._how.question_tokens
             if split > 0:  # shorter prompts are a question altogether
                 mask = generation_kwargs.get("attention_mask")
-                cache = context_cache(self.model, context[:, :split], None if mask is None else mask[:, :split])
+                seen = None if mask is None else mask[:, :split]
+                _, cache = forward(self.model, context[:, :split], last_only=True, mask=seen)
                 generation_kwargs[cache_kwarg(self.model)] = cache
         return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
