@@ -41,7 +41,6 @@ def measure_missing(path: Path, results: dict[str, Any], jobs: Jobs, methods: Co
     rows, asked = results["rows"], set(methods)
     todo = [name for name in jobs if name not in rows or not asked <= set(rows[name].get("methods", asked))]
     if todo:
-        path.parent.mkdir(parents=True, exist_ok=True)
         results["environment"] = environment().to_dict()
     for name in _with_bar(todo) if todo else ():
         rows[name] = jobs[name]()

@@ -7,7 +7,8 @@ from typing import Any
 
 from common import Row
 from decode_methods import BEST, SDPA
-from decode_tables import Table, median, speedup
+from decode_tables import median, speedup
+from pages import Table
 
 K = 1024
 Found = float | None

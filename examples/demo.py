@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from cskv.cli.common import command, console, emit
+from cskv.cli.common import command, emit, progress
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +33,7 @@ def main(
 
     settings = DemoSettings(num_lines=lines, cases=cases, seed=seed)
     loaded = load_model(model, dtype=fast_dtype())
-    emit(summary(run_demo(loaded, load_tokenizer(model), out, settings, console()), out))
+    emit(summary(run_demo(loaded, load_tokenizer(model), out, settings, progress("{task.fields[note]}")), out))
 
 
 if __name__ == "__main__":

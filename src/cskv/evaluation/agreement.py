@@ -19,11 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cskv.calibration.hooks import evaluation_mode
 from cskv.errors import DataError
 from cskv.evaluation.bootstrap import bootstrap_interval
 from cskv.evaluation.forward import Piece, check_least, pieces, read
 from cskv.methods.method import Method
+from cskv.models.evaluation_mode import evaluation_mode
 
 HELD = 2**30  # bytes of the uncompressed model's log-probabilities
 STRETCHES = 16

@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from cskv.calibration.hooks import evaluation_mode
 from cskv.errors import DataError
 from cskv.evaluation.forward import check_least, clock, forward
+from cskv.models.evaluation_mode import evaluation_mode
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.calibration.hooks import evaluation_mode
 from cskv.data.cases import Case
 from cskv.errors import DataError
 from cskv.evaluation.decoding import (
@@ -24,6 +23,7 @@ from cskv.evaluation.decoding import (
 from cskv.evaluation.forward import check_least
 from cskv.evaluation.wilson import wilson_interval
 from cskv.methods.method import NewCache
+from cskv.models.evaluation_mode import evaluation_mode
 
 MAX_NEW_TOKENS = 64
 
