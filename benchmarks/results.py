@@ -31,7 +31,7 @@ from cskv.evaluation.identity import model_facts
 from cskv.evaluation.results import Run, open_run
 from cskv.evaluation.runner import evaluate, lacks
 from cskv.evaluation.settings import EvaluationSettings
-from cskv.methods.method import Method, label
+from cskv.methods.method import label
 
 OUT = ROOT / "outputs" / "results"
 PARTS = {"channels": "evaluation.json", "tokens": "evaluation-tokens.json", "ablations": "evaluation-ablations.json"}
@@ -64,7 +64,11 @@ def measure(part: str, folder: Path, adapters: Path, seeds: Sequence[int] = SEED
             streams = part != "tokens" or budget is None
             lacking = sum(lacks(run, job, name, budget, streams=streams) for job in own.jobs())
             if lacking and only in label(name, budget):
-                _with_bar(model, tokenizer, make(), own, run, seed, lacking)
+                with progress() as bar:
+                    task = bar.add_task(f"seed {seed}: {label(name, budget)}", total=lacking)
+                    advance = lambda _what, share, bar=bar, task=task: bar.advance(task, share)  # noqa: E731 (short)
+                    kept = {"keep_outputs": False, "variant": f" (seed {seed})"}
+                    evaluate(model, tokenizer, [make()], own, run, **kept, on_work=advance)
     return run
 
 
@@ -72,23 +76,6 @@ def _methods(part: str, workshop: Workshop) -> Methods:
     if part == "tokens":
         return token_methods()
     return channel_methods(workshop) if part == "channels" else ablation_methods(workshop)
-
-
-def _with_bar(
-    model: Any, tokenizer: Any, method: Method, settings: EvaluationSettings, run: Run, seed: int, jobs: int
-) -> None:
-    with progress() as bar:
-        task = bar.add_task(f"seed {seed}: {method.label}", total=jobs)
-        evaluate(
-            model,
-            tokenizer,
-            [method],
-            settings,
-            run,
-            keep_outputs=False,
-            variant=f" (seed {seed})",
-            on_work=lambda _what, share: bar.advance(task, share),
-        )
 
 
 def main(

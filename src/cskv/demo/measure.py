@@ -1,4 +1,4 @@
-"""The figures of one variant, and one example generation."""
+"""Measure one variant."""
 
 from __future__ import annotations
 
@@ -101,28 +101,14 @@ def measure(
     }
 
 
-@dataclass(frozen=True)
-class Example:
-    """One generation from a cache: the prompt's end, what followed, the right answer and the bytes held."""
-
-    prompt_end: str
-    output: str
-    expected: str
-    cache_bytes: int
-    uncompressed_bytes: int
-    tokens: int
-
-
-def example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on: Material) -> Example:
-    """Answer the first case and tell what the cache holds after its prompt."""
-    result = evaluate_cases(model, tokenizer, on.cases[:1], max_new_tokens=ANSWER_TOKENS)
-    report = cache_after_prefill(model, on.prompt)
-    case = on.cases[0]
-    return Example(
-        prompt_end=case.question,
-        output=result.outputs[0].output,
-        expected=case.answers[0],
-        cache_bytes=report.total_bytes,
-        uncompressed_bytes=report.uncompressed_bytes,
-        tokens=report.tokens,
-    )
+def example(row: dict[str, Any], on: Material) -> dict[str, Any]:
+    """Describe the answer to the first question: the prompt's end, what followed, and the bytes that were held."""
+    first, cache = row["details"]["lines"]["outputs"][0], row["details"]["cache"]
+    return {
+        "prompt_end": on.cases[0].question.lstrip(),
+        "output": first["output"],
+        "expected": on.cases[0].answers[0],
+        "cache_bytes": cache["total_bytes"],
+        "uncompressed_bytes": cache["uncompressed_bytes"],
+        "tokens": cache["tokens"],
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +68,9 @@ def run_demo(
                 workspace.write(f"rows/{variant.key}.json", row)
             progress.update(task, completed=on.work)
             rows.append(row)
-    with attach(model, workshop.load(EXAMPLE)):
-        made = example(model, tokenizer, on)
+    made = example(next(row for row in rows if row["key"] == EXAMPLE), on)
     where, seconds = environment().to_dict(), time.perf_counter() - began
-    results = {**facts, "environment": where, "seconds": seconds, "rows": rows, "example": asdict(made)}
+    results = {**facts, "environment": where, "seconds": seconds, "rows": rows, "example": made}
     _draw(rows, workspace)
     workspace.write("results.json", results)
     console.print(example_panel(made))
