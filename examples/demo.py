@@ -26,10 +26,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for adapters, figures and results.")] = ROOT / "outputs" / "demo",
 ) -> None:
     """Calibrate, factorise, train, save, reload, generate, and print one table. The last line is JSON."""
+    from demo.run import run_demo, summary
+    from demo.settings import DemoSettings, fast_dtype
+
     from cskv.cli.loading import load_model, load_tokenizer
-    from cskv.demo.precision import fast_dtype
-    from cskv.demo.run import run_demo, summary
-    from cskv.demo.settings import DemoSettings
 
     settings = DemoSettings(num_lines=lines, cases=cases, seed=seed)
     loaded = load_model(model, dtype=fast_dtype())

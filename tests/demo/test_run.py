@@ -4,12 +4,12 @@ import io
 import json
 
 import pytest
+from demo import adapters, run
+from demo.run import run_demo, summary
+from demo.settings import VARIANTS, DemoSettings
 from rich.console import Console
 from rich.progress import Progress
 
-from cskv.demo import adapters, run
-from cskv.demo.run import run_demo, summary
-from cskv.demo.settings import VARIANTS, DemoSettings
 from tests.evaluation.support import character_tokenizer, tiny_llama
 
 TOKENIZER = character_tokenizer()

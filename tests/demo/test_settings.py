@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from demo.settings import VARIANTS, DemoSettings, fast_dtype
 
 from cskv.config import CSKVConfig
-from cskv.demo.precision import fast_dtype
-from cskv.demo.settings import VARIANTS, DemoSettings
 from cskv.errors import ConfigError
 
 

@@ -11,15 +11,15 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cskv.attachment.attach import attach
-from cskv.demo.adapters import Workshop
-from cskv.demo.measure import example, material, measure
-from cskv.demo.report import example_panel, results_table
-from cskv.demo.settings import EXAMPLE, VARIANTS, DemoSettings
-from cskv.demo.workspace import Workspace
 from cskv.evaluation.environment import environment
 from cskv.fingerprint import fingerprint
 from cskv.plots import plot_demo, plot_training
 from cskv.training.log import FILE as TRAINING_LOG
+from demo.adapters import Workshop
+from demo.measure import example, material, measure
+from demo.report import example_panel, results_table
+from demo.settings import EXAMPLE, VARIANTS, DemoSettings
+from demo.workspace import Workspace
 
 
 def run_demo(

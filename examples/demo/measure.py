@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cskv.data.cases import Case
 from cskv.data.lines import make_case
 from cskv.data.sources import open_source
-from cskv.demo.settings import CACHE, DemoSettings, Variant
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.speed import measure_decode
 from cskv.evaluation.tasks import evaluate_cases
+from demo.settings import CACHE, DemoSettings, Variant
 
 ANSWER_TOKENS = 24
 

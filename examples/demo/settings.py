@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from cskv.config import CSKVConfig
 from cskv.errors import ConfigError
 from cskv.training.settings import TrainingSettings
@@ -120,3 +122,11 @@ class DemoSettings:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return dataclasses.asdict(self)
+
+
+def fast_dtype() -> str:
+    """Return "auto", the checkpoint's own dtype, or "float32" on a CPU that would emulate bf16, many times slower."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return "auto"
+    has_kernels = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "auto" if has_kernels else "float32"

@@ -15,9 +15,9 @@ from cskv.compression.initialise import initialise
 from cskv.compression.widths import allocate_widths
 from cskv.data.mixed import mixed_source
 from cskv.data.samples import TokenSamples
-from cskv.demo.settings import DemoSettings, Variant
-from cskv.demo.workspace import Workspace
 from cskv.training.trainer import train
+from demo.settings import DemoSettings, Variant
+from demo.workspace import Workspace
 
 
 class Workshop:
