@@ -35,7 +35,7 @@ CACHES = 8  # uncompressed caches that all methods of a row and what they make i
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run measures.
+    """Settings of a run.
 
     Attributes:
         shape: of the layer.
@@ -55,13 +55,13 @@ class Settings:
     most: int = 64
 
     def to_dict(self) -> dict[str, Any]:
-        """What rows of one file share."""
+        """Return what rows of one file share."""
         dtype, device = str(self.dtype).removeprefix("torch."), self.device.type
         return {"shape": asdict(self.shape), "dtype": dtype, "device": device, "threads": torch.get_num_threads()}
 
 
 def measure(tokens: int, batch: int, settings: Settings) -> Row:
-    """A row: all methods at one length and batch size.
+    """Measure a row: all methods at one length and batch size.
 
     Raises:
         Wrong: a method's output is.
@@ -95,7 +95,7 @@ def too_large(tokens: int, shape: Shape, dtype: torch.dtype, device: torch.devic
 
 
 def set_up(tokens: int, batch: int, settings: Settings) -> tuple[dict[str, Method], dict[str, Row]]:
-    """The methods, ready and checked, and what is known of each; skipped ones are only in the latter."""
+    """Return the methods, ready and checked, and what is known of each; skipped ones are only in the latter."""
     known, ready, rows = methods(settings.backend), {}, {}
     for kind in KINDS:
         names = [name for name in settings.names if known[name][0] == kind]
@@ -119,7 +119,7 @@ def set_up(tokens: int, batch: int, settings: Settings) -> tuple[dict[str, Metho
 
 
 def check(name: str, method: Method, problem: Problem, truth: Tensor) -> Row:
-    """The first step, against one softmax in fp32 over what the method reads, for the last sequence of the batch.
+    """Compare the first step with one softmax in fp32 over what the method reads, for the last sequence of the batch.
 
     Raises:
         Wrong: it is further off than rounding explains, or few bits do.
@@ -141,7 +141,7 @@ def check(name: str, method: Method, problem: Problem, truth: Tensor) -> Row:
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """The largest error that rounding explains. A GPU may multiply fp32 as TF32, whose precision is fp16's."""
+    """Return the largest error that rounding explains. A GPU may multiply fp32 as TF32, whose precision is fp16's."""
     return TOLERANCE[torch.float16 if device.type == "cuda" and dtype == torch.float32 else dtype]
 
 

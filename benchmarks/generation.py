@@ -66,7 +66,7 @@ class Settings:
     backend: str = "auto"
 
     def model(self) -> LlamaForCausalLM:
-        """Random weights, fixed seed."""
+        """Make a model of random weights from a fixed seed."""
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=self.vocabulary,
@@ -84,7 +84,7 @@ class Settings:
 
 
 def adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAdapter:
-    """Random factors of the ranks that `config` asks for."""
+    """Make random factors of the ranks that `config` asks for."""
     generator, layers = torch.Generator().manual_seed(2), {}
     for site in find_sites(model):
         pair = []
@@ -106,7 +106,7 @@ def _commuting(kv_dim: int, head_dim: int, rank: int, generator: torch.Generator
 
 
 def config_of(name: str, kv_dim: int) -> cskv.CSKVConfig:
-    """80 % of the channels are left out; a whole number of pairs is kept, so that all methods have the same ranks."""
+    """Leave out 80 % of the channels; keep a whole number of pairs, so that all methods have the same ranks."""
     density = round(0.2 * kv_dim) // 2 * 2 / kv_dim
     return cskv.CSKVConfig(k_density=density, v_density=density, init="pca", **METHODS[name])
 
@@ -126,7 +126,7 @@ class Runner:
             cskv.attach(self.model, self.adapter, attention=self.attention)
 
     def error(self, ids: Tensor) -> float:
-        """How far the last token's logits are from those with attention as the reference computes it."""
+        """Return the relative error of the last token's logits against those of the reference attention."""
         if self.adapter is None:
             return 0.0
         own = self._last_logits(ids)
@@ -157,7 +157,7 @@ class Runner:
 
 
 def check(runners: dict[str, Runner]) -> dict[str, float]:
-    """The error of every method's logits, after a short prompt.
+    """Return the error of every method's logits, after a short prompt.
 
     Raises:
         Wrong: it is larger than rounding explains.
@@ -173,7 +173,7 @@ def check(runners: dict[str, Runner]) -> dict[str, float]:
 
 
 def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], settings: Settings) -> Row:
-    """A row: all methods after a prompt of one length.
+    """Measure a row: all methods after a prompt of one length.
 
     Raises:
         Wrong: a method's logits are.

@@ -1,4 +1,4 @@
-"""What decoding reaches on a GPU: correctness, copy bandwidth, the goals, graph replays, plans, a profile, the sweep.
+"""Decoding on a GPU: correctness, copy bandwidth, the goals, graph replays, plans, a profile, the sweep.
 
     benchmarks/gpu.sh OUT        # all of it in one call, tests and generation too
 

@@ -1,4 +1,4 @@
-"""What was tried to make few bits go further: bases of the latents, blocks, and widths, on the bundled model.
+"""Attempts to make few bits go further: bases of the latents, blocks, and widths, on the bundled model.
 
     python benchmarks/grids.py            # measures, writes results/grids.json and the tables of docs/quantisation.md
 

@@ -42,7 +42,7 @@ GROUP = 32  # tokens of a key group
 
 @dataclass(frozen=True)
 class Method:
-    """What is timed.
+    """One way to attend, to be timed.
 
     Attributes:
         step: one attention, (batch, q_heads, 1, head_dim).
@@ -89,7 +89,7 @@ class Requests:
         return reference.attention(query, view, factors, self.rope, self.problem.logits)[0, :, 0]
 
     def plain(self, row: int) -> Tensor:
-        """That of the latents as they are."""
+        """Return that of the latents as they are."""
         parts = (self.problem.k_latents, self.problem.v_latents)
         return self.alone(row, *(PlainLatents(part[row : row + 1, : self.lengths[row]]) for part in parts))
 
@@ -143,7 +143,7 @@ def of_request(requests: Requests, packed: PackedLatents, row: int) -> PackedLat
 
 
 def sdpa(requests: Requests) -> Method:
-    """On a contiguous cache. Query heads of a kv head are rows of one product, so that nothing is repeated."""
+    """Attend to a contiguous cache. Query heads of a kv head are rows of one product, so that nothing is repeated."""
     problem, shape = requests.problem, requests.problem.shape
     tokens = requests.most + WINDOW
     keys, values = (part[:, :, :tokens].contiguous() for part in (problem.keys, problem.values))
@@ -160,7 +160,7 @@ def sdpa(requests: Requests) -> Method:
 
 
 def flash(requests: Requests) -> Method:
-    """By vLLM, on a cache in pages.
+    """Attend by vLLM to a cache in pages.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -199,7 +199,7 @@ def uncompressed(requests: Requests) -> int:
 
 
 def methods(requests: Requests) -> dict[str, Method | str]:
-    """By name; why, where one is left out."""
+    """Return methods by name; the reason, where one is left out."""
     found: dict[str, Method | str] = {SDPA: sdpa(requests)}
     try:
         found[FLASH] = flash(requests)
@@ -209,7 +209,7 @@ def methods(requests: Requests) -> dict[str, Method | str]:
 
 
 def check(name: str, method: Method, requests: Requests) -> float:
-    """The largest error of the shortest and the longest request, as a share of the output.
+    """Return the largest error of the shortest and the longest request, as a share of the output.
 
     Raises:
         Wrong: it is further off than rounding explains.
@@ -225,7 +225,7 @@ def check(name: str, method: Method, requests: Requests) -> float:
 
 
 def measure(batch: int, context: int, mixed: bool, block_size: int, device: torch.device, shape: Shape = SHAPE) -> Row:
-    """A row: all methods on one batch.
+    """Measure a row: all methods on one batch.
 
     Raises:
         Wrong: a method's output is.
@@ -251,7 +251,7 @@ def measure(batch: int, context: int, mixed: bool, block_size: int, device: torc
 
 
 def ratios(measured: Mapping[str, Row]) -> dict[str, float]:
-    """How many times as fast ours are, by "ours / baseline"; by graphs, where there are any."""
+    """Return how many times as fast ours are, by "ours / baseline"; by graphs, where there are any."""
     medians = {name: own.get("graph", own["eager"])["median"] for name, own in measured.items() if "skipped" not in own}
     return {
         f"{name} / {baseline}": medians[baseline] / medians[name]

@@ -1,4 +1,4 @@
-"""How results are shown: tables for a page and for the terminal, the page itself, and curves."""
+"""Presentation of results: tables for a page and for the terminal, the page itself, and curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What adapters and caches do to the bundled model: the measurements of `closed_form`, `quantised` and `grids`."""
+"""Quality of adapters and caches on the bundled model: the measurements of `closed_form`, `quantised` and `grids`."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Points:
 
 
 def percent(value: Value | None) -> str:
-    """A score with its interval."""
+    """Format a score with its interval."""
     if value is None:
         return "–"
     if value.low is None or value.high is None:
@@ -87,7 +87,7 @@ def _main_row(points: Points, method: str, budget: float | None) -> list[str]:
 
 
 def verdict(better: Value | None, worse: Value | None) -> str:
-    """Whether the first is above the second: told apart by their intervals, or not."""
+    """Say whether the first is above the second, told apart by their intervals."""
     if better is None or worse is None or None in (better.low, worse.low):
         return "not measured"
     if better.low > worse.high:  # type: ignore[operator] (checked above)

@@ -54,7 +54,7 @@ class Engine:
         self.tokens = self._answer()
 
     def ask(self, *question: Any) -> Any:
-        """What `serving_engine.serve` answers."""
+        """Return the answer of `serving_engine.serve`."""
         self._ours.send(question)
         return self._answer()
 
@@ -90,7 +90,7 @@ def checkpoints(folder: Path, settings: Settings) -> tuple[dict[str, Path], dict
 
 @torch.inference_mode()
 def _logprobs(model: Any) -> list[float]:
-    """Of the tokens that are chosen after the prompt of the check."""
+    """Return those of the tokens that are chosen after the prompt of the check."""
     prompt = torch.tensor([check_prompt()])
     output = model.generate(
         prompt,
@@ -106,12 +106,12 @@ def _logprobs(model: Any) -> list[float]:
 
 
 def check_prompt() -> list[int]:
-    """The prompt of the check."""
+    """Return the prompt of the check."""
     return torch.randint(3, 100, (200,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def measure(tokens: int, fit: int, folders: dict[str, Path], expected: dict[str, list[float]], per_token: int) -> Row:
-    """A row: all methods with a pool in which `fit` uncompressed requests have room.
+    """Measure a row: all methods with a pool in which `fit` uncompressed requests have room.
 
     Raises:
         Wrong: what a method computes is off.

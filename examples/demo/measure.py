@@ -25,7 +25,7 @@ ANSWER_TOKENS = 24
 
 @dataclass(frozen=True)
 class Material:
-    """What every variant is measured on, made once.
+    """Questions and texts that every variant is measured on, made once.
 
     Attributes:
         cases: LongEval questions.
@@ -59,7 +59,7 @@ def measure(
     on: Material,
     advance: Callable[[float], None],
 ) -> dict[str, Any]:
-    """The variant's row of the table, JSON-ready, with the details below `details`.
+    """Measure the variant's row of the table, JSON-ready, with the details below `details`.
 
     Args:
         model: with the variant's adapter attached, or none for the uncompressed one.

@@ -1,4 +1,4 @@
-"""What the demo compares and how much work it puts into it."""
+"""Settings of the demo: what it compares, and how much work it puts into it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ EXAMPLE = "80-trained"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much is calibrated, trained and measured. The defaults take some four minutes on two CPU cores.
+    """Amounts of calibration, training and measurement. The defaults take some four minutes on two CPU cores.
 
     Attributes:
         num_lines: lines per LongEval record.
@@ -109,7 +109,7 @@ class DemoSettings:
 
     @property
     def training(self) -> TrainingSettings:
-        """How the factors are trained."""
+        """Return the settings of training."""
         steps = self.train_samples // self.train_batch_size
         return TrainingSettings(
             learning_rate=self.learning_rate,

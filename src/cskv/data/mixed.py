@@ -1,4 +1,4 @@
-"""What the bundled model was trained on: offline text in turn with LongEval records."""
+"""The training text of the bundled model: offline text in turn with LongEval records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On what a figure was measured: hardware, versions and date, to be stored beside every result."""
+"""Provenance of a figure: hardware, versions and date, to be stored beside every result."""
 
 from __future__ import annotations
 

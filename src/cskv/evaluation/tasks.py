@@ -30,7 +30,7 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class ScoredOutput:
-    """What the model answered to one case, and how right it is, from 0 to 1."""
+    """The model's answer to one case, and its score, from 0 to 1."""
 
     answers: tuple[str, ...]
     output: str

@@ -1,4 +1,4 @@
-"""What `--model_args` may say, checked before a model is loaded."""
+"""Arguments of `--model_args`, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How texts are read.
+    """Settings of reading texts.
 
     Attributes:
         attention: what attends to old tokens (`cskv.attach`).
@@ -65,7 +65,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Compressor:
-    """What is put on which model.
+    """A compressor and the model that it is put on.
 
     Attributes:
         adapter: None for the uncompressed model.

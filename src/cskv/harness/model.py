@@ -148,11 +148,11 @@ class CSKVLM(HFLM):
         return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results under "config": its own facts, and ours as "cskv"."""
+        """Return what the harness writes beside its results under "config": its own facts, and ours as "cskv"."""
         return super().get_model_info() | {"cskv": self.facts()}
 
     def facts(self) -> dict[str, Any]:
-        """What decides the figures, JSON-ready; sizes in bytes."""
+        """Return what decides the figures, JSON-ready; sizes in bytes."""
         how, chosen = self._how, self._compressor
         facts: dict[str, Any] = {
             "version": cskv.__version__,

@@ -41,7 +41,7 @@ def split(text: str) -> tuple[str, float | None]:
 
 
 def needs_statistics(text: str) -> bool:
-    """Whether the method is made from calibration statistics."""
+    """Tell whether the method is made from calibration statistics."""
     name, _ = split(text)
     return name in TITLES and name != "svd"
 

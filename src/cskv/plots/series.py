@@ -144,7 +144,7 @@ def shown(name: str, most: int = 40) -> str:
 
 
 def _bars(found: Sequence[Dot]) -> list[list[float]] | None:
-    """How far the ranges reach down and up; None where there is none at all."""
+    """Return how far the ranges reach down and up; None where there is none at all."""
     if all(dot.y.low is None or dot.y.high is None for dot in found):
         return None
     down = [0.0 if dot.y.low is None else max(0.0, dot.y.mean - dot.y.low) for dot in found]

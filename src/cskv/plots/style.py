@@ -1,4 +1,4 @@
-"""What all figures share: palette, canvas, saving and scales. matplotlib is imported inside, and draws off screen."""
+"""Palette, canvas, saving and scales of all figures. matplotlib is imported inside, and draws off screen."""
 
 from __future__ import annotations
 
