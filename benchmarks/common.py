@@ -1,76 +1,116 @@
-"""What the benchmarks share: rows that are measured once and kept, and pages that are filled in."""
+"""Rows that are measured once and kept, and the one way in which the benchmarks of speed are run."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import Table
+
 from cskv.evaluation.environment import environment
-from cskv.evaluation.wilson import wilson_interval
 from cskv.files import write_text
 
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "tinymodel" / "checkpoint"
+RESULTS = ROOT / "benchmarks" / "results"
+
 Row = dict[str, Any]
+Jobs = Mapping[str, Callable[[], Row]]
+
+
+class Wrong(Exception):
+    """A method's output is not what it should be: nothing may be reported."""
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The results kept so far, or none: `rows` by name, and what else a benchmark keeps."""
+    """Return the results kept so far, or none: `rows` by name, and what else a benchmark keeps."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
 
 
-def measure_missing(path: Path, results: dict[str, Any], jobs: Mapping[str, Callable[[], Row]]) -> None:
-    """Measure the rows that `results` lacks, with a bar, and write the file after each."""
-    todo = [name for name in jobs if name not in results["rows"]]
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write results as JSON, atomically."""
+    write_text(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def measure_missing(path: Path, results: dict[str, Any], jobs: Jobs, methods: Collection[str] = ()) -> None:
+    """Measure the rows that `results` lacks, or that lack one of `methods`, and write the file after each."""
+    rows, asked = results["rows"], set(methods)
+    todo = [name for name in jobs if name not in rows or not asked <= set(rows[name].get("methods", asked))]
     if todo:
         results["environment"] = environment().to_dict()
-    for name in _with_bar(todo):
-        results["rows"][name] = jobs[name]()
-        write_text(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
+    for name in _with_bar(todo) if todo else ():
+        rows[name] = jobs[name]()
+        write_results(path, results)
+
+
+def run(
+    path: Path,
+    settings: Row,
+    jobs: Jobs,
+    show: Callable[[dict[str, Any]], Sequence[Table]],
+    methods: Collection[str] = (),
+) -> int:
+    """Measure what a file lacks and print its tables; return the exit code.
+
+    Args:
+        path: the results file. One of other settings is left alone.
+        settings: what all rows of the file share.
+        jobs: name of a row -> how it is measured; it raises `Wrong` if an output is.
+        show: makes the tables of results.
+        methods: that a row has to have.
+    """
+    results = read_results(path)
+    if results.setdefault("settings", settings) != settings:
+        print(f"{path} was measured with other settings: {results['settings']}; give another --out", file=sys.stderr)
+        return 2
+    try:
+        measure_missing(path, results, jobs, methods)
+    except Wrong as wrong:
+        print(f"wrong output, refused: {wrong}", file=sys.stderr)
+        return 1
+    for table in show(results):
+        table.print()
+    return 0
+
+
+def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark of speed.
+
+    Args:
+        doc: the script's docstring.
+        quick: what `--quick` does.
+    """
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help=quick)
+    made.add_argument("--out", type=Path, help="the results file; what it holds is not measured again")
+    return made
+
+
+def add_method_options(made: argparse.ArgumentParser, methods: Sequence[str]) -> None:
+    """Add what decides where and how methods are run, and which of them."""
+    import torch
+
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--backend", default="auto", help="what attends to latents: auto, triton, torch, reference")
+    made.add_argument("--threads", type=int, help="of PyTorch; all cores when not given")
+    made.add_argument("--methods", nargs="+", default=methods, choices=methods, metavar="METHOD")
 
 
 def _with_bar(names: Sequence[str]) -> Iterator[str]:
-    """The names, one after the other, with a bar where rich is installed and a line each where it is not."""
+    """Yield the names with a bar where rich is installed, and a line each where it is not."""
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn as Left
+        from rich.progress import track
     except ImportError:
         for index, name in enumerate(names, start=1):
             print(f"{index}/{len(names)} {name}", file=sys.stderr, flush=True)
             yield name
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), Left(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(names))
-        for name in names:
-            progress.update(task, description=name)
-            yield name
-            progress.advance(task)
-
-
-def fill_page(page: Path, script: str, text: str) -> None:
-    """Put text between a page's two markers of a script."""
-    begin, end = f"<!-- measured: benchmarks/{script}.py -->", f"<!-- end of {script} -->"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
-    write_text(page, f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
-
-
-def measured_on(where: Mapping[str, Any], script: str, rows: Sequence[Row] = ()) -> str:
-    """On what, when and from which seeds rows were measured."""
-    seeds = sorted({row["seed"] for row in rows})
-    text = (
-        f"Measured on {where['accelerator'] or where['cpu']}, {where['threads']} thread(s), torch {where['torch']}, "
-        f"transformers {where['transformers']}, {where['date'][:10]}"
-    )
-    if seeds:
-        text += f"; seeds {', '.join(map(str, seeds))}; {rows[0]['cases']} questions per seed; means over seeds"
-    return f"{text}. Reproduce with `python benchmarks/{script}.py`."
-
-
-def accuracy(rows: Sequence[Row]) -> str:
-    """Per cent right over all seeds, with the 95 % interval."""
-    right, cases = sum(row["accuracy"] * row["cases"] for row in rows), sum(row["cases"] for row in rows)
-    low, high = wilson_interval(round(right), cases)
-    return f"{100 * right / cases:.0f} ({100 * low:.0f}-{100 * high:.0f})"
+    console = Console(stderr=True)
+    for name in track(names, "rows", console=console):
+        console.print(name, highlight=False)
+        yield name

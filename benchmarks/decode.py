@@ -10,24 +10,21 @@ the keys and values that it means; if one is wrong nothing is reported, and the 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, measure_missing, read_results
+from common import RESULTS, ROOT, Row, Wrong, add_method_options, parser, run
 from decode_methods import BEST, SDPA, Method, Ours, Skipped, methods
 from decode_problem import KINDS, Problem, Shape
+from decode_tables import tables
 from decode_timing import Stopwatch, free_bytes, summary, take_turns
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "decode.json"
 LENGTHS = tuple(1024 * 2**i for i in range(7))
 BATCHES = (1, 4, 16)
 # Root mean square of the error, as a share of the output's: rounding of keys, weights and values in each dtype.
@@ -36,13 +33,9 @@ LARGEST_DEVIATION = 0.5  # of any method, 4 bits too, from attention to the exac
 CACHES = 8  # uncompressed caches that all methods of a row and what they make in a step fit in
 
 
-class Wrong(Exception):
-    """A method's output is not what it should be: nothing may be reported."""
-
-
 @dataclass(frozen=True)
 class Settings:
-    """How a run measures.
+    """Settings of a run.
 
     Attributes:
         shape: of the layer.
@@ -62,21 +55,20 @@ class Settings:
     most: int = 64
 
     def to_dict(self) -> dict[str, Any]:
-        """What rows of one file share."""
+        """Return what rows of one file share."""
         dtype, device = str(self.dtype).removeprefix("torch."), self.device.type
         return {"shape": asdict(self.shape), "dtype": dtype, "device": device, "threads": torch.get_num_threads()}
 
 
 def measure(tokens: int, batch: int, settings: Settings) -> Row:
-    """A row: all methods at one length and batch size.
+    """Measure a row: all methods at one length and batch size.
 
     Raises:
         Wrong: a method's output is.
     """
     row: Row = {"tokens": tokens, "batch": batch}
-    needed, free = memory(tokens, batch, settings), free_bytes(settings.device)
-    if needed > free:
-        return row | {"skipped": f"needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"}
+    if reason := too_large(tokens * batch, settings.shape, settings.dtype, settings.device):
+        return row | {"skipped": reason}
     with torch.inference_mode():
         ready, row["methods"] = set_up(tokens, batch, settings)
         steps = {name: method.step for name, method in ready.items()}
@@ -95,13 +87,15 @@ def measure(tokens: int, batch: int, settings: Settings) -> Row:
     return row
 
 
-def memory(tokens: int, batch: int, settings: Settings) -> int:
-    """Bytes that a row needs, roughly."""
-    return CACHES * 2 * settings.shape.kv_dim * settings.dtype.itemsize * tokens * batch
+def too_large(tokens: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
+    """Say why a row of so many tokens in all does not fit in memory; "" where it does."""
+    needed, free = CACHES * 2 * shape.kv_dim * dtype.itemsize * tokens, free_bytes(device)
+    fits = needed <= free
+    return "" if fits else f"needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
 
 
 def set_up(tokens: int, batch: int, settings: Settings) -> tuple[dict[str, Method], dict[str, Row]]:
-    """The methods, ready and checked, and what is known of each; skipped ones are only in the latter."""
+    """Return the methods, ready and checked, and what is known of each; skipped ones are only in the latter."""
     known, ready, rows = methods(settings.backend), {}, {}
     for kind in KINDS:
         names = [name for name in settings.names if known[name][0] == kind]
@@ -125,7 +119,7 @@ def set_up(tokens: int, batch: int, settings: Settings) -> tuple[dict[str, Metho
 
 
 def check(name: str, method: Method, problem: Problem, truth: Tensor) -> Row:
-    """The first step, against one softmax in fp32 over what the method reads, for the last sequence of the batch.
+    """Compare the first step with one softmax in fp32 over what the method reads, for the last sequence of the batch.
 
     Raises:
         Wrong: it is further off than rounding explains, or few bits do.
@@ -147,7 +141,7 @@ def check(name: str, method: Method, problem: Problem, truth: Tensor) -> Row:
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """The largest error that rounding explains. A GPU may multiply fp32 as TF32, whose precision is fp16's."""
+    """Return the largest error that rounding explains. A GPU may multiply fp32 as TF32, whose precision is fp16's."""
     return TOLERANCE[torch.float16 if device.type == "cuda" and dtype == torch.float32 else dtype]
 
 
@@ -155,30 +149,15 @@ def _error(output: Tensor, expected: Tensor) -> float:
     return float((output.float() - expected).norm() / expected.norm())
 
 
-def jobs(lengths: Sequence[int], batches: Sequence[int], settings: Settings) -> dict[str, Callable[[], Row]]:
-    """Name of a row -> how it is measured."""
-    return {f"{batch} x {tokens}": partial(measure, tokens, batch, settings) for batch in batches for tokens in lengths}
-
-
-def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=None, help="cached tokens (1K to 64K)")
-    parser.add_argument("--batches", type=int, nargs="+", default=None, help="sequences (1, 4, 16)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", default="auto", help="what attends to latents: auto, triton, torch, reference")
-    parser.add_argument("--threads", type=int, help="of PyTorch; all cores when not given")
-    parser.add_argument("--methods", nargs="+", default=list(methods()), choices=list(methods()), metavar="METHOD")
-    parser.add_argument("--budget", type=float, default=0.4, help="seconds of timing per method and row")
-    parser.add_argument("--quick", action="store_true", help="1K and 2K tokens, batch 1 and 4, a few repeats")
-    parser.add_argument("--out", type=Path, help="the results file")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None, shape: Shape = Shape()) -> int:  # noqa: B008
     """Measure what is missing and print ratios."""
-    asked = parsed(arguments)
+    options = parser(__doc__, "1K and 2K tokens, batch 1 and 4, a few repeats")
+    add_method_options(options, list(methods()))
+    options.add_argument("--lengths", type=int, nargs="+", help="cached tokens (1K to 64K)")
+    options.add_argument("--batches", type=int, nargs="+", help="sequences (1, 4, 16)")
+    options.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    options.add_argument("--budget", type=float, default=0.4, help="seconds of timing per method and row")
+    asked = options.parse_args(arguments)
     if asked.threads:
         torch.set_num_threads(asked.threads)
     lengths = asked.lengths or ((1024, 2048) if asked.quick else LENGTHS)
@@ -186,24 +165,10 @@ def main(arguments: Sequence[str] | None = None, shape: Shape = Shape()) -> int:
     names = tuple(name for name in methods() if name in (SDPA, BEST, *asked.methods))
     repeats = {"budget": 0.05, "least": 2, "most": 4} if asked.quick else {"budget": asked.budget}
     settings = Settings(shape, getattr(torch, asked.dtype), torch.device(asked.device), asked.backend, names, **repeats)
-    path = asked.out or (ROOT / "outputs" / "decode-quick.json" if asked.quick else RESULTS)
-    results = read_results(path)
-    if results.setdefault("settings", settings.to_dict()) != settings.to_dict():
-        print(f"{path} was measured with other settings: {results['settings']}; give another --out", file=sys.stderr)
-        return 2
-    lacking = [name for name, row in results["rows"].items() if not set(names) <= set(row.get("methods", names))]
-    for name in lacking:
-        del results["rows"][name]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        measure_missing(path, results, jobs(lengths, batches, settings))
-    except Wrong as wrong:
-        print(f"wrong output, refused: {wrong}", file=sys.stderr)
-        return 1
-    from decode_tables import print_tables
-
-    print_tables(results)
-    return 0
+    path = asked.out or (ROOT / "outputs" / "decode-quick.json" if asked.quick else RESULTS / "decode.json")
+    cells = [(batch, tokens) for batch in batches for tokens in lengths]
+    jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, settings) for batch, tokens in cells}
+    return run(path, settings.to_dict(), jobs, tables, names)
 
 
 if __name__ == "__main__":

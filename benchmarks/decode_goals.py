@@ -7,7 +7,8 @@ from typing import Any
 
 from common import Row
 from decode_methods import BEST, SDPA
-from decode_tables import Table, median, speedup
+from decode_tables import median, speedup
+from pages import Table
 
 K = 1024
 Found = float | None
@@ -33,7 +34,7 @@ def _over_copy(results: dict[str, Any], batch: int, tokens: int, name: str) -> F
 
 
 def _calls(results: dict[str, Any], batch: int, tokens: int, name: str) -> tuple[Found, Found]:
-    """Of the attention call alone: times as fast as the best uncompressed one, and the share of a copy."""
+    """Return, of the attention call alone, times as fast as the best uncompressed one, and the share of a copy."""
     found = results.get("attention_calls", {}).get(f"{batch} x {tokens}", {})
     if name not in found or BEST not in found:
         return None, None

@@ -259,7 +259,7 @@ class DenseRebuild(Ours):
 
 
 class CosAndSin(Method):
-    """What a forward pays once for all its layers, and the layer's own step does not: cos and sin of sealed tokens."""
+    """Cos and sin of sealed tokens, which a forward pays for once for all its layers, outside the layer's own step."""
 
     is_checked = False
     note = "once per forward, shared by all layers; commuting keys need none"

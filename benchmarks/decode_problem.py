@@ -1,4 +1,4 @@
-"""What the decode benchmark attends to: one layer's random latents and factors, and the keys and values that they mean.
+"""The decode benchmark's problem: one layer's random latents and factors, and the keys and values that they mean.
 
 Keys and values are made from latents, so that the uncompressed methods and ours read the same ones up to rounding, and
 one softmax in fp32 is the truth for all.
@@ -51,7 +51,7 @@ class Shape:
         return round(self.density * self.kv_dim) // parts * parts
 
     def config(self) -> LlamaConfig:
-        """Of a model with one such layer."""
+        """Return that of a model with one such layer."""
         return LlamaConfig(
             hidden_size=self.q_heads * self.head_dim,
             num_hidden_layers=1,
@@ -86,7 +86,7 @@ class Positions:
         return self._rope.cos_sin(self._table.read(length), self._like)
 
     def rope(self, sealed: int) -> Rotation:
-        """How keys that were rebuilt from latents are rotated."""
+        """Return the rotation of keys that were rebuilt from latents."""
         return Rotation(self.cos[:, :sealed], self.sin[:, :sealed], self.heads, is_plain=True)
 
     def heads(self, channels: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -94,13 +94,13 @@ class Positions:
         return rotate(split_heads(channels, self._head_dim), cos, sin)
 
     def nbytes(self) -> int:
-        """Of cos and sin."""
+        """Count the bytes of cos and sin."""
         return self.cos.nbytes + self.sin.nbytes
 
 
 @dataclass(frozen=True)
 class Token:
-    """What a layer is given in a decode step: query, keys and values after RoPE, and latents."""
+    """Inputs of a layer in a decode step: query, keys and values after RoPE, and latents."""
 
     query: Tensor
     keys: Tensor
@@ -159,7 +159,7 @@ class Problem:
         return Grid.uniform(k, bits, (GROUP, 1)), Grid.uniform(v, bits, (1, 32))
 
     def stub(self) -> SimpleNamespace:
-        """What transformers' attention functions ask of a module."""
+        """Return an object with the attributes that transformers' attention functions read of a module."""
         groups = self.shape.q_heads // self.shape.kv_heads
         return SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)
 

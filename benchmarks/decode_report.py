@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import generation
-from common import fill_page, measured_on, read_results
-from decode import RESULTS
+from common import RESULTS, read_results
 from decode_goals import cpu_goals, gpu_goals
 from decode_methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA, methods
 from decode_tables import batches, measured, median, tables
+from pages import DOCS, fill_page, measured_on
 
-from cskv.files import write_atomically
-from cskv.plots import COLOURS, MARKERS, STYLE
+from cskv.plots.style import COLOURS, MARKERS, new_figure, save, styled
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "decode-speed.md"
 COLOUR_OF = {SDPA: 0, BEST: 0, QUANTIZED: 5, DENSE: 3, "joint": 1, "grouped": 4, "commuting": 2}
 
@@ -38,17 +36,11 @@ def write_report(decode: dict[str, Any], generated: dict[str, Any], page: Path =
     if generated["rows"] and is_gpu:
         parts.append(generation.table(generated).markdown())
     elif generated["rows"]:
-        text = f"{measured_on(generated['environment'], 'generation')}\n\n{generation.table(generated).markdown()}"
-        fill_page(page, "generation", text)
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is not installed")
-    else:
-        with matplotlib.rc_context(STYLE):
-            draw(decode, page.parent / "figures" / figure)
-        parts.append(f"![Time and bytes over the cached tokens](figures/{figure})")
-    fill_page(page, script, "\n\n".join(parts))
+        where = measured_on(generated["environment"], "generation")
+        fill_page(page, "generation", where, generation.table(generated).markdown())
+    draw(decode, page.parent / "figures" / figure)
+    parts.append(f"![Time and bytes over the cached tokens](figures/{figure})")
+    fill_page(page, script, *parts)
 
 
 def _settings(decode: dict[str, Any]) -> str:
@@ -59,14 +51,11 @@ def _settings(decode: dict[str, Any]) -> str:
     )
 
 
+@styled
 def draw(decode: dict[str, Any], path: Path) -> None:
     """Time (above) and bytes (below) over the length, a column per batch size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = batches(decode)
-    figure = Figure(figsize=(4.4 * len(columns) + 0.6, 8.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.4 * len(columns) + 0.6, 8.2)
     axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
     is_gpu = decode["settings"]["device"] == "cuda"
     for column, batch in enumerate(columns):
@@ -78,8 +67,7 @@ def draw(decode: dict[str, Any], path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(columns) > 1 else 2, frameon=False)
     figure.suptitle("One layer's decode step, and its cache")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    save(figure, path)
 
 
 def _panels(above: Any, below: Any, decode: dict[str, Any], batch: int, is_gpu: bool) -> None:
@@ -120,8 +108,8 @@ def _size(size: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page and print the goals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decode", type=Path, default=RESULTS)
-    parser.add_argument("--generation", type=Path, default=generation.RESULTS)
+    parser.add_argument("--decode", type=Path, default=RESULTS / "decode.json")
+    parser.add_argument("--generation", type=Path, default=RESULTS / "generation.json")
     parser.add_argument("--page", type=Path, default=PAGE, help="with the markers that are filled")
     asked = parser.parse_args(arguments)
     decode, generated = read_results(asked.decode), read_results(asked.generation)

@@ -21,7 +21,7 @@ class Stopwatch:
         self._flushed = torch.empty(FLUSH, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """How long a call takes."""
+        """Time one call."""
         if self._flushed is None:
             began = time.perf_counter()
             call()

@@ -20,8 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from pages import Table
 
 TOKENS, LAYERS = 4096, 16
 MIB = 1024  # ru_maxrss counts KiB
@@ -31,23 +30,15 @@ def step(checkpointed: bool) -> dict[str, float]:
     """One forward and backward; MiB and seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cskv.adapter.adapter import CSKVAdapter
-    from cskv.adapter.base_model import BaseModelInfo
     from cskv.compression.divergence import Divergence
+    from cskv.compression.initialise import initialise
     from cskv.config import CSKVConfig
-    from cskv.factorization.factors import LayerFactors
-    from cskv.factorization.svd import svd_factors
-    from cskv.models.sites import find_sites
     from cskv.models.survey import survey
 
     torch.manual_seed(0)
     shape = {"num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 32000}
     model = LlamaForCausalLM(LlamaConfig(hidden_size=512, intermediate_size=1408, **shape)).requires_grad_(False)
-    layers = {
-        site.layer_idx: LayerFactors(svd_factors(site.k.weight, 102), svd_factors(site.v.weight, 102))
-        for site in find_sites(model)
-    }
-    adapter = CSKVAdapter(CSKVConfig(init="svd"), layers, BaseModelInfo.from_model(model))
+    adapter = initialise(model, CSKVConfig(0.2, 0.2, init="svd"))
     divergence = Divergence(survey(model))
     tokens = torch.randint(0, 32000, (1, TOKENS))
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -61,12 +52,12 @@ def main(one: Annotated[str, typer.Option("--one", help="Run one step here: plai
     if one:
         print(json.dumps(step(one == "checkpointed")))
         return
-    table = Table("backward pass", "peak, MiB", "seconds", title=f"Distillation, {TOKENS} tokens, {LAYERS} layers")
+    cells = []
     for name in ("plain", "checkpointed"):
         out = subprocess.run([sys.executable, __file__, "--one", name], check=True, capture_output=True, text=True)
         figures = json.loads(out.stdout.splitlines()[-1])
-        table.add_row(name, f"{figures['mib']:.0f}", f"{figures['seconds']:.0f}")
-    Console().print(table)
+        cells.append((name, f"{figures['mib']:.0f}", f"{figures['seconds']:.0f}"))
+    Table(f"Distillation, {TOKENS} tokens, {LAYERS} layers", ("backward pass", "peak, MiB", "seconds"), cells).print()
 
 
 if __name__ == "__main__":

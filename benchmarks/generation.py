@@ -11,20 +11,18 @@ and take turns.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
-from common import Row, measure_missing, read_results
-from decode_tables import Table
+from common import RESULTS, ROOT, Row, Wrong, add_method_options, parser, run
 from decode_timing import summary
+from pages import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,8 +32,6 @@ from cskv.evaluation.forward import clock, forward
 from cskv.factorization.commuting import RopePairs, commuting_components
 from cskv.models.sites import find_sites
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "generation.json"
 UNCOMPRESSED = "uncompressed, sdpa"
 METHODS: dict[str, dict[str, Any]] = {
     UNCOMPRESSED: {},
@@ -47,10 +43,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 CHECKED = 200  # tokens of the prompt that outputs are checked on
 TOLERANCE = 0.05  # of logits in bfloat16, root mean square over that of the reference's
-
-
-class Wrong(Exception):
-    """Logits are not what they should be: nothing may be reported."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +66,7 @@ class Settings:
     backend: str = "auto"
 
     def model(self) -> LlamaForCausalLM:
-        """Random weights, fixed seed."""
+        """Make a model of random weights from a fixed seed."""
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=self.vocabulary,
@@ -92,7 +84,7 @@ class Settings:
 
 
 def adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAdapter:
-    """Random factors of the ranks that `config` asks for."""
+    """Make random factors of the ranks that `config` asks for."""
     generator, layers = torch.Generator().manual_seed(2), {}
     for site in find_sites(model):
         pair = []
@@ -114,7 +106,7 @@ def _commuting(kv_dim: int, head_dim: int, rank: int, generator: torch.Generator
 
 
 def config_of(name: str, kv_dim: int) -> cskv.CSKVConfig:
-    """80 % of the channels are left out; a whole number of pairs is kept, so that all methods have the same ranks."""
+    """Leave out 80 % of the channels; keep a whole number of pairs, so that all methods have the same ranks."""
     density = round(0.2 * kv_dim) // 2 * 2 / kv_dim
     return cskv.CSKVConfig(k_density=density, v_density=density, init="pca", **METHODS[name])
 
@@ -134,7 +126,7 @@ class Runner:
             cskv.attach(self.model, self.adapter, attention=self.attention)
 
     def error(self, ids: Tensor) -> float:
-        """How far the last token's logits are from those with attention as the reference computes it."""
+        """Return the relative error of the last token's logits against those of the reference attention."""
         if self.adapter is None:
             return 0.0
         own = self._last_logits(ids)
@@ -165,7 +157,7 @@ class Runner:
 
 
 def check(runners: dict[str, Runner]) -> dict[str, float]:
-    """The error of every method's logits, after a short prompt.
+    """Return the error of every method's logits, after a short prompt.
 
     Raises:
         Wrong: it is larger than rounding explains.
@@ -181,7 +173,7 @@ def check(runners: dict[str, Runner]) -> dict[str, float]:
 
 
 def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], settings: Settings) -> Row:
-    """A row: all methods after a prompt of one length.
+    """Measure a row: all methods after a prompt of one length.
 
     Raises:
         Wrong: a method's logits are.
@@ -194,7 +186,8 @@ def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], s
         for name, runner in ready.items():
             seconds = runner.prefill(prompt)
             runner.decode(2)
-            row["methods"][name] = {"error": errors[name], "prefill_seconds": seconds, "nbytes": _nbytes(runner)}
+            held = cache_report(runner.cache, runner.model).total_bytes
+            row["methods"][name] = {"error": errors[name], "prefill_seconds": seconds, "nbytes": held}
         found: dict[str, list[float]] = {name: [] for name in ready}
         for _ in range(settings.rounds):
             for name, runner in ready.items():
@@ -204,10 +197,6 @@ def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], s
         ready[name].cache = None
     gc.collect()
     return row
-
-
-def _nbytes(runner: Runner) -> int:
-    return cache_report(runner.cache, runner.model).total_bytes
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -229,56 +218,32 @@ def table(results: dict[str, Any]) -> Table:
     return Table(title, ("cache", *(f"batch {row['batch']}, {row['tokens']}" for row in rows)), tuple(cells))
 
 
-def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16_384], help="tokens of the prompt")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1])
-    parser.add_argument("--kv-heads", type=int, default=16, help="of 16 query heads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", default="auto", help="what attends to latents: auto, triton, torch, reference")
-    parser.add_argument("--threads", type=int, help="of PyTorch; all cores when not given")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, prompts of 128 tokens")
-    parser.add_argument("--out", type=Path, help="the results file")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing and print the table."""
-    asked = parsed(arguments)
+    options = parser(__doc__, "a tiny model, prompts of 128 tokens")
+    add_method_options(options, list(METHODS))
+    options.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16_384], help="tokens of the prompt")
+    options.add_argument("--batches", type=int, nargs="+", default=[1])
+    options.add_argument("--kv-heads", type=int, default=16, help="of 16 query heads")
+    asked = options.parse_args(arguments)
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    common = {"device": asked.device, "backend": asked.backend, "kv_heads": asked.kv_heads}
-    settings = Settings(**common)
+    settings = Settings(kv_heads=asked.kv_heads, device=asked.device, backend=asked.backend)
     if asked.quick:
-        settings = Settings(
-            **(common | {"kv_heads": 4}), hidden=128, layers=2, heads=4, vocabulary=128, steps=2, rounds=2
-        )
-        asked.lengths = [128]
-    path = asked.out or (ROOT / "outputs" / "generation-quick.json" if asked.quick else RESULTS)
-    results, ours = read_results(path), asdict(settings) | {"threads": torch.get_num_threads()}
-    if results.setdefault("settings", ours) != ours:
-        print(f"{path} was measured with other settings: {results['settings']}; give another --out", file=sys.stderr)
-        return 2
-    base: list[dict[str, Runner]] = []
+        tiny = {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 4, "vocabulary": 128, "steps": 2, "rounds": 2}
+        settings, asked.lengths = replace(settings, **tiny), [128]
+    names = [name for name in METHODS if name in (UNCOMPRESSED, *asked.methods)]
 
+    @cache
     def runners() -> dict[str, Runner]:
-        if not base:
-            model, names = settings.model(), [name for name in METHODS if name in (UNCOMPRESSED, *asked.methods)]
-            base.append({name: Runner(name, model, settings) for name in names})
-        return base[0]
+        model = settings.model()
+        return {name: Runner(name, model, settings) for name in names}
 
     cells = [(batch, tokens) for batch in asked.batches for tokens in asked.lengths]
     jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, runners, settings) for batch, tokens in cells}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        measure_missing(path, results, jobs)
-    except Wrong as wrong:
-        print(f"wrong output, refused: {wrong}", file=sys.stderr)
-        return 1
-    table(results).print()
-    return 0
+    path = asked.out or (ROOT / "outputs" / "generation-quick.json" if asked.quick else RESULTS / "generation.json")
+    ours = asdict(settings) | {"threads": torch.get_num_threads()}
+    return run(path, ours, jobs, lambda results: [table(results)], names)
 
 
 if __name__ == "__main__":

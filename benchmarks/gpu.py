@@ -1,4 +1,4 @@
-"""What decoding reaches on a GPU: correctness, copy bandwidth, the goals, graph replays, plans, a profile, the sweep.
+"""Decoding on a GPU: correctness, copy bandwidth, the goals, graph replays, plans, a profile, the sweep.
 
     benchmarks/gpu.sh OUT        # all of it in one call, tests and generation too
 
@@ -10,7 +10,6 @@ Every section is kept as soon as it is done; one that fails says why, and the ot
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -21,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import BATCHES, LENGTHS, Settings, Wrong, measure, set_up
+from common import Wrong, write_results
+from decode import BATCHES, LENGTHS, Settings, measure, set_up
 from decode_goals import gpu_goals
 from decode_methods import BEST, Ours, methods
 from decode_problem import Shape
-from decode_tables import print_tables
+from decode_tables import tables
 from decode_timing import Stopwatch, summary
 from gpu_tuning import fastest, tuning
 
@@ -51,7 +51,7 @@ class Run:
     def save(self) -> None:
         """Both files."""
         for name, results in (("gpu.json", self.found), ("decode.json", self.decode)):
-            write_text(self.out / name, json.dumps(results, indent=1, sort_keys=True) + "\n")
+            write_results(self.out / name, results)
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -229,8 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("an output was wrong: no figures are reported", file=sys.stderr)
         return 1
     print_calls(run.decode["attention_calls"])
-    print_tables(run.decode)
-    gpu_goals(run.decode).print()
+    for table in (*tables(run.decode), gpu_goals(run.decode)):
+        table.print()
     return 3 if run.found["errors"] else 0
 
 

@@ -1,4 +1,4 @@
-"""What was tried to make few bits go further: bases of the latents, blocks, and widths, on the bundled model.
+"""Attempts to make few bits go further: bases of the latents, blocks, and widths, on the bundled model.
 
     python benchmarks/grids.py            # measures, writes results/grids.json and the tables of docs/quantisation.md
 
@@ -9,42 +9,26 @@ nats per token, on held-out text and on LongEval records.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from functools import cache
+from typing import Any
 
 import torch
-from common import fill_page, measure_missing, measured_on, read_results
+from adapters import ALLOCATION_SAMPLES, Recipe
+from common import RESULTS, Jobs
+from pages import DOCS, Table, fill_page, measured_on
+from quality import Bench, load, measure
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.calibration.calibrate import calibrate
-from cskv.compression.budget import allocate_widths, observe_latents
+from cskv.compression.budget import observe_latents
 from cskv.compression.bytes import ratio_of
-from cskv.compression.divergence import Divergence
-from cskv.compression.initialise import initialise
 from cskv.compression.reading import Part
-from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
-from cskv.data.samples import TokenSamples
-from cskv.data.sources import open_source
-from cskv.demo.text import mixed_source
-from cskv.evaluation.perplexity import token_sequences
-from cskv.evaluation.reconstruction import reconstruction_losses
 from cskv.factorization.basis import centred, hadamard_blocks, rotated, scaled
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.models.survey import survey
 
-HERE = Path(__file__).resolve().parent
-MODEL = HERE.parent / "tinymodel" / "checkpoint"
-RESULTS = HERE / "results" / "grids.json"
-PAGE = HERE.parent / "docs" / "quantisation.md"
-BASE = CSKVConfig(0.2, 0.2, window=32, group=32, init="pca")
+BASE: dict[str, Any] = {"k_density": 0.2, "v_density": 0.2, "init": "pca"}
 Block = tuple[int, int] | None
 BLOCKS: dict[str, tuple[Block, Block]] = {
     "KIVI: K 32x1, V 1x32": (None, None),
@@ -80,100 +64,92 @@ BASES: dict[str, Change] = {
 }
 
 
-class Bench:
-    """The model, its statistics and the text that everything is measured on."""
+class Grids(Bench):
+    """PCA's factors, their latents, and the text that everything is measured on."""
 
     def __init__(self) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self.surveyed = survey(self.model)
-        self.divergence = Divergence(self.surveyed)
-        self.statistics = calibrate(self.model, TokenSamples(mixed_source(200), tokenizer, 32, 1024, 0))
-        self.samples = list(TokenSamples(mixed_source(200), tokenizer, 8, 1024, 0))
-        self.text = token_sequences(tokenizer, open_source("offline", "heldout").read(0), 1024, 6)
-        records = (make_case(50, seed).prompt for seed in range(6))
-        self.records = token_sequences(tokenizer, records, 512, 6)
-        self.pca = initialise(self.model, BASE, self.statistics)
+        super().__init__(load(), 0, texts=6)
+        self.records = self.tokens((make_case(50, seed).prompt for seed in range(6)), 512, 6)
+        self.pca = self.make(Recipe(BASE))
         self.latents: dict[Part, Tensor] = {}
-        for part, latents in observe_latents(self.surveyed, self.pca, self.samples):
+        for part, latents in observe_latents(self.surveyed, self.pca, list(self.samples(ALLOCATION_SAMPLES))):
             seen = self.latents.get(part)
             self.latents[part] = latents[0] if seen is None else torch.cat([seen, latents[0]])
-        self.floor = self._losses(self.pca)
+        self.floor = self._summed(self.pca)
 
-    def _losses(self, adapter: CSKVAdapter) -> tuple[float, float]:
-        found = reconstruction_losses(self.model, adapter, self.text)
-        return sum(loss.k for loss in found), sum(loss.v for loss in found)
+    def _summed(self, adapter: CSKVAdapter) -> tuple[float, float]:
+        losses = self.losses(adapter)
+        return sum(losses["k"]), sum(losses["v"])
 
     def measure(self, adapter: CSKVAdapter) -> dict[str, float]:
         """The figures of one adapter."""
-        k, v = self._losses(adapter)
+        k, v = self._summed(adapter)
         return {
             "ratio": ratio_of(adapter),
             "k_loss": k / self.floor[0],
             "v_loss": v / self.floor[1],
-            "kl_text": self.divergence.mean(adapter, self.text),
+            "kl_text": self.divergence.mean(adapter, self.held_out),
             "kl_records": self.divergence.mean(adapter, self.records),
         }
 
-    def changed(self, change: Change, config: CSKVConfig) -> CSKVAdapter:
-        """The PCA adapter in another basis and on another grid."""
+    def changed(self, change: Change, settings: dict[str, Any]) -> CSKVAdapter:
+        """Return the PCA adapter in another basis and on another grid."""
         layers = {}
         for i in self.pca.layer_indices:
             factors, latents = self.pca.factors(i), self.latents
             with torch.no_grad():
                 pair = [_own(change(getattr(factors, kind), latents[i, kind])) for kind in ("k", "v")]
             layers[i] = LayerFactors(*pair)
-        return CSKVAdapter(config, layers, self.pca.base)
+        return CSKVAdapter(Recipe(settings).config, layers, self.pca.base)
 
 
 def _own(factors: Factors) -> Factors:
     return Factors(factors.down.clone(), factors.up.clone(), factors.bias, factors.down_bias)
 
 
-def makers(bench: Bench) -> Mapping[str, Callable[[], CSKVAdapter]]:
+def makers() -> dict[str, Callable[[Grids], CSKVAdapter]]:
     """Name of a row -> how its adapter is made."""
-    found: dict[str, Callable[[], CSKVAdapter]] = {"16 bits": lambda: bench.pca}
+    found: dict[str, Callable[[Grids], CSKVAdapter]] = {"16 bits": lambda bench: bench.pca}
     for bits in (4, 2):
         for block, (k, v) in BLOCKS.items():
             for basis, change in BASES.items():
-                config = replace(BASE, k_bits=bits, v_bits=bits, k_block=k, v_block=v)
-                found[f"{bits} bits | {block} | {basis}"] = lambda c=change, s=config: bench.changed(c, s)
+                settings = BASE | {"k_bits": bits, "v_bits": bits, "k_block": k, "v_block": v}
+                found[f"{bits} bits | {block} | {basis}"] = lambda bench, c=change, s=settings: bench.changed(c, s)
     for ratio in (0.065, 0.044):
         for init in ("pca", "weighted-pca"):
             for channels in (1, 2, 4, 8):
-                config = replace(BASE, init=init, mixed_widths=True, k_block=(32, channels), v_block=(32, channels))
-                found[f"mixed {ratio} | 32x{channels} both | {init}"] = lambda s=config, r=ratio: (
-                    allocate_widths(bench.model, s, bench.statistics, bench.samples, r).adapter
-                )
+                block = (32, channels)
+                settings = BASE | {"init": init, "mixed_widths": True, "k_block": block, "v_block": block}
+                recipe = Recipe(settings, ratio=ratio)
+                found[f"mixed {ratio} | 32x{channels} both | {init}"] = lambda bench, r=recipe: bench.make(r)
     return found
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "| widths | block (tokens x channels) | latents | bytes of 16-bit K and V | K loss | V loss | KL text "
-        "| KL records |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def table(rows: Mapping[str, Mapping[str, float]]) -> Table:
+    """Make the table of results."""
+    cells = []
     for name, row in rows.items():
-        width, block, basis = (*name.split(" | "), "", "")[:3]
-        figures = f"{row['ratio']:.1%} | {row['k_loss']:.3f} | {row['v_loss']:.3f} | {row['kl_text']:.4f}"
-        lines.append(f"| {width} | {block} | {basis} | {figures} | {row['kl_records']:.4f} |")
-    return "\n".join(lines)
+        losses = [f"{row[of]:.3f}" for of in ("k_loss", "v_loss")]
+        kls = [f"{row[of]:.4f}" for of in ("kl_text", "kl_records")]
+        cells.append([*(*name.split(" | "), "", "")[:3], f"{row['ratio']:.1%}", *losses, *kls])
+    headings = (
+        "widths", "block (tokens x channels)", "latents", "bytes of 16-bit K and V", "K loss", "V loss", "KL text",
+        "KL records",
+    )  # fmt: skip
+    return Table("", headings, cells)
+
+
+def jobs() -> Jobs:
+    """Name of a row -> how it is measured."""
+    bench = cache(Grids)
+    return {name: lambda make=make: bench().measure(make(bench())) for name, make in makers().items()}
 
 
 def main() -> None:
     """Measure every row that is missing, then write the table."""
-    bench, results = Bench(), read_results(RESULTS)
-    adapters = makers(bench)
-    rows = {name: partial(_measured, bench, make) for name, make in adapters.items()}
-    measure_missing(RESULTS, results, rows)
-    found = {name: results["rows"][name] for name in adapters}
-    fill_page(PAGE, "grids", f"{measured_on(results['environment'], 'grids')}\n\n{table(found)}")
-
-
-def _measured(bench: Bench, make: Callable[[], CSKVAdapter]) -> dict[str, float]:
-    return bench.measure(make())
+    results = measure(RESULTS / "grids.json", False, jobs)
+    found = {name: results["rows"][name] for name in makers()}
+    fill_page(DOCS / "quantisation.md", "grids", measured_on(results["environment"], "grids"), table(found).markdown())
 
 
 if __name__ == "__main__":

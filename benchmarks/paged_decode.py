@@ -14,22 +14,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, measure_missing, read_results
-from decode import CACHES, TOLERANCE, Wrong
+from common import Row, Wrong, run
+from decode import TOLERANCE, too_large
 from decode_problem import WINDOW, Problem, Shape
-from decode_tables import Table
-from decode_timing import Stopwatch, free_bytes, summary, take_turns
+from decode_timing import Stopwatch, summary, take_turns
 from gpu import captured
+from pages import Table
 from torch import Tensor
 
 from cskv.attention import reference
 from cskv.attention.inputs import AttentionInputs
 from cskv.attention.triton import launch
+from cskv.evaluation.environment import package_version
 from cskv.latents.pages import PagedLatents, PageLayout, Pages
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
 from cskv.quantization.grid import Grid, quantise
@@ -43,7 +43,7 @@ GROUP = 32  # tokens of a key group
 
 @dataclass(frozen=True)
 class Method:
-    """What is timed.
+    """One way to attend, to be timed.
 
     Attributes:
         step: one attention, (batch, q_heads, 1, head_dim).
@@ -90,7 +90,7 @@ class Requests:
         return reference.attention(query, AttentionInputs(view, factors, self.rope, self.problem.logits))[0, :, 0]
 
     def plain(self, row: int) -> Tensor:
-        """That of the latents as they are."""
+        """Return that of the latents as they are."""
         parts = (self.problem.k_latents, self.problem.v_latents)
         return self.alone(row, *(PlainLatents(part[row : row + 1, : self.lengths[row]]) for part in parts))
 
@@ -139,17 +139,13 @@ def fill(pages: Pages, blocks: Tensor, table: Tensor) -> PackedLatents | None:
 def of_request(requests: Requests, packed: PackedLatents, row: int) -> PackedLatents:
     """The packed latents of one request's tokens, in order."""
     count = len(packed.payload) // len(requests.lengths)
-    own = (part[row * count : (row + 1) * count].flatten(0, 1)[None] for part in _tensors(packed))
-    payload, scales, minima = own
+    parts = (packed.payload, packed.scales, packed.minima)
+    payload, scales, minima = (part[row * count : (row + 1) * count].flatten(0, 1)[None] for part in parts)
     return PackedLatents(payload[:, : requests.lengths[row]], scales, minima, packed.grid, packed.dtype)
 
 
-def _tensors(packed: PackedLatents) -> tuple[Tensor, Tensor, Tensor]:
-    return packed.payload, packed.scales, packed.minima
-
-
 def sdpa(requests: Requests) -> Method:
-    """On a contiguous cache. Query heads of a kv head are rows of one product, so that nothing is repeated."""
+    """Attend to a contiguous cache. Query heads of a kv head are rows of one product, so that nothing is repeated."""
     problem, shape = requests.problem, requests.problem.shape
     tokens = requests.most + WINDOW
     keys, values = (part[:, :, :tokens].contiguous() for part in (problem.keys, problem.values))
@@ -166,7 +162,7 @@ def sdpa(requests: Requests) -> Method:
 
 
 def flash(requests: Requests) -> Method:
-    """By vLLM, on a cache in pages.
+    """Attend by vLLM to a cache in pages.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -205,7 +201,7 @@ def uncompressed(requests: Requests) -> int:
 
 
 def methods(requests: Requests) -> dict[str, Method | str]:
-    """By name; why, where one is left out."""
+    """Return methods by name; the reason, where one is left out."""
     found: dict[str, Method | str] = {SDPA: sdpa(requests)}
     try:
         found[FLASH] = flash(requests)
@@ -215,7 +211,7 @@ def methods(requests: Requests) -> dict[str, Method | str]:
 
 
 def check(name: str, method: Method, requests: Requests) -> float:
-    """The largest error of the shortest and the longest request, as a share of the output.
+    """Return the largest error of the shortest and the longest request, as a share of the output.
 
     Raises:
         Wrong: it is further off than rounding explains.
@@ -231,7 +227,7 @@ def check(name: str, method: Method, requests: Requests) -> float:
 
 
 def measure(batch: int, context: int, mixed: bool, block_size: int, device: torch.device, shape: Shape = SHAPE) -> Row:
-    """A row: all methods on one batch.
+    """Measure a row: all methods on one batch.
 
     Raises:
         Wrong: a method's output is.
@@ -239,9 +235,8 @@ def measure(batch: int, context: int, mixed: bool, block_size: int, device: torc
     least = context // 8 if mixed and batch > 1 else context
     lengths = [context - (context - least) * row // max(1, batch - 1) for row in range(batch)]
     row: Row = {"batch": batch, "context": context, "mixed": mixed, "rank": shape.rank("joint"), "methods": {}}
-    needed, free = 2 * CACHES * shape.kv_dim * torch.bfloat16.itemsize * context * batch, free_bytes(device)
-    if needed > free:
-        return row | {"skipped": f"needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"}
+    if reason := too_large(context * batch, shape, torch.bfloat16, device):
+        return row | {"skipped": reason}
     with torch.inference_mode():
         problem = Problem("joint", shape, context + WINDOW, batch, torch.bfloat16, device)
         found = methods(requests := Requests(problem, lengths, block_size))
@@ -258,7 +253,7 @@ def measure(batch: int, context: int, mixed: bool, block_size: int, device: torc
 
 
 def ratios(measured: Mapping[str, Row]) -> dict[str, float]:
-    """How many times as fast ours are, by "ours / baseline"; by graphs, where there are any."""
+    """Return how many times as fast ours are, by "ours / baseline"; by graphs, where there are any."""
     medians = {name: own.get("graph", own["eager"])["median"] for name, own in measured.items() if "skipped" not in own}
     return {
         f"{name} / {baseline}": medians[baseline] / medians[name]
@@ -280,14 +275,6 @@ def table_of(results: Mapping[str, Any]) -> Table:
     return Table("Decode attention of one layer, microseconds", ("row", *names, "ratios, by baseline"), tuple(rows))
 
 
-def vllm_version() -> str:
-    """Of what FLASH is."""
-    try:
-        return version("vllm")
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -299,11 +286,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: decode attention on pages is measured on a GPU alone", file=sys.stderr)
         return 2
-    settings = {"block_size": asked.block_size, "vllm": vllm_version(), "device": torch.cuda.get_device_name(0)}
-    results = read_results(asked.out)
-    if results.setdefault("settings", settings) != settings:
-        print(f"{asked.out} was measured with other settings: {results['settings']}", file=sys.stderr)
-        return 2
+    settings = {
+        "block_size": asked.block_size,
+        "vllm": package_version("vllm"),
+        "device": torch.cuda.get_device_name(0),
+    }
     jobs = {
         f"{batch} x {context}{', mixed' if mixed else ''}": partial(
             measure, batch, context, mixed, asked.block_size, torch.device("cuda")
@@ -313,14 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for batch in asked.batches
         if batch > 1 or not mixed
     }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        measure_missing(asked.out, results, jobs)
-    except Wrong as wrong:
-        print(f"wrong output, refused: {wrong}", file=sys.stderr)
-        return 1
-    table_of(results).print()
-    return 0
+    return run(asked.out, settings, jobs, lambda results: [table_of(results)])
 
 
 if __name__ == "__main__":

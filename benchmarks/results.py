@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,20 +21,19 @@ from typing import Annotated, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
-from results_methods import NUM_LINES, Offer, Workshop, ablation_methods, channel_methods, token_methods
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from adapters import NUM_LINES
+from common import MODEL, ROOT
+from results_methods import Methods, Workshop, ablation_methods, channel_methods, token_methods
 
+from cskv.cli.common import progress
 from cskv.evaluation.environment import environment
 from cskv.evaluation.identity import model_facts
 from cskv.evaluation.results import Run, open_run
-from cskv.evaluation.runner import evaluate, todo
+from cskv.evaluation.runner import evaluate, lacks
 from cskv.evaluation.settings import EvaluationSettings
-from cskv.methods.method import Method
+from cskv.methods.method import label
 
-ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "outputs" / "results"
-MODEL = Path("tinymodel") / "checkpoint"
 PARTS = {"channels": "evaluation.json", "tokens": "evaluation-tokens.json", "ablations": "evaluation-ablations.json"}
 SEEDS = (0, 1)
 COMMON: dict[str, Any] = {
@@ -54,42 +53,29 @@ def measure(part: str, folder: Path, adapters: Path, seeds: Sequence[int] = SEED
     """Measure what a part lacks of some of its seeds and methods."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(ROOT / MODEL).eval()
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
     settings = SETTINGS[part]
-    facts = model_facts(model) | {"name": str(MODEL)}
+    facts = model_facts(model) | {"name": str(MODEL.relative_to(ROOT))}
     run = open_run(folder / PARTS[part], settings.to_dict(), facts, environment().to_dict())
     for seed in seeds:
         own = dataclasses.replace(settings, seeds=(seed,))
-        workshop = Workshop(model, tokenizer, adapters / str(seed), seed)
-        for offer in _offers(part, workshop):
-            known = Method(offer.name, offer.budget, NotImplemented, streams=part != "tokens" or offer.budget is None)
-            if only in known.label and todo(run, [known], own):
-                _with_bar(model, tokenizer, offer.make(), own, run, seed)
+        for (name, budget), make in _methods(part, Workshop(model, tokenizer, adapters / str(seed), seed)).items():
+            streams = part != "tokens" or budget is None
+            lacking = sum(lacks(run, job, name, budget, streams=streams) for job in own.jobs())
+            if lacking and only in label(name, budget):
+                with progress() as bar:
+                    task = bar.add_task(f"seed {seed}: {label(name, budget)}", total=lacking)
+                    advance = lambda _what, share, bar=bar, task=task: bar.advance(task, share)  # noqa: E731 (short)
+                    kept = {"keep_outputs": False, "variant": f" (seed {seed})"}
+                    evaluate(model, tokenizer, [make()], own, run, **kept, on_work=advance)
     return run
 
 
-def _offers(part: str, workshop: Workshop) -> Iterable[Offer]:
+def _methods(part: str, workshop: Workshop) -> Methods:
     if part == "tokens":
         return token_methods()
     return channel_methods(workshop) if part == "channels" else ablation_methods(workshop)
-
-
-def _with_bar(model: Any, tokenizer: Any, method: Method, settings: EvaluationSettings, run: Run, seed: int) -> None:
-    jobs = todo(run, [method], settings)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"seed {seed}: {method.label}", total=len(jobs))
-        evaluate(
-            model,
-            tokenizer,
-            [method],
-            settings,
-            run,
-            keep_outputs=False,
-            variant=f" (seed {seed})",
-            on_work=lambda _what, share: progress.advance(task, share),
-        )
 
 
 def main(

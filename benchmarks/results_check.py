@@ -1,4 +1,4 @@
-"""Whether a rerun of `make results` agrees with the committed results, figure by figure.
+"""Compare a rerun of `make results` with the committed results, figure by figure.
 
     python benchmarks/results_check.py [outputs/results [docs/results]]
 
@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from results import OUT, PARTS, ROOT
-from rich.console import Console
-from rich.table import Table
+from common import ROOT
+from pages import Table
+from results import OUT, PARTS
 
 from cskv.evaluation.results import KEY, Row, read_run
 
 
 def key_of(row: Row) -> tuple[object, ...]:
-    """What a row is of."""
+    """Return what a row is of."""
     return tuple(row[name] for name in KEY)
 
 
 def departures(new: list[Row], old: list[Row]) -> tuple[int, int, list[tuple[Row, str]]]:
-    """Compared figures, rows that only one side has, and what lies outside its interval."""
+    """Count compared figures and rows that only one side has, and list what lies outside its interval."""
     rerun, committed = ({key_of(row): row for row in rows} for rows in (new, old))
     compared, outside = 0, []
     for key in rerun.keys() & committed.keys():
@@ -47,17 +47,16 @@ def main(
     committed: Annotated[Path, typer.Argument(help="Folder to hold it against.")] = ROOT / "docs" / "results",
 ) -> None:
     """Compare all parts that both folders have."""
-    table = Table(title=f"{rerun} against {committed}", title_justify="left")
-    for heading in ("part", "compared", "rows of one side", "outside the interval"):
-        table.add_column(heading)
+    cells = []
     total = wrong = 0
     for part, name in PARTS.items():
         if (rerun / name).exists() and (committed / name).exists():
             compared, missing, outside = departures(read_run(rerun / name).rows, read_run(committed / name).rows)
             total, wrong = total + compared, wrong + len(outside)
             what = "; ".join(f"{' '.join(map(str, key_of(row)))}: {text}" for row, text in outside)
-            table.add_row(part, str(compared), str(missing), what or "none")
-    Console().print(table)
+            cells.append([part, str(compared), str(missing), what or "none"])
+    headings = ("part", "compared", "rows of one side", "outside the interval")
+    Table(f"{rerun} against {committed}", headings, cells).print()
     sys.exit(1 if wrong or not total else 0)
 
 

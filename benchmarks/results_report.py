@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import fill_page
-from results import PARTS, ROOT
+from common import ROOT
+from pages import fill_page
+from results import PARTS
 from results_methods import TRAINED
 from results_tables import Points, main_table, orderings, quantisation, splits, windows
 
@@ -60,7 +61,7 @@ def main(
 
 
 def texts(runs: dict[str, Run]) -> dict[Path, str]:
-    """What each page holds of the results."""
+    """Return the text that each page holds of the results."""
     whole, where = Points(pool(_once(runs))), measured_on(runs)
     short = f"{main_table(whole, README_ROWS)}\n\n{where}"
     return {ROOT / "README.md": short, ROOT / "docs" / "evaluation.md": everything(whole, runs, where)}
@@ -99,7 +100,7 @@ def everything(points: Points, runs: dict[str, Run], where: str) -> str:
 
 
 def _sample(run: Run) -> str:
-    """How much the ablations were measured on."""
+    """Describe the amount of material of the ablations."""
     seeds = sorted({row["seed"] for row in run.rows})
     questions = run.settings["cases"] * len(seeds)
     return (
@@ -109,7 +110,7 @@ def _sample(run: Run) -> str:
 
 
 def measured_on(runs: dict[str, Run]) -> str:
-    """On what and how the tables were measured."""
+    """Describe on what and how the tables were measured."""
     run = runs["channels"]
     settings, machine = run.settings, run.environment
     cases = settings["cases"] * len(settings["seeds"])

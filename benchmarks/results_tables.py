@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from results_methods import TRAINED, WINDOWS
+from pages import Table
+from results_methods import TRAINED, WINDOWS, split_names
 
+from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL
 from cskv.evaluation.pooling import Pooled, Value
 
 BUDGET_NAMES = {None: "0 %", 0.5: "50 %", 0.4: "60 %", 0.3: "70 %", 0.2: "80 %", 0.1: "90 %", 0.05: "95 %"}
-IN_PREFILL, CONTEXT_FIRST = "in-prefill", "context-first"
 PAPER_80 = {"StreamingLLM": 6, "H2O-like": 18, "ASVD": 26, TRAINED: 92}
 PAPER_WINDOWS = {2: 77, 8: 85, 32: 92, 128: 94, 1024: 95}
 PAPER_QAT = {0.5: 96, 0.4: 94, 0.3: 92, 0.2: 90}
@@ -44,7 +45,7 @@ class Points:
 
 
 def percent(value: Value | None) -> str:
-    """A score with its interval."""
+    """Format a score with its interval."""
     if value is None:
         return "–"
     if value.low is None or value.high is None:
@@ -53,9 +54,8 @@ def percent(value: Value | None) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    """Return a table as Markdown."""
+    return Table("", headings, list(rows)).markdown()
 
 
 def main_table(points: Points, pairs: Sequence[tuple[str, float | None]]) -> str:
@@ -87,7 +87,7 @@ def _main_row(points: Points, method: str, budget: float | None) -> list[str]:
 
 
 def verdict(better: Value | None, worse: Value | None) -> str:
-    """Whether the first is above the second: told apart by their intervals, or not."""
+    """Say whether the first is above the second, told apart by their intervals."""
     if better is None or worse is None or None in (better.low, worse.low):
         return "not measured"
     if better.low > worse.high:  # type: ignore[operator] (checked above)
@@ -99,16 +99,10 @@ def verdict(better: Value | None, worse: Value | None) -> str:
 
 def orderings(points: Points) -> str:
     """The paper's order at 80 %, in both protocols."""
-    order = (TRAINED, "ASVD", "H2O-like", "StreamingLLM")
-    rows = []
-    for better, worse in itertools.pairwise(order):
-        rows.append(
-            [
-                f"{better} above {worse}",
-                f"{PAPER_80[better]} > {PAPER_80[worse]} %",
-                *_compared(points, better, worse),
-            ]
-        )
+    rows = [
+        [f"{better} above {worse}", f"{PAPER_80[better]} > {PAPER_80[worse]} %", *_compared(points, better, worse)]
+        for better, worse in itertools.pairwise((TRAINED, "ASVD", "H2O-like", "StreamingLLM"))
+    ]
     return table(("order at 80 %", "paper (LongChat-7B, 200 lines)", "question in the prompt", "context first"), rows)
 
 
@@ -139,26 +133,28 @@ def windows(points: Points) -> str:
 
 def splits(points: Points) -> str:
     """Accuracy over the split of a budget between keys and values, untrained."""
-    rows = []
-    for total in (0.5, 0.2):
-        for share in (0.25, 0.375, 0.5, 0.625, 0.75):
-            k, v = 2 * total * share, 2 * total * (1 - share)
-            name = f"ASVD, K {100 * k:g} % V {100 * v:g} %"
-            kept = [f"{100 * total:g} %", f"{100 * k:g} %", f"{100 * v:g} %"]
-            rows.append([*kept, percent(points.score(name, total)), _perplexity(points, name, total)])
+    rows = [
+        [
+            *(f"{100 * kept:g} %" for kept in (total, k, v)),
+            percent(points.score(name, total)),
+            _perplexity(points, name, total),
+        ]
+        for (name, total), (k, v) in split_names().items()
+    ]
     return table(("kept in all", "of the keys", "of the values", "lines", "perplexity"), rows)
 
 
 def quantisation(points: Points) -> str:
     """4-bit latents, trained through the grid or not."""
-    rows = []
-    for density, paper in PAPER_QAT.items():
-        row = [f"{100 * (1 - density):g} %", "0 %", f"{paper} %"]
-        for name in ("4 bits, post-training", "4 bits, QAT"):
-            row.append(percent(points.score(name, density / 4)))
-        for name in ("4 bits, post-training", "4 bits, QAT"):
-            row.append(_perplexity(points, name, density / 4))
-        rows.append(row)
+    names = ("4 bits, post-training", "4 bits, QAT")
+    rows = [
+        [
+            *(f"{100 * (1 - density):g} %", "0 %", f"{paper} %"),
+            *(percent(points.score(name, density / 4)) for name in names),
+            *(_perplexity(points, name, density / 4) for name in names),
+        ]
+        for density, paper in PAPER_QAT.items()
+    ]
     headings = (
         "channels removed", "paper, post-training", "paper, QAT", "post-training, lines", "QAT, lines",
         "post-training, perplexity", "QAT, perplexity",
@@ -169,6 +165,3 @@ def quantisation(points: Points) -> str:
 def _perplexity(points: Points, method: str, budget: float) -> str:
     point = points.find(method, budget, "perplexity")
     return "–" if point is None or point.perplexity is None else f"{point.perplexity.mean:.2f}"
-
-
-Maker = Callable[[Points], str]

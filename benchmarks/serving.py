@@ -13,27 +13,25 @@ Before anything is timed, log-probabilities after a short prompt are compared wi
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, fill_page, measure_missing, read_results
+from common import RESULTS, ROOT, Row, Wrong, measure_missing, parser, read_results
 from decode_timing import summary
-from generation import METHODS, UNCOMPRESSED, Settings, Wrong, adapter, config_of
+from generation import METHODS, UNCOMPRESSED, Settings, adapter, config_of
+from pages import DOCS, Table, fill_page, machine
 from serving_engine import serve
 
 import cskv
 from cskv.vllm.export import export
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
-PAGE = ROOT / "docs" / "vllm.md"
 NAMES = [name for name in METHODS if not name.endswith("rebuild")]
 ROUNDS = 3
 STEPS = 12
@@ -56,7 +54,7 @@ class Engine:
         self.tokens = self._answer()
 
     def ask(self, *question: Any) -> Any:
-        """What `serving_engine.serve` answers."""
+        """Return the answer of `serving_engine.serve`."""
         self._ours.send(question)
         return self._answer()
 
@@ -92,7 +90,7 @@ def checkpoints(folder: Path, settings: Settings) -> tuple[dict[str, Path], dict
 
 @torch.inference_mode()
 def _logprobs(model: Any) -> list[float]:
-    """Of the tokens that are chosen after the prompt of the check."""
+    """Return those of the tokens that are chosen after the prompt of the check."""
     prompt = torch.tensor([check_prompt()])
     output = model.generate(
         prompt,
@@ -108,12 +106,12 @@ def _logprobs(model: Any) -> list[float]:
 
 
 def check_prompt() -> list[int]:
-    """The prompt of the check."""
+    """Return the prompt of the check."""
     return torch.randint(3, 100, (200,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def measure(tokens: int, fit: int, folders: dict[str, Path], expected: dict[str, list[float]], per_token: int) -> Row:
-    """A row: all methods with a pool in which `fit` uncompressed requests have room.
+    """Measure a row: all methods with a pool in which `fit` uncompressed requests have room.
 
     Raises:
         Wrong: what a method computes is off.
@@ -142,62 +140,52 @@ def measure(tokens: int, fit: int, folders: dict[str, Path], expected: dict[str,
     return row
 
 
-def table(rows: dict[str, Row]) -> str:
-    """Ratios to the uncompressed cache, as Markdown."""
-    lines = [
-        "| prompt | cache | tokens in the pool | requests | tokens/s, equal batch | tokens/s, equal memory |",
-        "|---|---|---|---|---|---|",
-    ]
+def table(rows: dict[str, Row]) -> Table:
+    """Make the table of ratios to the uncompressed cache."""
+    cells, kinds = [], ("equal batch", "equal memory")
     for row in rows.values():
         base = row["methods"][UNCOMPRESSED]
         for name in NAMES:
             method = row["methods"][name]
-            ratios = [method[kind]["median"] / base[kind]["median"] for kind in ("equal batch", "equal memory")]
-            held, short = method["pool_tokens"] / base["pool_tokens"], name.removesuffix(", sdpa")
-            lines.append(
-                f"| {row['tokens']} | {short} | {held:.1f} x | {method['requests']} | {ratios[0]:.2f} x | "
-                f"{ratios[1]:.2f} x |"
-            )
-    return "\n".join(lines)
+            ratios = (f"{method[kind]['median'] / base[kind]['median']:.2f} x" for kind in kinds)
+            held = f"{method['pool_tokens'] / base['pool_tokens']:.1f} x"
+            cells.append([str(row["tokens"]), name.removesuffix(", sdpa"), held, str(method["requests"]), *ratios])
+    return Table("", ("prompt", "cache", "tokens in the pool", "requests", *(f"tokens/s, {k}" for k in kinds)), cells)
 
 
-def report(results: dict[str, Any]) -> str:
-    """The table and on what it was measured."""
+def words(where: dict[str, Any]) -> str:
+    """Say on what the table was measured."""
     import vllm
 
-    where = results["environment"]
     return (
-        f"{table(results['rows'])}\n\nRatios of medians of {ROUNDS} turns of {STEPS} steps; a random Llama in bfloat16 "
+        f"Ratios of medians of {ROUNDS} turns of {STEPS} steps; a random Llama in bfloat16 "
         "(4 layers, hidden 1024, 16 query and kv heads of 64 channels), 20 % of the channels, window 32, groups of 32. "
-        f"{where['accelerator'] or where['cpu']}, {where['threads']} thread(s), vLLM {vllm.__version__}, torch "
-        f"{where['torch']}, {where['date'][:10]}. Reproduce with `python benchmarks/serving.py`."
+        f"{machine(where, f'vLLM {vllm.__version__}', 'torch ' + where['torch'])}. "
+        "Reproduce with `python benchmarks/serving.py`."
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and fill the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and short prompts, into outputs/")
-    parser.add_argument("--out", type=Path, default=None, help="where results go and what is measured is kept")
-    given = parser.parse_args(arguments)
+    given = parser(__doc__, "a tiny model and short prompts, into outputs/").parse_args(arguments)
     settings = Settings(hidden=128, layers=2, heads=4, kv_heads=4, vocabulary=256) if given.quick else Settings()
-    path = given.out or (ROOT / "outputs" / "serving.json" if given.quick else RESULTS)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = given.out or (ROOT / "outputs" if given.quick else RESULTS) / "serving.json"
     results = read_results(path)
     per_token = 2 * settings.layers * settings.kv_heads * (settings.hidden // settings.heads) * 2
     with tempfile.TemporaryDirectory() as folder:
         folders, expected = checkpoints(Path(folder), settings)
         jobs = {
-            name: lambda tokens=tokens, fit=fit: measure(tokens, fit, folders, expected, per_token)
+            name: partial(measure, tokens, fit, folders, expected, per_token)
             for name, (tokens, fit) in (QUICK if given.quick else SHAPES).items()
         }
         try:
             measure_missing(path, results, jobs)
         except Wrong as error:
             sys.exit(f"error: {error}")
-    print(report(results))
-    if path == RESULTS:
-        fill_page(PAGE, "serving", report(results))
+    parts = table(results["rows"]).markdown(), words(results["environment"])
+    print(*parts, sep="\n\n")
+    if path == RESULTS / "serving.json":
+        fill_page(DOCS / "vllm.md", "serving", *parts)
 
 
 if __name__ == "__main__":

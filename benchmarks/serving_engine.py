@@ -35,7 +35,7 @@ def serve(folder: str, options: dict[str, Any], pipe: Connection) -> None:
 
 
 def logprobs(llm: Any, prompt: list[int], tokens: int) -> list[float]:
-    """Of greedy tokens after a prompt."""
+    """Return those of greedy tokens after a prompt."""
     from vllm import SamplingParams
 
     settings = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=True, detokenize=False)

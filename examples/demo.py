@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from cskv.cli.common import command, console, emit
+from cskv.cli.common import command, emit, progress
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,14 +26,14 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for adapters, figures and results.")] = ROOT / "outputs" / "demo",
 ) -> None:
     """Calibrate, factorise, train, save, reload, generate, and print one table. The last line is JSON."""
+    from demo.run import run_demo, summary
+    from demo.settings import DemoSettings, fast_dtype
+
     from cskv.cli.loading import load_model, load_tokenizer
-    from cskv.demo.precision import fast_dtype
-    from cskv.demo.run import run_demo, summary
-    from cskv.demo.settings import DemoSettings
 
     settings = DemoSettings(num_lines=lines, cases=cases, seed=seed)
     loaded = load_model(model, dtype=fast_dtype())
-    emit(summary(run_demo(loaded, load_tokenizer(model), out, settings, console()), out))
+    emit(summary(run_demo(loaded, load_tokenizer(model), out, settings, progress("{task.fields[note]}")), out))
 
 
 if __name__ == "__main__":

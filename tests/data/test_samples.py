@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cskv.data.samples import TokenSamples
-from cskv.data.sources import PIECE_CHARACTERS, TextSource, texts_source
+from cskv.data.sources import PIECE_CHARACTERS, TextSource
 from cskv.errors import DataError
+from tests.data.support import texts_source
 
 END, BEGIN = 256, 257
 

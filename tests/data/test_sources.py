@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cskv.data.sources import HUB_TEXTS, PIECE_CHARACTERS, open_source, texts_source
+from cskv.data.sources import HUB_TEXTS, PIECE_CHARACTERS, open_source
 from cskv.errors import DataError
 
 
@@ -13,7 +13,7 @@ def json_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "dataset"
     folder.mkdir()
     for split, texts in (("train", [f"document {i}" for i in range(50)]), ("validation", ["one", "two"])):
-        lines = [json.dumps({"text": text, "other": text.upper()}) for text in texts]
+        lines = [json.dumps({"text": text}) for text in texts]
         (folder / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
@@ -55,10 +55,10 @@ def test_a_local_dataset_is_shuffled_by_seed(json_folder: Path) -> None:
     assert sorted(open_source(str(json_folder), "heldout").read(0)) == ["one", "two"]
 
 
-def test_the_column_can_be_named(json_folder: Path) -> None:
-    assert "DOCUMENT 7" in set(open_source(str(json_folder), column="other").read(0))
-    with pytest.raises(DataError, match=r"no text in column 'body'; its columns are \['other', 'text'\]"):
-        list(open_source(str(json_folder), column="body").read(0))
+def test_a_dataset_without_a_text_column_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"body": "a", "other": "b"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"no text in column 'text'; its columns are \['body', 'other'\]"):
+        list(open_source(str(tmp_path)).read(0))
 
 
 def test_a_folder_without_data_is_one_clear_error(tmp_path: Path) -> None:
@@ -86,8 +86,3 @@ def test_the_papers_names_point_to_their_datasets() -> None:
 def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(DataError, match="'train' or 'heldout'"):
         open_source("offline", "test")  # type: ignore[arg-type]
-
-
-def test_texts_can_be_read_twice() -> None:
-    source = texts_source(iter(["a", "b"]))
-    assert list(source.read(0)) == list(source.read(5)) == ["a", "b"]

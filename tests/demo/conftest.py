@@ -1,6 +1,13 @@
+"""The demo is no part of the library: its modules lie beside the script that runs them."""
+
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from demo.workspace import Workspace
 
-from cskv.demo.workspace import Workspace
 from cskv.errors import CSKVError
 
 FACTS = {"model": "abc", "settings": {"cases": 2}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -63,11 +64,14 @@ def test_the_perplexity_is_that_of_the_compressed_cache():
         assert perplexity(model, text, chunk=8, first_chunk=16).nll == pytest.approx(sum(found.nll) / 2, rel=1e-6)
 
 
-def test_segments_change_nothing(monkeypatch):
-    model, text = tiny_llama(), tokens(2, 90)
-    whole = agreement(model, method(model, 0.25), text, chunk=8, first_chunk=16)
-    monkeypatch.setattr(module, "SEGMENT", 8)
-    assert agreement(model, method(model, 0.25), text, chunk=8, first_chunk=16) == whole
+def test_what_is_held_at_once_changes_nothing_but_how_often_the_method_is_put_on(monkeypatch):
+    model, text, times = tiny_llama(), tokens(2, 90), []
+    ours = method(model, 0.25)
+    counted = dataclasses.replace(ours, on=lambda on: times.append(1) or ours.on(on))
+    whole = agreement(model, counted, text, chunk=8, first_chunk=16)
+    assert len(times) == 2  # once for each text
+    monkeypatch.setattr(module, "HELD", 1)
+    assert agreement(model, ours, text, chunk=8, first_chunk=16) == whole
 
 
 def test_kl_and_top1_are_those_of_the_definition():

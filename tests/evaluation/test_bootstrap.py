@@ -27,8 +27,3 @@ def test_many_values_give_the_interval_of_the_normal_approximation():
     mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
     assert low == pytest.approx(mean - 1.96 * error, abs=0.3 * error)
     assert high == pytest.approx(mean + 1.96 * error, abs=0.3 * error)
-
-
-def test_a_confidence_that_is_no_share_is_refused():
-    with pytest.raises(ValueError, match="confidence is 95"):
-        bootstrap_interval([1.0, 2.0], 95)

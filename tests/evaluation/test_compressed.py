@@ -10,9 +10,9 @@ from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.data.lines import make_case
 from cskv.evaluation.cache_size import cache_after_prefill
-from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity
 from cskv.evaluation.speed import measure_decode
+from cskv.evaluation.tasks import evaluate_cases
 from tests.evaluation.support import VOCABULARY, character_tokenizer, tiny_llama
 
 
@@ -65,9 +65,9 @@ def test_cache_bytes_after_a_prefill():
 def test_lines_and_speed_run_through_the_compressed_cache():
     tokenizer = character_tokenizer()
     model = tiny_llama(vocab_size=len(tokenizer))
-    cases = [make_case(2, seed) for seed in range(2)]
-    exact = evaluate_lines(model, tokenizer, cases, batch_size=2, max_new_tokens=20)
+    cases = [make_case(2, seed).as_case() for seed in range(2)]
+    exact = evaluate_cases(model, tokenizer, cases, batch_size=2, max_new_tokens=20)
     with cskv.attach(model, adapter(model, 1.0)):
-        full_rank = evaluate_lines(model, tokenizer, cases, batch_size=2, max_new_tokens=20)
+        full_rank = evaluate_cases(model, tokenizer, cases, batch_size=2, max_new_tokens=20)
         assert measure_decode(model, tokens(1, 20), steps=9, repeats=2).tokens_per_second > 0
     assert [output.output for output in full_rank.outputs] == [output.output for output in exact.outputs]

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from cskv.data.lines import make_case
-from cskv.data.sources import texts_source
 from cskv.errors import DataError
 from cskv.evaluation import material
 from cskv.evaluation.material import Material
 from cskv.evaluation.settings import EvaluationSettings
+from tests.data.support import texts_source
 from tests.evaluation.support import character_tokenizer
 
 pytest.importorskip("wonderwords")

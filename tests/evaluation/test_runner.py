@@ -9,7 +9,6 @@ import pytest
 
 from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
-from cskv.data.sources import texts_source
 from cskv.errors import DataError
 from cskv.evaluation import material
 from cskv.evaluation.identity import model_facts
@@ -17,6 +16,7 @@ from cskv.evaluation.results import KEY, open_run, read_run
 from cskv.evaluation.runner import evaluate, todo
 from cskv.evaluation.settings import EvaluationSettings
 from cskv.methods.method import compressed, uncompressed
+from tests.data.support import texts_source
 from tests.evaluation.support import character_tokenizer, tiny_llama
 
 pytest.importorskip("wonderwords")

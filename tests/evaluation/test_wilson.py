@@ -33,12 +33,7 @@ def test_holds_the_share_and_stays_inside_the_unit_interval(case):
     assert (1 - mirrored_high, 1 - mirrored_low) == (pytest.approx(low), pytest.approx(high))
 
 
-def test_more_confidence_is_wider():
-    narrow, wide = wilson_interval(3, 10, 0.5), wilson_interval(3, 10, 0.99)
-    assert wide[0] < narrow[0] < narrow[1] < wide[1]
-
-
-@pytest.mark.parametrize(("successes", "n", "confidence"), [(1, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)])
-def test_impossible_counts_are_refused(successes, n, confidence):
+@pytest.mark.parametrize(("successes", "n"), [(1, 0), (3, 2), (-1, 2)])
+def test_impossible_counts_are_refused(successes, n):
     with pytest.raises(ValueError, match="expected"):
-        wilson_interval(successes, n, confidence)
+        wilson_interval(successes, n)

@@ -9,7 +9,7 @@ from cskv.config import CSKVConfig
 from cskv.errors import CSKVError
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.methods.method import compressed, uncompressed
-from cskv.methods.untrained import untrained
+from cskv.methods.specification import method_of
 from tests.evaluation.support import VOCABULARY, tiny_llama
 
 PROMPT = torch.randint(0, VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,7 @@ def test_a_compressor_is_on_the_model_for_the_time_of_the_block():
 
 
 def test_adapters_are_told_apart_by_their_weights():
-    facts = [untrained(tiny_llama(seed), "svd", 0.5, None, 4, 8).facts["fingerprint"] for seed in (0, 0, 1)]
+    facts = [method_of("svd@0.5", tiny_llama(seed), None, 4, 8).facts["fingerprint"] for seed in (0, 0, 1)]
     assert facts[0] == facts[1] != facts[2]
 
 
@@ -52,6 +52,6 @@ def test_a_budget_counts_bits():
 
 
 def test_untrained_factors_need_what_their_init_needs():
-    assert untrained(tiny_llama(), "svd", 0.25, None, 4, 8).label == "SVD 25 %"
+    assert method_of("svd@0.25", tiny_llama(), None, 4, 8).label == "SVD 25 %"
     with pytest.raises(CSKVError, match="needs calibration statistics"):
-        untrained(tiny_llama(), "asvd", 0.25, None, 4, 8)
+        method_of("asvd@0.25", tiny_llama(), None, 4, 8)

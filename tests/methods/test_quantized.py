@@ -18,8 +18,8 @@ from cskv.data.lines import make_case
 from cskv.errors import CacheError, CSKVError
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.evaluation.forward import forward
-from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity
+from cskv.evaluation.tasks import evaluate_cases
 from cskv.methods import quantized as peers
 from cskv.methods.quantized import BACKENDS, quantized_cache
 from tests.evaluation.support import VOCABULARY, character_tokenizer, tiny_llama
@@ -70,10 +70,10 @@ def test_eight_bits_give_the_text_of_the_ordinary_cache():
     pytest.importorskip("hqq")
     tokenizer = character_tokenizer()
     model = tiny_llama(vocab_size=len(tokenizer))
-    cases = [make_case(2, seed) for seed in range(3)]
+    cases = [make_case(2, seed).as_case() for seed in range(3)]
     new_cache = functools.partial(quantized_cache, model, "hqq", nbits=8, q_group_size=16, residual_length=8)
-    exact = evaluate_lines(model, tokenizer, cases, batch_size=2, max_new_tokens=20)
-    peer = evaluate_lines(model, tokenizer, cases, batch_size=2, max_new_tokens=20, new_cache=new_cache)
+    exact = evaluate_cases(model, tokenizer, cases, batch_size=2, max_new_tokens=20)
+    peer = evaluate_cases(model, tokenizer, cases, batch_size=2, max_new_tokens=20, new_cache=new_cache)
     assert [output.output for output in peer.outputs] == [output.output for output in exact.outputs]
 
 
@@ -102,9 +102,9 @@ def test_each_batch_gets_a_cache_of_its_own():
         made.append(DynamicCache(config=model.config))
         return made[-1]
 
-    cases = [make_case(2, seed) for seed in range(3)]
-    exact = evaluate_lines(model, tokenizer, cases, batch_size=2, max_new_tokens=4)
-    given = evaluate_lines(model, tokenizer, cases, batch_size=2, max_new_tokens=4, new_cache=new_cache)
+    cases = [make_case(2, seed).as_case() for seed in range(3)]
+    exact = evaluate_cases(model, tokenizer, cases, batch_size=2, max_new_tokens=4)
+    given = evaluate_cases(model, tokenizer, cases, batch_size=2, max_new_tokens=4, new_cache=new_cache)
     assert [output.output for output in given.outputs] == [output.output for output in exact.outputs]
     text = tokens(3, 20)
     assert perplexity(model, text, chunk=8, batch_size=2, new_cache=new_cache) == perplexity(

@@ -4,7 +4,7 @@ import pytest
 
 from cskv.errors import DataError
 from cskv.plots import plot_demo, plot_spectra
-from cskv.plots.style import dodged
+from cskv.plots.style import side_by_side
 from tests.plots.support import PNG
 
 pytest.importorskip("matplotlib")
@@ -34,4 +34,4 @@ def test_nothing_to_draw_is_refused(tmp_path):
 
 
 def test_points_at_one_place_are_set_side_by_side_around_it():
-    assert dodged([100.0, 20.0, 20.0, 20.0]) == pytest.approx([100.0, 18.0, 20.0, 22.0])
+    assert side_by_side([100.0, 20.0, 20.0, 20.0], 2.0) == pytest.approx([100.0, 18.0, 20.0, 22.0])

@@ -36,11 +36,11 @@ class Case:
 
     @property
     def ends_with_line(self) -> bool:
-        """Whether the answer is over at a newline that follows a digit: where a single number is asked for."""
+        """Tell whether the answer is over at a newline that follows a digit: where a single number is asked for."""
         return len(self.answers) == 1 and self.answers[0].isdecimal()
 
     def score(self, output: str) -> float:
-        """How right an output is, from 0 to 1."""
+        """Score an output, from 0 to 1."""
         if self.last_integer:
             integers = re.findall(r"\d+", output)
             return float(bool(integers) and int(integers[-1]) == int(self.answers[0]))

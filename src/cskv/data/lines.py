@@ -126,6 +126,6 @@ def read_official(path: str | Path) -> list[LinesCase]:
 
 
 def score(output: str, expected: int) -> bool:
-    """Whether the last integer in a model's output is the expected number."""
+    """Tell whether the last integer in a model's output is the expected number."""
     integers = re.findall(r"\d+", output)
     return bool(integers) and int(integers[-1]) == expected

@@ -33,7 +33,7 @@ PASSKEY_TASK = "passkey"
 
 @dataclass(frozen=True)
 class Kind:
-    """What is hidden and what is asked.
+    """Counts that make a kind of needle task.
 
     Attributes:
         keys: how many keys are hidden.
@@ -47,7 +47,7 @@ class Kind:
 
     @property
     def has_depth(self) -> bool:
-        """Whether there is one needle to find, whose depth can be chosen."""
+        """Tell whether there is one needle to find, whose depth can be chosen."""
         return self.values * self.queries == 1
 
 

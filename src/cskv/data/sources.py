@@ -12,9 +12,8 @@ Every source streams: no more than a bounded shuffling buffer of documents is he
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,15 +47,13 @@ class HubText:
     """Where a named text lies on the hub.
 
     Attributes:
-        path, config: the arguments of `datasets.load_dataset`.
-        column: the column that holds the text.
+        path, config: arguments of `datasets.load_dataset`.
         heldout: the split to evaluate on, or None where the dataset has but one.
         separate: False where a row is a line of a running text and no document.
     """
 
     path: str
     config: str | None = None
-    column: str = "text"
     heldout: str | None = "validation"
     separate: bool = True
 
@@ -68,16 +65,12 @@ HUB_TEXTS = {
 }
 
 
-def open_source(
-    name: str, split: Split = "train", *, config: str | None = None, column: str | None = None
-) -> TextSource:
+def open_source(name: str, split: Split = "train") -> TextSource:
     """Find a text source by name. Nothing is read or downloaded until its documents are.
 
     Args:
         name: see the module's docstring.
         split: "train", or "heldout" for evaluation. A local file is one text, whatever the split.
-        config: the dataset's configuration, where it has several.
-        column: the dataset's column that holds the text; "text" unless told.
 
     Raises:
         DataError: there is no such file or split.
@@ -87,21 +80,13 @@ def open_source(
     if name == "offline":
         return TextSource("offline", lambda seed: _shuffled_offline(split, seed))
     if name in HUB_TEXTS:
-        hub = HUB_TEXTS[name]
-        hub = dataclasses.replace(hub, config=config or hub.config, column=column or hub.column)
-        return _dataset_source(name, split, hub)
+        return _dataset_source(name, split, HUB_TEXTS[name])
     path = Path(name)
     if path.is_file():
         return TextSource(name, lambda _seed: read_pieces(path), separate=False)
     if not path.is_dir() and (path.suffix == ".txt" or path.is_absolute() or name.startswith(".")):
         raise DataError(f"there is no text file or folder {name}")
-    return _dataset_source(name, split, HubText(name, config, column or "text"))
-
-
-def texts_source(texts: Iterable[str], name: str = "texts", *, separate: bool = True) -> TextSource:
-    """A source over texts that are in memory already, in their own order."""
-    kept = list(texts)
-    return TextSource(name, lambda _seed: iter(kept), separate)
+    return _dataset_source(name, split, HubText(name))
 
 
 def read_pieces(path: Path) -> Iterator[str]:
@@ -144,7 +129,7 @@ def _dataset_texts(name: str, split: str, hub: HubText, seed: int) -> Iterator[s
         if hub.separate:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLED_DOCUMENTS)
         for row in rows:
-            yield _text_of(row, name, hub.column)
+            yield _text_of(row, name)
     except DataError:
         raise
     # The library and the network below it raise dozens of unrelated types; each means the text cannot be had.
@@ -156,8 +141,8 @@ def _dataset_texts(name: str, split: str, hub: HubText, seed: int) -> Iterator[s
         ) from error
 
 
-def _text_of(row: dict[str, Any], name: str, column: str) -> str:
-    text = row.get(column)
+def _text_of(row: dict[str, Any], name: str) -> str:
+    text = row.get("text")
     if not isinstance(text, str):
-        raise DataError(f"dataset {name} has no text in column {column!r}; its columns are {sorted(row)}")
+        raise DataError(f"dataset {name} has no text in column 'text'; its columns are {sorted(row)}")
     return text

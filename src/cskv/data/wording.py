@@ -1,4 +1,4 @@
-"""How needles are worded: the sentences that hold them, and what is said before and after the haystack.
+"""Wordings of needle tasks: the sentences that hold them, and what is said before and after the haystack.
 
 "ruler" is the wording of RULER (arXiv 2404.06654), "passkey" that of Landmark Attention (arXiv 2305.16300), and "lines"
 that of LongEval, which models trained on such records answer best.

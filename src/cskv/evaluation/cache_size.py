@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from cskv.attachment.cache_bytes import CacheReport, cache_report
-from cskv.calibration.hooks import evaluation_mode
 from cskv.evaluation.forward import forward
+from cskv.models.evaluation_mode import evaluation_mode
 
 
 def cache_after_prefill(

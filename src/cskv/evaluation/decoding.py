@@ -28,7 +28,7 @@ PROTOCOLS = (IN_PREFILL, CONTEXT_FIRST)
 
 @dataclass(frozen=True)
 class Answers:
-    """What one batch gave.
+    """Answers of one batch, and their times.
 
     Attributes:
         texts: one per row, without special tokens.
@@ -130,14 +130,14 @@ def answer_after_context(
 
 
 def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """A question as it follows a context that is cached already."""
+    """Tokenise a question as it follows a context that is cached already."""
     return tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def left_pad(
     rows: Sequence[Sequence[int]], pad: int
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
-    """Token ids of equal length, padded on the left, and the mask that marks the real ones with 1."""
+    """Return token ids of equal length, padded on the left, and the mask that marks the real ones with 1."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -190,7 +190,7 @@ class AnswerEnd(StoppingCriteria):
     def answers(
         self, sequences: Int[Tensor, "batch tokens"], prompt_tokens: int, began: float, ended: float
     ) -> Answers:
-        """What was generated, each row up to its end."""
+        """Collect the generated texts, each row up to its end."""
         texts = [
             str(self.tokenizer.decode(row[self.prompt_length :][:length], skip_special_tokens=True))
             for row, length in zip(sequences, self.lengths.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""On what a figure was measured: hardware, versions and date, to be stored beside every result."""
+"""Provenance of a figure: hardware, versions and date, to be stored beside every result."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def environment() -> Environment:
         accelerator=torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         python=platform.python_version(),
         torch=torch.__version__,
-        transformers=_version("transformers"),
-        triton=_version("triton"),
-        cskv=_version("cskv"),
+        transformers=package_version("transformers"),
+        triton=package_version("triton"),
+        cskv=package_version("cskv"),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -67,7 +67,8 @@ def cpu_name(cpuinfo: str | Path = "/proc/cpuinfo") -> str:
     return next((name for name in names if name), platform.processor() or platform.machine() or "unknown")
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Return a package's version, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What every method is measured on, made once per task, size and seed."""
+"""Questions and texts that every method is measured on, made once per task, size and seed."""
 
 from __future__ import annotations
 

@@ -1,27 +1,19 @@
-"""Perplexity of text as the compressed cache sees it.
-
-A single forward over a text attends exactly and would hide the compression. Here a text is fed in chunks through the
-cache, teacher-forced: a position reads the tokens sealed before its chunk from the latents, and the window and its own
-chunk exactly. With a first chunk of `window + group` tokens and chunks of `group`, chunks begin where groups are
-sealed, so that this equals token-by-token decoding and costs `group` times fewer forwards.
-"""
+"""Perplexity of text as the compressed cache sees it (see `cskv.evaluation.forward`)."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.calibration.hooks import evaluation_mode
 from cskv.errors import DataError
-from cskv.evaluation.forward import forward
+from cskv.evaluation.forward import check_least, pieces, read
+from cskv.models.evaluation_mode import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -36,10 +28,6 @@ class Perplexity:
     nll: float
     tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return asdict(self)
-
 
 def perplexity(
     model: PreTrainedModel,
@@ -51,9 +39,7 @@ def perplexity(
     on_tokens: Callable[[int], None] | None = None,
     new_cache: Callable[[], Cache] | None = None,
 ) -> Perplexity:
-    """Teacher-forced perplexity through the model's own cache, compressed when the model is attached.
-
-    Memory is bounded by the cache and by the logits of one chunk.
+    """Measure teacher-forced perplexity through the model's own cache, compressed when the model is attached.
 
     Args:
         model: attached or not; it is put in evaluation mode for the time of the call.
@@ -70,51 +56,28 @@ def perplexity(
             not finite.
     """
     first = chunk if first_chunk is None else first_chunk
-    for name, value in (("chunk", chunk), ("first_chunk", first), ("batch_size", batch_size)):
-        if value < 1:
-            raise DataError(f"{name} is {value}; expected at least 1")
+    check_least(1, chunk=chunk, first_chunk=first, batch_size=batch_size)
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise DataError(f"token sequences have shape {tuple(sequences.shape)}; expected (at least 1, at least 2)")
-    total = 0.0
+    total, parts = 0.0, pieces(sequences.shape[1] - 1, first, chunk)  # the last token is only a target
     with evaluation_mode(model):
         for rows in sequences.split(batch_size):
-            total += _negative_log_likelihood(model, rows, chunk, first, on_tokens, new_cache)
+            for (start, stop), logits in read(model, rows, parts, None if new_cache is None else new_cache()):
+                targets = rows[:, start + 1 : stop + 1].to(logits.device)
+                flat = logits.float().flatten(0, 1)
+                total += torch.nn.functional.cross_entropy(flat, targets.flatten(), reduction="sum").item()
+                if on_tokens is not None:
+                    on_tokens((stop - start) * rows.shape[0])
     tokens = sequences.shape[0] * (sequences.shape[1] - 1)
     if not math.isfinite(total):
         raise DataError(f"the model's log-likelihood of the text is {total}: its logits are not finite")
     return Perplexity(ppl=math.exp(total / tokens), nll=total / tokens, tokens=tokens)
 
 
-def _negative_log_likelihood(
-    model: PreTrainedModel,
-    rows: Int[Tensor, "batch tokens"],
-    chunk: int,
-    first_chunk: int,
-    on_tokens: Callable[[int], None] | None,
-    new_cache: Callable[[], Cache] | None,
-) -> float:
-    """The summed negative log-likelihood of all tokens but the first of each row, in nats."""
-    total, cache = 0.0, None if new_cache is None else new_cache()
-    for start, stop in _chunks(rows.shape[1], chunk, first_chunk):
-        logits, cache = forward(model, rows[:, start:stop], cache)
-        targets = rows[:, start + 1 : stop + 1].to(logits.device)
-        flat = logits.float().flatten(0, 1)
-        total += torch.nn.functional.cross_entropy(flat, targets.flatten(), reduction="sum").item()
-        if on_tokens is not None:
-            on_tokens((stop - start) * rows.shape[0])
-    return total
-
-
-def _chunks(length: int, chunk: int, first_chunk: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of every forward. The last token is only a target, so it is not fed."""
-    bounds = [0, *range(first_chunk, length - 1, chunk), length - 1]
-    return itertools.pairwise(bounds)
-
-
 def token_sequences(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int, count: int
 ) -> Int[Tensor, "count length"]:
-    """The first `length` tokens of the first `count` texts that are that long: one document per sequence.
+    """Return the first `length` tokens of the first `count` texts that are that long: one document per sequence.
 
     Raises:
         DataError: fewer than `count` texts are long enough.

@@ -1,4 +1,4 @@
-"""How well factors rebuild keys and values of given text, layer by layer: the loss that PCA minimises."""
+"""Reconstruction losses of keys and values of given text, layer by layer: the loss that PCA minimises."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LayerLoss:
 def reconstruction_losses(
     model: nn.Module, adapter: CSKVAdapter, samples: Iterable[Int[Tensor, " tokens"]]
 ) -> list[LayerLoss]:
-    """The loss of every layer, before RoPE, which changes no distance.
+    """Measure the loss of every layer, before RoPE, which changes no distance.
 
     Commuting key factors act on keys after the norm. Where there is one, their error is that of normalised keys, and
     does not compare with that of other factors.

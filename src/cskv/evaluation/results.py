@@ -59,7 +59,7 @@ class Run:
     rows: list[Row]
 
     def has(self, **key: Any) -> bool:
-        """Whether there is a row of these six values of `KEY`."""
+        """Tell whether there is a row of these six values of `KEY`."""
         return any(all(row[name] == key[name] for name in KEY) for row in self.rows)
 
     def add(self, *rows: Row) -> None:

@@ -23,13 +23,18 @@ from cskv.methods.method import Method
 OnWork = Callable[[str, float], None]  # what is being measured, and how much of it has just been done, from 0 to 1
 
 
+def lacks(run: Run, job: Job, name: str, budget: float | None, *, streams: bool = True) -> bool:
+    """Tell whether a run has yet to measure a job. Methods that only compress prompts do not read a growing text."""
+    return (streams or job.task != PERPLEXITY) and not run.has(method=name, budget=budget, **job._asdict())
+
+
 def todo(run: Run, methods: Sequence[Method], settings: EvaluationSettings) -> list[tuple[Method, Job]]:
-    """What a run lacks. Methods that only compress prompts are not asked to read a growing text."""
+    """List what a run lacks."""
     return [
         (method, job)
         for job in settings.jobs()
         for method in methods
-        if (method.streams or job.task != PERPLEXITY) and not run.has(**_key(method, job))
+        if lacks(run, job, method.name, method.budget, streams=method.streams)
     ]
 
 
@@ -93,7 +98,7 @@ class _Measure:
 
     def rows(self, method: Method, job: Job) -> list[Row]:
         """The rows of a job, whole ones."""
-        key = _key(method, job)
+        key = {"method": method.name, "budget": method.budget} | job._asdict()
         what = " ".join(str(part) for part in (method.label, job.task, job.size, job.protocol or "") if part)
         if job.task not in TEXT_TASKS:
             return [key | self._questions(method, job, what)]
@@ -155,7 +160,3 @@ class _Measure:
             "ratio": report.total_bytes / plain.total_bytes,
             "bytes_per_token": report.total_bytes / plain.tokens,
         }
-
-
-def _key(method: Method, job: Job) -> dict[str, Any]:
-    return {"method": method.name, "budget": method.budget} | job._asdict()

@@ -1,4 +1,4 @@
-"""What an evaluation measures; everything that decides its figures, besides the methods."""
+"""Settings of an evaluation: everything that decides its figures, besides the methods."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class EvaluationSettings:
             )
 
     def jobs(self) -> Iterator[Job]:
-        """Everything that is measured of a method, seed by seed."""
+        """Yield everything that is measured of a method, seed by seed."""
         for seed in self.seeds:
             for task in self.tasks:
                 is_text = task in TEXT_TASKS

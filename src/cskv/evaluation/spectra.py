@@ -1,4 +1,4 @@
-"""How redundant the channels of keys and values are: singular value spectra per layer (the paper's first figure).
+"""Redundancy of the channels of keys and values: singular value spectra per layer (the paper's first figure).
 
 For a weight W the spectrum is that of W itself. For calibrated keys y = W x + b it is that of the (tokens, kv_dim)
 matrix of all keys, scaled by 1/sqrt(tokens): the square roots of the eigenvalues of the second moment E[y y^T].

@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from cskv.calibration.hooks import evaluation_mode
 from cskv.errors import DataError
-from cskv.evaluation.forward import clock, forward
+from cskv.evaluation.forward import check_least, clock, forward
+from cskv.models.evaluation_mode import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,8 @@ def measure_decode(
     Raises:
         DataError: `steps` or `repeats` below 1, `warmup` below 0, or an empty prompt.
     """
-    for name, value, least in (("steps", steps, 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
-        if value < least:
-            raise DataError(f"{name} is {value}; expected at least {least}")
+    check_least(1, steps=steps, repeats=repeats)
+    check_least(0, warmup=warmup)
     batch, prompt_tokens = input_ids.shape
     if not batch * prompt_tokens:
         raise DataError(f"the prompt has shape {tuple(input_ids.shape)}; expected at least one row and one token")

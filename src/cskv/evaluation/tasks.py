@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.calibration.hooks import evaluation_mode
 from cskv.data.cases import Case
 from cskv.errors import DataError
 from cskv.evaluation.decoding import (
@@ -21,15 +20,17 @@ from cskv.evaluation.decoding import (
     answer_after_context,
     question_tokens,
 )
+from cskv.evaluation.forward import check_least
 from cskv.evaluation.wilson import wilson_interval
 from cskv.methods.method import NewCache
+from cskv.models.evaluation_mode import evaluation_mode
 
 MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class ScoredOutput:
-    """What the model answered to one case, and how right it is, from 0 to 1."""
+    """The model's answer to one case, and its score, from 0 to 1."""
 
     answers: tuple[str, ...]
     output: str
@@ -104,9 +105,7 @@ def evaluate_cases(
         raise DataError("no cases to answer; give at least one")
     if protocol not in PROTOCOLS:
         raise DataError(f"protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise DataError(f"{name} is {value}; expected at least 1")
+    check_least(1, batch_size=batch_size, max_new_tokens=max_new_tokens)
     texts: dict[int, str] = {}
     batches: list[Answers] = []
     with evaluation_mode(model):

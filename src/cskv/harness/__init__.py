@@ -54,7 +54,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def is_adapter(path: str) -> bool:
-    """Whether this is a local adapter folder."""
+    """Tell whether this is a local adapter folder."""
     if not Path(path).expanduser().is_dir():
         return False
     try:

@@ -1,4 +1,4 @@
-"""What `--model_args` may say, checked before a model is loaded."""
+"""Arguments of `--model_args`, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError
+from cskv.evaluation.decoding import IN_PREFILL, PROTOCOLS
 from cskv.harness import is_adapter
 
 NONE = "none"  # the uncompressed model, read in the same way
 MISSING: Any = object()  # a string of arguments gives None for "none"
 
-IN_PREFILL, CONTEXT_FIRST = "in-prefill", "context-first"
 CHUNKS, PARALLEL = "chunks", "parallel"
 
 # The harness hands what it does not know to `from_pretrained`, where a misspelt name is an error of many lines or none.
@@ -40,7 +40,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How texts are read.
+    """Settings of reading texts.
 
     Attributes:
         attention: what attends to old tokens (`cskv.attach`).
@@ -56,7 +56,7 @@ class Reading:
     reading: str = CHUNKS
 
     def __post_init__(self) -> None:
-        for name, choices in (("protocol", (IN_PREFILL, CONTEXT_FIRST)), ("reading", (CHUNKS, PARALLEL))):
+        for name, choices in (("protocol", PROTOCOLS), ("reading", (CHUNKS, PARALLEL))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(choices)}")
         if not isinstance(self.question_tokens, int) or self.question_tokens < 1:
@@ -65,7 +65,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Compressor:
-    """What is put on which model.
+    """A compressor and the model that it is put on.
 
     Attributes:
         adapter: None for the uncompressed model.

@@ -21,10 +21,10 @@ from cskv.attachment.attach import attach
 from cskv.attachment.cache_bytes import adapter_report
 from cskv.compression.reading import check_readable
 from cskv.errors import ConfigError, CSKVError, UnsupportedModelError
+from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL
+from cskv.evaluation.forward import forward
 from cskv.harness import MODEL
 from cskv.harness.arguments import (
-    CONTEXT_FIRST,
-    IN_PREFILL,
     MISSING,
     PARALLEL,
     Reading,
@@ -32,7 +32,7 @@ from cskv.harness.arguments import (
     check_batch_size,
     find_compressor,
 )
-from cskv.harness.reading import chunked_logits, context_cache, parallel_logits
+from cskv.harness.reading import chunked_logits, parallel_logits
 from cskv.models.compat import cache_kwarg
 from cskv.models.survey import survey
 
@@ -143,16 +143,17 @@ class CSKVLM(HFLM):
             split = context.shape[1] - self._how.question_tokens
             if split > 0:  # shorter prompts are a question altogether
                 mask = generation_kwargs.get("attention_mask")
-                cache = context_cache(self.model, context[:, :split], None if mask is None else mask[:, :split])
+                seen = None if mask is None else mask[:, :split]
+                _, cache = forward(self.model, context[:, :split], last_only=True, mask=seen)
                 generation_kwargs[cache_kwarg(self.model)] = cache
         return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results under "config": its own facts, and ours as "cskv"."""
+        """Return what the harness writes beside its results under "config": its own facts, and ours as "cskv"."""
         return super().get_model_info() | {"cskv": self.facts()}
 
     def facts(self) -> dict[str, Any]:
-        """What decides the figures, JSON-ready; sizes in bytes."""
+        """Return what decides the figures, JSON-ready; sizes in bytes."""
         how, chosen = self._how, self._compressor
         facts: dict[str, Any] = {
             "version": cskv.__version__,

@@ -44,17 +44,21 @@ class Method:
 
     @property
     def label(self) -> str:
-        """The name with the budget, for a person."""
-        return self.name if self.budget is None else f"{self.name} {100 * self.budget:.3g} %"
+        return label(self.name, self.budget)
+
+
+def label(name: str, budget: float | None) -> str:
+    """Return a method's name with its budget, for a person."""
+    return name if budget is None else f"{name} {100 * budget:.3g} %"
 
 
 def uncompressed() -> Method:
-    """The model's own cache."""
+    """Return the method that is the model's own cache."""
     return Method("uncompressed", None, _bare, {"kind": "uncompressed"})
 
 
 def compressed(adapter: CSKVAdapter, name: str, budget: float | None = None, **facts: Any) -> Method:
-    """A CSKV adapter.
+    """Return the method that is a CSKV adapter.
 
     Args:
         adapter: fits the model that is measured.

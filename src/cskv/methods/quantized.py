@@ -46,8 +46,6 @@ def quantized_cache(
     nbits: int = 4,
     q_group_size: int = 64,
     residual_length: int = 128,
-    axis_key: int | None = None,
-    axis_value: int | None = None,
 ) -> QuantizedCache:
     """An empty quantised cache, for one batch: `functools.partial(quantized_cache, model, nbits=2)` makes fresh ones.
 
@@ -58,7 +56,6 @@ def quantized_cache(
         q_group_size: numbers that share a scale and a zero point. The cached keys have to make whole groups, and with
             hqq a multiple of 8 / nbits groups; any number of tokens does so if kv_heads * head_dim numbers do.
         residual_length: tokens after the prompt that are kept exactly before they are quantised.
-        axis_key, axis_value: as the backend counts them; None for groups of consecutive channels of one token.
 
     Raises:
         CSKVError: the backend is unknown, its package is missing, or its kernel cannot be built.
@@ -72,8 +69,8 @@ def quantized_cache(
             backend=backend,
             config=model.config,
             nbits=nbits,
-            axis_key=known.axis if axis_key is None else axis_key,
-            axis_value=known.axis if axis_value is None else axis_value,
+            axis_key=known.axis,
+            axis_value=known.axis,
             q_group_size=q_group_size,
             residual_length=residual_length,
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from cskv.calibration.statistics import Statistics
+from cskv.compression.initialise import initialise
+from cskv.config import CSKVConfig
 from cskv.errors import CSKVError
-from cskv.methods.method import Method, uncompressed
+from cskv.methods.method import Method, compressed, uncompressed
 from cskv.methods.press import KNOWN, press
 from cskv.methods.quantized import quantized
-from cskv.methods.untrained import TITLES, untrained
 
+TITLES = {"svd": "SVD", "asvd": "ASVD", "pca": "PCA", "weighted-pca": "weighted PCA"}  # untrained, at any density
 QUANTISED = {"quantized": "hqq", "quantized-hqq": "hqq", "quantized-quanto": "quanto"}
 EXAMPLES = "uncompressed, svd@0.2, asvd@0.2, pca@0.2, quantized@4, streaming@0.2, h2o@0.2, SnapKVPress@0.2"
 
@@ -39,7 +41,7 @@ def split(text: str) -> tuple[str, float | None]:
 
 
 def needs_statistics(text: str) -> bool:
-    """Whether the method is made from calibration statistics."""
+    """Tell whether the method is made from calibration statistics."""
     name, _ = split(text)
     return name in TITLES and name != "svd"
 
@@ -54,7 +56,8 @@ def method_of(text: str, model: PreTrainedModel, statistics: Statistics | None, 
         window, group: exact tokens of untrained factors.
 
     Raises:
-        CSKVError: it names no method, or a package or statistics are missing.
+        CSKVError: it names no method, a setting is out of range, a package or statistics are missing, or the statistics
+            are of another model.
     """
     name, budget = split(text)
     if budget is None:
@@ -62,5 +65,6 @@ def method_of(text: str, model: PreTrainedModel, statistics: Statistics | None, 
     if name in QUANTISED:
         return quantized(int(budget), QUANTISED[name])
     if name in TITLES:
-        return untrained(model, name, budget, statistics, window, group)
+        config = CSKVConfig(budget, budget, init=name, window=window, group=group)
+        return compressed(initialise(model, config, statistics), TITLES[name], budget)
     return press(name, budget)

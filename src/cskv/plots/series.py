@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cskv.evaluation.pooling import Pooled, Value
-from cskv.plots.style import COLOURS, plain, plain_log
+from cskv.plots.style import COLOURS, plain, plain_log, side_by_side
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,7 +95,7 @@ def draw_over_bytes(ax: Axes, panel: Sequence[Dot], looks: Mapping[str, Look], b
     """
     steps = pareto_front([(dot.x, dot.y.mean) for dot in panel], better)
     ax.step(*zip(*steps, strict=True), where="post", color="#999999", alpha=0.35, linewidth=6, zorder=1)
-    places = dict(zip(map(id, panel), _side_by_side([dot.x for dot in panel]), strict=True))
+    places = dict(zip(map(id, panel), _apart([dot.x for dot in panel]), strict=True))
     for name in dict.fromkeys(dot.of.method for dot in panel):
         own = sorted((dot for dot in panel if dot.of.method == name), key=lambda dot: dot.x)
         budgeted = [dot for dot in own if dot.of.budget is not None]
@@ -144,7 +144,7 @@ def shown(name: str, most: int = 40) -> str:
 
 
 def _bars(found: Sequence[Dot]) -> list[list[float]] | None:
-    """How far the ranges reach down and up; None where there is none at all."""
+    """Return how far the ranges reach down and up; None where there is none at all."""
     if all(dot.y.low is None or dot.y.high is None for dot in found):
         return None
     down = [0.0 if dot.y.low is None else max(0.0, dot.y.mean - dot.y.low) for dot in found]
@@ -152,12 +152,7 @@ def _bars(found: Sequence[Dot]) -> list[list[float]] | None:
     return [down, up]
 
 
-def _side_by_side(xs: Sequence[float]) -> list[float]:
-    """The same places on a logarithmic axis, those that coincide a little apart, so that none hides another."""
+def _apart(xs: Sequence[float]) -> list[float]:
+    """Set places that coincide on a logarithmic axis a little apart."""
     logs = [math.log(x) for x in xs]
-    step = 0.005 * max(max(logs) - min(logs), 0.2)
-    result = []
-    for index, place in enumerate(logs):
-        alike = [i for i, other in enumerate(logs) if abs(other - place) < step]
-        result.append(math.exp(place + step * (alike.index(index) - (len(alike) - 1) / 2)))
-    return result
+    return [math.exp(place) for place in side_by_side(logs, 0.005 * max(max(logs) - min(logs), 0.2))]

@@ -1,4 +1,4 @@
-"""What all figures share: palette, canvas, saving and scales. matplotlib is imported inside, and draws off screen."""
+"""Palette, canvas, saving and scales of all figures. matplotlib is imported inside, and draws off screen."""
 
 from __future__ import annotations
 
@@ -76,9 +76,8 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def dodged(xs: Sequence[float]) -> list[float]:
-    """The same positions, with those that coincide set side by side, so that no point hides another."""
-    step = 0.02 * max(xs)
+def side_by_side(xs: Sequence[float], step: float) -> list[float]:
+    """Set positions that are closer than `step` side by side, so that no point hides another."""
     result = []
     for index, x in enumerate(xs):
         alike = [i for i, other in enumerate(xs) if abs(other - x) < step]

@@ -1,4 +1,4 @@
-"""What a report is made of: runs of one model, the rows that count, and spectra."""
+"""Sources of a report: runs of one model, the rows that count, and spectra."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def _columns(points: Sequence[Pooled]) -> list[Column]:
 
 
 def _text_note(task: str, size: int) -> str:
-    """Whether a text was read from its beginning or continued, and its size."""
+    """Say whether a text was read from its beginning or continued, and its size."""
     size_text = sizes_text(task, [size])
     return f"{task} of {size_text}" if task == CONTINUATION else size_text
 

@@ -1,39 +1,11 @@
 from __future__ import annotations
 
-import itertools
-import re
-
 import pytest
 import torch
+from demo.settings import VARIANTS, DemoSettings, fast_dtype
 
 from cskv.config import CSKVConfig
-from cskv.data.lines import make_case
-from cskv.demo.precision import fast_dtype
-from cskv.demo.settings import VARIANTS, DemoSettings
-from cskv.demo.text import PIECE_CHARACTERS, mixed_source
 from cskv.errors import ConfigError
-
-
-def test_text_and_records_take_turns_the_same_way_each_time():
-    first = list(itertools.islice(mixed_source(20).read(3), 6))
-    assert first == list(itertools.islice(mixed_source(20).read(3), 6))
-    assert first != list(itertools.islice(mixed_source(20).read(4), 6))
-    assert ["REGISTER_CONTENT" in text for text in first] == [False, True] * 3
-    assert all(len(text) <= PIECE_CHARACTERS for text in first[::2])
-
-
-def test_a_record_is_followed_by_the_answer_to_its_question():
-    record = next(itertools.islice(mixed_source(20).read(0), 1, None))
-    key = re.search(r"in line (\S+)\? I need", record)[1]
-    line = re.search(rf"line {key}: REGISTER_CONTENT is <\d+>\n", record)[0]
-    assert record.endswith(line)
-    assert record.count(line) == 2
-    assert 2 <= record.count("\nline ") <= 20
-
-
-def test_no_record_is_an_evaluation_case():
-    records = set(itertools.islice(mixed_source(2).read(0), 1, 60, 2))
-    assert not any(record.startswith(make_case(2, seed).prompt) for record in records for seed in range(100))
 
 
 def test_variants_keep_what_their_names_say():

@@ -1,9 +1,9 @@
-"""The figures of one variant, and one example generation."""
+"""Measure one variant."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,20 +11,21 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.data.lines import LinesCase, make_case
+from cskv.data.cases import Case
+from cskv.data.lines import make_case
 from cskv.data.sources import open_source
-from cskv.demo.settings import CACHE, DemoSettings, Variant
 from cskv.evaluation.cache_size import cache_after_prefill
-from cskv.evaluation.longeval import evaluate_lines
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.speed import measure_decode
+from cskv.evaluation.tasks import evaluate_cases
+from demo.settings import CACHE, DemoSettings, Variant
 
 ANSWER_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class Material:
-    """What every variant is measured on, made once.
+    """Questions and texts that every variant is measured on, made once.
 
     Attributes:
         cases: LongEval questions.
@@ -32,7 +33,7 @@ class Material:
         texts: (texts, tokens), held-out documents.
     """
 
-    cases: list[LinesCase]
+    cases: list[Case]
     prompt: Int[Tensor, "1 tokens"]
     texts: Int[Tensor, "texts tokens"]
 
@@ -44,7 +45,7 @@ class Material:
 
 def material(tokenizer: PreTrainedTokenizerBase, settings: DemoSettings) -> Material:
     """Cases by seeds 0, 1, ..., and held-out offline documents in a fixed order."""
-    cases = [make_case(settings.num_lines, seed) for seed in range(settings.cases)]
+    cases = [make_case(settings.num_lines, seed).as_case() for seed in range(settings.cases)]
     prompt = torch.tensor([tokenizer(cases[0].prompt, verbose=False)["input_ids"]])
     texts = open_source("offline", "heldout").read(0)
     return Material(cases, prompt, token_sequences(tokenizer, texts, settings.text_tokens, settings.texts))
@@ -58,13 +59,13 @@ def measure(
     on: Material,
     advance: Callable[[float], None],
 ) -> dict[str, Any]:
-    """The variant's row of the table, JSON-ready, with the details below `details`.
+    """Measure the variant's row of the table, JSON-ready, with the details below `details`.
 
     Args:
         model: with the variant's adapter attached, or none for the uncompressed one.
         advance: called with units of progress, `on.work` in all.
     """
-    lines = evaluate_lines(
+    lines = evaluate_cases(
         model, tokenizer, on.cases, batch_size=settings.batch_size, max_new_tokens=ANSWER_TOKENS, on_case=advance
     )
     fed = len(on.cases) / (on.texts.shape[0] * (on.texts.shape[1] - 1))
@@ -86,7 +87,7 @@ def measure(
         "ratio": report.ratio,
         "num_lines": settings.num_lines,
         "cases": lines.n,
-        "accuracy": lines.accuracy,
+        "accuracy": lines.score,
         "low": lines.low,
         "high": lines.high,
         "perplexity": text.ppl,
@@ -94,34 +95,20 @@ def measure(
         "details": {
             "cache": report.to_dict(),
             "lines": lines.to_dict(),
-            "perplexity": text.to_dict(),
+            "perplexity": asdict(text),
             "speed": speed.to_dict(),
         },
     }
 
 
-@dataclass(frozen=True)
-class Example:
-    """One generation from a cache: the prompt's end, what followed, the right answer and the bytes held."""
-
-    prompt_end: str
-    output: str
-    expected: str
-    cache_bytes: int
-    uncompressed_bytes: int
-    tokens: int
-
-
-def example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on: Material) -> Example:
-    """Answer the first case and tell what the cache holds after its prompt."""
-    result = evaluate_lines(model, tokenizer, on.cases[:1], max_new_tokens=ANSWER_TOKENS)
-    report = cache_after_prefill(model, on.prompt)
-    case = on.cases[0]
-    return Example(
-        prompt_end=case.prompt[case.prompt.rindex("Now the record is over") :],
-        output=result.outputs[0].output,
-        expected=str(case.expected),
-        cache_bytes=report.total_bytes,
-        uncompressed_bytes=report.uncompressed_bytes,
-        tokens=report.tokens,
-    )
+def example(row: dict[str, Any], on: Material) -> dict[str, Any]:
+    """Describe the answer to the first question: the prompt's end, what followed, and the bytes that were held."""
+    first, cache = row["details"]["lines"]["outputs"][0], row["details"]["cache"]
+    return {
+        "prompt_end": on.cases[0].question.lstrip(),
+        "output": first["output"],
+        "expected": on.cases[0].answers[0],
+        "cache_bytes": cache["total_bytes"],
+        "uncompressed_bytes": cache["uncompressed_bytes"],
+        "tokens": cache["tokens"],
+    }

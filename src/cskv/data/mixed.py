@@ -1,4 +1,4 @@
-"""The demo's calibration and training text: what the bundled model was trained on, offline text and lines records."""
+"""The training text of the bundled model: offline text in turn with LongEval records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECORD_SEEDS = 1_000_000_000  # far from the seeds of evaluation cases, which co
 
 
 def mixed_source(num_lines: int) -> TextSource:
-    """Pieces of the offline training corpus in turn with LongEval records and their answers.
+    """Mix pieces of the offline training corpus with LongEval records and their answers.
 
     A record is about as long as a piece of text, in characters. Its questions are never those of the evaluation.
 

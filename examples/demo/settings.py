@@ -1,10 +1,12 @@
-"""What the demo compares and how much work it puts into it."""
+"""Settings of the demo: what it compares, and how much work it puts into it."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from cskv.config import CSKVConfig
 from cskv.errors import ConfigError
@@ -64,7 +66,7 @@ EXAMPLE = "80-trained"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much is calibrated, trained and measured. The defaults take some four minutes on two CPU cores.
+    """Amounts of calibration, training and measurement. The defaults take some four minutes on two CPU cores.
 
     Attributes:
         num_lines: lines per LongEval record.
@@ -107,7 +109,7 @@ class DemoSettings:
 
     @property
     def training(self) -> TrainingSettings:
-        """How the factors are trained."""
+        """Return the settings of training."""
         steps = self.train_samples // self.train_batch_size
         return TrainingSettings(
             learning_rate=self.learning_rate,
@@ -120,3 +122,11 @@ class DemoSettings:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return dataclasses.asdict(self)
+
+
+def fast_dtype() -> str:
+    """Return "auto", the checkpoint's own dtype, or "float32" on a CPU that would emulate bf16, many times slower."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return "auto"
+    has_kernels = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "auto" if has_kernels else "float32"

@@ -9,11 +9,9 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from cskv.demo.measure import Example
-
 
 def results_table(rows: Sequence[dict[str, Any]], environment: dict[str, Any], seconds: float) -> Table:
-    """One row per variant; the caption says on what it was measured."""
+    """Make a table with a row per variant; the caption says on what it was measured."""
     first = rows[0]
     prompt_tokens = first["details"]["cache"]["tokens"]
     table = Table(
@@ -42,13 +40,13 @@ def results_table(rows: Sequence[dict[str, Any]], environment: dict[str, Any], s
     return table
 
 
-def example_panel(made: Example) -> Panel:
-    """One generation from the compressed cache, with the bytes that it held."""
-    right = "right" if made.expected in made.output else "wrong"
+def example_panel(made: dict[str, Any]) -> Panel:
+    """Show one answer from the compressed cache, with the bytes that it held."""
+    right = "right" if made["expected"] in made["output"] else "wrong"
     text = (
-        f"[dim]... (a record of {made.tokens} tokens)\n{escape(made.prompt_end.strip())}[/dim]\n"
-        f"[bold]{escape(made.output.strip())}[/bold]\n"
-        f"[dim]expected {made.expected}: {right}; the cache held {made.cache_bytes / 1e6:.2f} MB instead of "
-        f"{made.uncompressed_bytes / 1e6:.2f} MB[/dim]"
+        f"[dim]... (a record of {made['tokens']} tokens)\n{escape(made['prompt_end'].strip())}[/dim]\n"
+        f"[bold]{escape(made['output'].strip())}[/bold]\n"
+        f"[dim]expected {made['expected']}: {right}; the cache held {made['cache_bytes'] / 1e6:.2f} MB instead of "
+        f"{made['uncompressed_bytes'] / 1e6:.2f} MB[/dim]"
     )
     return Panel(text, title="generated from the 80 % compressed cache, adapter reloaded from disk", expand=False)
