@@ -17,6 +17,8 @@ from cskv.adapter.base_model import BaseModelInfo
 from cskv.attachment import auto
 from cskv.attachment.attach import Attachment, attach, detach
 from cskv.attachment.cache_bytes import CacheReport, cache_report
+from cskv.calibration.calibrate import calibrate
+from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, CacheError, ConfigError, CSKVError, DataError, UnsupportedModelError
 from cskv.factorization.factors import Factors, LayerFactors
@@ -42,7 +44,9 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "cache_report",
+    "calibrate",
     "detach",
+    "initialise",
 ]
 
 auto.register()

@@ -12,23 +12,33 @@ from torch import Tensor
 
 
 class Scratch:
-    """Named scratch tensors. A name's tensor is valid until the name is taken again."""
+    """Named scratch tensors, of one thread. A name's tensor is valid until the name is taken again."""
 
     def __init__(self) -> None:
         self._storages: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised contiguous tensor. Memory grows to the largest that was asked for under a name."""
+        """Return an uninitialised contiguous tensor. Memory grows to the largest that was asked for under a name."""
+        if torch.compiler.is_compiling():  # the compiler plans memory itself
+            return torch.empty(shape, dtype=dtype, device=device)
         key, size = (name, dtype, device), math.prod(shape)
         storage = self._storages.get(key)
-        if storage is None or storage.numel() < size:
-            storage = self._storages[key] = torch.empty(size, dtype=dtype, device=device)
+        if storage is None or storage.shape[0] < size:
+            storage = self._storages[key] = allocate((size,), dtype, device)
         return storage[:size].view(shape)
 
     def nbytes(self) -> int:
-        """Bytes really allocated."""
+        """Count the bytes really allocated."""
         return sum(storage.untyped_storage().nbytes() for storage in self._storages.values())
 
     def clear(self) -> None:
         """Give all memory back."""
         self._storages.clear()
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor that may be written in any mode, also where it is made in inference mode."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -180,7 +180,7 @@ def test_bf16_models_attach_and_generate() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_room_for_a_cache_is_made_once(bits: int) -> None:
+def test_the_capacity_of_a_cache_is_preallocated_once(bits: int) -> None:
     model = tiny_model("llama")
     adapter = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=4, k_bits=bits, v_bits=bits))
     settings = {"max_new_tokens": 60, "min_new_tokens": 60, "pad_token_id": 0, "return_dict_in_generate": True}
@@ -195,7 +195,7 @@ def test_room_for_a_cache_is_made_once(bits: int) -> None:
     assert layer.table._buffers[0]._storage.shape[1] == 120
 
 
-def test_what_is_asked_of_attention_and_room_is_checked() -> None:
+def test_what_is_asked_of_attention_and_capacity_is_checked() -> None:
     model = tiny_model("llama")
     adapter = truncated_adapter(model, CSKVConfig())
     with pytest.raises(

@@ -32,8 +32,8 @@ SETTINGS = {
 class ReadBackLatents(PlainStore):
     """What is packed, kept as the floats that it is read as."""
 
-    def __init__(self, grid: Grid | None, room: int = 0) -> None:
-        super().__init__(room)
+    def __init__(self, grid: Grid | None, capacity: int = 0) -> None:
+        super().__init__(capacity)
         self._grid = grid
 
     def append(self, latents: Tensor) -> None:

@@ -87,8 +87,8 @@ def test_batch_changes_reach_old_and_new_rows() -> None:
     assert torch.equal(buffer.tokens[:, 2], torch.zeros(3, 3))
 
 
-def test_a_buffer_with_room_moves_only_beyond_it() -> None:
-    buffer = TokenBuffer(room=100)
+def test_a_buffer_with_capacity_moves_only_beyond_it() -> None:
+    buffer = TokenBuffer(capacity=100)
     buffer.append(rows(0, 30))
     address = buffer.tokens.data_ptr()
     assert buffer.nbytes() == 2 * 100 * 3 * 4

@@ -1,32 +1,32 @@
 """Put a compressor on a loaded model, and take it off again.
 
-Attaching adds one forward pre-hook to every compressed attention module and names our attention function in the config,
-where the model has one that we can stand in for; no weight or method of the model changes, and detaching leaves it as
-it was. The hook computes the latents of the layer input and makes sure that the layer of the cache about to be updated
-is ours.
+Attaching adds a forward pre-hook to every compressed attention module and one to the model, and names our attention
+function in the config, where the model has one that we can stand in for; no weight or method of the model changes, and
+detaching leaves it as it was. The attachment is found by the hooks alone, so it lives and is copied with its model.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
+from typing import Any
 
 from torch import nn
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.adapter.base_model import BaseModelInfo
-from cskv.attachment.attending import PREFIX, attend
-from cskv.attachment.hook import SharedState, SiteHook
+from cskv.attachment.compressor import LayerCompressor, Setup
+from cskv.attachment.hook import GuessHook, SiteHook
+from cskv.attachment.step import PREFIX, ThreadState, attend
 from cskv.attention.dispatch import AUTO, check_backend
 from cskv.errors import ConfigError, CSKVError
+from cskv.fingerprint import fingerprint
 from cskv.models.attention_interface import Switch
 from cskv.models.logits import UNDERSTOOD
-from cskv.models.probe import SiteRecipe, probe
-from cskv.models.sites import AttentionSite, find_sites
+from cskv.models.probe import SiteRecipe
+from cskv.models.sites import AttentionSite
+from cskv.models.survey import Survey, survey
+from cskv.scratch import Scratch
 
 REBUILD = "rebuild"  # no attention on latents
-
-_attachments: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
 
 
 class Attachment:
@@ -35,39 +35,50 @@ class Attachment:
     Attributes:
         model: the base model, unchanged but for the attention function that its config names.
         adapter: the compressor.
-        scratch: scratch tensors of the attention on latents. They belong to no cache, and stay as large as the
-            largest tile of tokens was: some megabytes.
     """
 
-    def __init__(
-        self, model: nn.Module, adapter: CSKVAdapter, sites: list[AttentionSite], attention: str, room: int = 0
-    ) -> None:
-        recipes = probe(model, sites)
-        self.model = model
+    def __init__(self, found: Survey, adapter: CSKVAdapter, attention: str, capacity: int = 0) -> None:
+        self.model = found.model
         self.adapter = adapter
-        commuting = adapter.config.key_factors == "commuting"
-        owners = _table_owners([] if commuting else sites, recipes)
-        shared = SharedState(owners, None if attention == REBUILD else attention, room)
-        self.scratch = shared.scratch
-        self._handles = []
-        for site in sites:
-            hook = SiteHook(adapter, site, recipes[site.layer_idx], shared)
-            self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._state = ThreadState()
+        self._handles: list[Any] = []
         self._switch: Switch | None = None
-        if attention != REBUILD:
+        backend = None if attention == REBUILD else attention
+        sites, recipes = found.sites, found.recipes
+        owners = _table_owners([] if adapter.config.key_factors == "commuting" else sites, recipes)
+        setup = Setup(adapter, fingerprint(adapter.state_dict().items()), owners, backend, capacity)
+        if backend is not None:
             _say_what_is_rebuilt({site.name: recipes[site.layer_idx].attention.why_rebuild for site in sites})
-            self._switch = Switch((site.module for site in sites), PREFIX, attend, only=UNDERSTOOD)
+        try:
+            for site in sites:
+                compressor = LayerCompressor(site, recipes[site.layer_idx], setup)
+                hook = SiteHook(site.module, compressor, self._state, self)
+                self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
+            guess = GuessHook(self._state)
+            self._handles.append(self.model.register_forward_pre_hook(guess.before, with_kwargs=True))
+            self._handles.append(self.model.register_forward_hook(guess.after, always_call=True))
+            if backend is not None:
+                self._switch = Switch((site.module for site in sites), PREFIX, attend, only=UNDERSTOOD)
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def scratch(self) -> Scratch:
+        """Scratch tensors of the attention on latents, of the calling thread.
+
+        They belong to no cache, and stay as large as the largest tile of tokens was: some megabytes.
+        """
+        return self._state.scratch
 
     def detach(self) -> None:
         """Take the compressor off. Doing it twice does nothing more."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.scratch.clear()
+        self._state.clear()
         if self._switch is not None:
             self._switch.back()
-        if _attachments.get(self.model) is self:
-            del _attachments[self.model]
 
     def __enter__(self) -> Attachment:
         return self
@@ -88,8 +99,8 @@ def attach(
             `cskv.attention.dispatch`); "rebuild" makes their keys and values in full at every step, for the model's own
             attention function. Layers whose attention is not sdpa or eager, or is not understood, do that too.
             Attention on latents has no weights to return (`output_attentions`); "rebuild" has.
-        max_cache_len: tokens that every new cache has room for from its first sealing on, so that none is ever copied
-            to grow; a longer one grows as usual. None grows by a sixteenth whenever a cache is full.
+        max_cache_len: tokens to preallocate in every new cache at its first sealing, so that none is ever copied to
+            grow; a longer one grows as usual. None grows by a sixteenth whenever a cache is full.
 
     Returns:
         the attachment; `.detach()`, `cskv.detach(model)` or leaving its `with` block takes the compressor off.
@@ -104,13 +115,11 @@ def attach(
         check_backend(attention, REBUILD)
     if max_cache_len is not None and max_cache_len < 1:
         raise ConfigError(f"max_cache_len is {max_cache_len}; expected at least 1 token, or None")
-    if model in _attachments:
+    if attachment_of(model) is not None:
         raise CSKVError("this model has a compressor attached already; call cskv.detach(model) first")
-    sites = find_sites(model)
-    adapter.check_fits(BaseModelInfo.from_model(model), sites)
-    attachment = Attachment(model, adapter, sites, attention, max_cache_len or 0)
-    _attachments[model] = attachment
-    return attachment
+    found = survey(model)
+    adapter.check_fits(found.base, found.sites)
+    return Attachment(found, adapter, attention, max_cache_len or 0)
 
 
 def detach(model: nn.Module) -> None:
@@ -119,19 +128,20 @@ def detach(model: nn.Module) -> None:
     Raises:
         CSKVError: none is attached.
     """
-    attachment = _attachments.get(model)
+    attachment = attachment_of(model)
     if attachment is None:
         raise CSKVError("this model has no compressor attached")
     attachment.detach()
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The compressor on a model, or None."""
-    return _attachments.get(model)
+    """Return the compressor on a model, or on a part of it, or None."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return next((hook.attachment for hook in hooks if isinstance(hook, SiteHook)), None)
 
 
 def _table_owners(sites: list[AttentionSite], recipes: dict[int, SiteRecipe]) -> dict[int, int | None]:
-    """Which layer keeps the positions: the first one whose cos and sin are made in the same way."""
+    """Find which layer keeps the positions for each: the first whose cos and sin are made in the same way."""
     owners: dict[int, int | None] = {}
     first: dict[object, int] = {}
     for site in sites:

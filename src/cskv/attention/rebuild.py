@@ -26,7 +26,7 @@ def rebuilt(
     keys, values = view.keys.to(dtype), view.values.to(dtype)
     if view.k is None or view.v is None:
         return keys, values
-    with torch.autocast(keys.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
         k = factors.k.to(dtype=dtype).expand(view.k.read().to(dtype))
         v = factors.v.to(dtype=dtype).expand(view.v.read().to(dtype))
         old_keys = split_heads(k, keys.shape[-1]) if rotation is None else rotation.keys(k, 0)

@@ -1,4 +1,4 @@
-"""Stores of the latents of sealed tokens: as they are, or packed on a grid. Both are appended to, cropped and viewed.
+"""Stores of the latents of sealed tokens: plain, or packed on a grid. Both are appended to, cropped and viewed.
 
 Packed blocks are written once and never touched again. A crop may cut the last block short: its codes, minimum and
 scale stay, and the tokens that follow begin a block of their own, which ends where the cut one would have.
@@ -30,7 +30,7 @@ class LatentBytes:
         payload: latents, or their codes.
         scales, minima: of the blocks of packed latents. Where a crop cut a block short, the scales count the index that
             says which block each token is in.
-        slack: room for what is yet to come.
+        slack: spare capacity.
     """
 
     payload: int = 0
@@ -62,7 +62,7 @@ class LatentStore(Protocol):
         """Append tokens."""
 
     def view(self, length: int) -> Latents:
-        """The first `length` tokens. There is at least one."""
+        """View the first `length` tokens, at least one."""
 
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on."""
@@ -74,18 +74,18 @@ class LatentStore(Protocol):
         """Apply `change` (reorder, repeat, select along dimension 0, or move) to every tensor held."""
 
     def nbytes(self) -> LatentBytes:
-        """Bytes really allocated."""
+        """Count the bytes really allocated."""
 
 
 class PlainStore:
     """Latents in the dtype in which they come.
 
     Args:
-        room: tokens that there is room for from the start.
+        capacity: tokens to preallocate.
     """
 
-    def __init__(self, room: int = 0) -> None:
-        self._tokens = TokenBuffer(room, GPU_ROW_BYTES)
+    def __init__(self, capacity: int = 0) -> None:
+        self._tokens = TokenBuffer(capacity, GPU_ROW_BYTES)
 
     @property
     def length(self) -> int:
@@ -120,14 +120,14 @@ class PackedStore:
 
     Args:
         grid: widths and blocks.
-        room: tokens that there is room for from the start.
+        capacity: tokens to preallocate.
     """
 
-    def __init__(self, grid: Grid, room: int = 0) -> None:
+    def __init__(self, grid: Grid, capacity: int = 0) -> None:
         self.grid = grid
-        blocks = -(-room // grid.block_tokens)
-        self._payload, self._scales, self._minima = TokenBuffer(room), TokenBuffer(blocks), TokenBuffer(blocks)
-        self._starts: list[int] = []  # the first token of every row of blocks
+        blocks = -(-capacity // grid.block_tokens)
+        self._payload, self._scales, self._minima = TokenBuffer(capacity), TokenBuffer(blocks), TokenBuffer(blocks)
+        self._cuts: list[int] = []  # tokens that begin a block in the middle of one that a crop has cut short
         self._rows: Tensor | None = None
         self._dtype = torch.float32
 
@@ -142,41 +142,42 @@ class PackedStore:
     def append(self, latents: Float[Tensor, "batch new rank"]) -> None:
         self._dtype, self._rows = latents.dtype, None
         to_boundary = -self.length % self.grid.block_tokens  # not 0 only after a crop
+        if to_boundary and latents.shape[1]:
+            self._cuts.append(self.length)
         for part in (latents[:, :to_boundary], latents[:, to_boundary:]):
             if part.shape[1]:
-                first = self.length
                 quantised = quantise(part, self.grid)
                 self._payload.append(quantised.payload)
                 self._scales.append(quantised.scales)
                 self._minima.append(quantised.minima)
-                self._starts += range(first, self.length, self.grid.block_tokens)
 
     def view(self, length: int) -> PackedLatents:
         payload, scales, minima = (buffer.tokens for buffer in (self._payload, self._scales, self._minima))
         return PackedLatents(payload[:, :length], scales, minima, self.grid, self._dtype, self._token_block(length))
 
     def _token_block(self, length: int) -> Tensor | None:
-        """The row of blocks of every token, where a block was cut short. Made anew only after an append or a crop."""
-        if len(self._starts) == -(-self.length // self.grid.block_tokens):
+        """Return the row of blocks of every token, where a block was cut short. Made anew after an append or a crop."""
+        if not self._cuts:
             return None
         if self._rows is None:
-            device = self._payload.tokens.device
-            starts = torch.tensor(self._starts, device=device)
-            self._rows = torch.bucketize(torch.arange(self.length, device=device), starts, right=True) - 1
+            tokens = torch.arange(self.length, device=self._payload.tokens.device)
+            cuts = torch.tensor(self._cuts, device=tokens.device)
+            self._rows = tokens // self.grid.block_tokens + torch.bucketize(tokens, cuts, right=True)
         return self._rows[:length]
 
     def crop(self, length: int) -> None:
         self._payload.crop(length)
         self._rows = None
-        while self._starts and self._starts[-1] >= length:
-            self._starts.pop()
-        self._scales.crop(len(self._starts))
-        self._minima.crop(len(self._starts))
+        while self._cuts and self._cuts[-1] >= length:
+            self._cuts.pop()
+        blocks = -(-self.length // self.grid.block_tokens) + len(self._cuts)
+        self._scales.crop(blocks)
+        self._minima.crop(blocks)
 
     def clear(self) -> None:
         for buffer in (self._payload, self._scales, self._minima):
             buffer.clear()
-        self._starts, self._rows = [], None
+        self._cuts, self._rows = [], None
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         for buffer in (self._payload, self._scales, self._minima):
@@ -191,6 +192,6 @@ class PackedStore:
         return LatentBytes(payload, scales + rows, minima, sum(slacks))
 
 
-def latent_store(grid: Grid | None, room: int = 0) -> LatentStore:
-    """An empty store: packed on the grid, or plain without one."""
-    return PlainStore(room) if grid is None else PackedStore(grid, room)
+def latent_store(grid: Grid | None, capacity: int = 0) -> LatentStore:
+    """Return an empty store: packed on the grid, or plain without one."""
+    return PlainStore(capacity) if grid is None else PackedStore(grid, capacity)

@@ -22,12 +22,17 @@ class PositionTable:
     or moves it, so that each change happens once.
 
     Args:
-        room: tokens that there is room for from the start.
+        capacity: tokens to preallocate.
+
+    Attributes:
+        epoch: counts the changes to tokens that were read already: what was made of them is no longer right.
     """
 
-    def __init__(self, room: int = 0) -> None:
-        self._room = room
+    def __init__(self, capacity: int = 0) -> None:
+        self._capacity = capacity
         self._buffers: list[TokenBuffer] = []
+        self._read = 0
+        self.epoch = 0
 
     @property
     def length(self) -> int:
@@ -37,44 +42,53 @@ class PositionTable:
     def append(self, rows: tuple[Tensor, ...]) -> None:
         """Append one tensor (positions: (batch or 1, new)) or two (cos, sin: (batch or 1, new, rotary_dim))."""
         if not self._buffers:
-            self._buffers = [TokenBuffer(self._room) for _ in rows]
+            self._buffers = [TokenBuffer(self._capacity) for _ in rows]
         for buffer, row in zip(self._buffers, rows, strict=True):
             row = row.to(torch.int32)[..., None] if not row.is_floating_point() else row
             if buffer.length and buffer.tokens.shape[0] != row.shape[0]:
-                row = _match_batch(buffer, row)
+                row = self._match_batch(buffer, row)
             buffer.append(row)
 
-    def read(self, length: int) -> tuple[Tensor, ...]:
-        """The first `length` tokens, in the form in which they were appended (positions as int64)."""
-        rows = (buffer.tokens[:, :length] for buffer in self._buffers)
+    def read(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Return the tokens of a range, in the form in which they were appended (positions as int64)."""
+        if not torch.compiler.is_compiling():
+            self._read = max(self._read, stop)
+        rows = (buffer.tokens[:, start:stop] for buffer in self._buffers)
         return tuple(row if row.is_floating_point() else row[..., 0].long() for row in rows)
 
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on."""
         for buffer in self._buffers:
             buffer.crop(length)
+        if length < self._read:
+            self._changed()
 
     def clear(self) -> None:
         """Forget everything."""
         self._buffers = []
+        self._changed()
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` along the batch, unless all rows share one entry."""
         for buffer in self._buffers:
             if buffer.length and buffer.tokens.shape[0] > 1:
                 buffer.map_batch(change)
+                self._changed()
 
     def nbytes(self) -> int:
-        """Bytes really allocated."""
+        """Count the bytes really allocated."""
         return sum(buffer.nbytes() for buffer in self._buffers)
 
+    def _match_batch(self, buffer: TokenBuffer, row: Tensor) -> Tensor:
+        """Bring held and new rows to one batch size where one of them is shared by all (batch 1)."""
+        held = buffer.tokens.shape[0]
+        if row.shape[0] == 1:
+            return row.expand(held, *row.shape[1:])
+        if held != 1:
+            raise RuntimeError(f"positions of batch {row.shape[0]} cannot follow those of batch {held}")
+        buffer.map_batch(lambda storage: storage.repeat(row.shape[0], 1, 1))
+        self._changed()
+        return row
 
-def _match_batch(buffer: TokenBuffer, row: Tensor) -> Tensor:
-    """Bring held and new rows to one batch size where one of them is shared by all (batch 1)."""
-    held = buffer.tokens.shape[0]
-    if row.shape[0] == 1:
-        return row.expand(held, *row.shape[1:])
-    if held != 1:
-        raise RuntimeError(f"positions of batch {row.shape[0]} cannot follow those of batch {held}")
-    buffer.map_batch(lambda storage: storage.repeat(row.shape[0], 1, 1))
-    return row
+    def _changed(self) -> None:
+        self._read, self.epoch = 0, self.epoch + 1

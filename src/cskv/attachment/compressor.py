@@ -1,0 +1,148 @@
+"""The compressor of one attention layer: its factors where the layer computes, and what is known of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.attachment.layer import CSKVLayer
+from cskv.attention.inputs import RMSNorm
+from cskv.cache.positions import PositionTable
+from cskv.factorization.factors import Factors, LayerFactors
+from cskv.models.probe import SiteRecipe
+from cskv.models.recipe import NormStyle, RopeStyle
+from cskv.models.sites import AttentionSite
+
+GPU_ALIGNMENT = 16  # bytes: kernels load rows of factors so many at a time
+
+
+class _Placed(NamedTuple):
+    """Factors on one device and in one dtype.
+
+    Attributes:
+        factors: of keys and values.
+        down, down_bias: the down-projections that read the layer's input, one below the other, and their biases. Those
+            of `factors` are views of these.
+        norm: of rebuilt keys, as a kernel can do it, or None.
+    """
+
+    factors: LayerFactors
+    down: Tensor
+    down_bias: Tensor | None
+    norm: RMSNorm | None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an attachment decides for all its layers.
+
+    Attributes:
+        adapter: the compressor of the model.
+        fingerprint: of the adapter's factors: a cache that was filled by others cannot be continued.
+        owners: layer index -> the layer that keeps the positions for it, or None where keys are not rotated.
+        backend: what attends to latents; None where old tokens are rebuilt.
+        capacity: tokens to preallocate in new caches.
+    """
+
+    adapter: CSKVAdapter
+    fingerprint: str
+    owners: dict[int, int | None]
+    backend: str | None
+    capacity: int = 0
+
+
+class LayerCompressor:
+    """What a step of one layer needs and no forward changes.
+
+    Attributes:
+        layer_idx: its index in the cache.
+        q_heads: its query heads.
+        recipe: how its keys and values follow from its projections.
+        setup: what holds for all layers.
+        commuting: whether keys become latents after their rotation, and so need none when they are read.
+        is_linear: whether rebuilt keys need neither norm nor rotation.
+        value_heads: from rebuilt channels to values, where the family normalises these; else None.
+    """
+
+    def __init__(self, site: AttentionSite, recipe: SiteRecipe, setup: Setup) -> None:
+        self.layer_idx, self.q_heads = site.layer_idx, site.q.kv_dim // site.head_dim
+        self.recipe = recipe
+        self.setup = setup
+        self.commuting = setup.adapter.config.key_factors == "commuting"
+        plain = recipe.keys.norm_style is NormStyle.NONE and recipe.keys.rope_style is RopeStyle.NONE
+        self.is_linear = self.commuting or plain
+        self.value_heads: Callable[[Tensor], Tensor] | None = None
+        if recipe.values.norm_style is not NormStyle.NONE:
+            self.value_heads = lambda channels: recipe.values.heads(channels, None, None)
+        self._factors = setup.adapter.factors(site.layer_idx)
+        self._placed: _Placed | None = None
+
+    def placed(self, like: Tensor) -> _Placed:
+        """Return the factors where and as the layer computes. Copied once: that is known in the first forward only."""
+        placed = self._placed
+        if placed is None or placed.down.device != like.device or placed.down.dtype != like.dtype:
+            with torch.inference_mode(False), torch.no_grad():
+                placed = self._placed = self._place(like)
+        return placed
+
+    def latents(self, placed: _Placed, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latents of keys and values, (batch, new, rank) each, in the factors' dtype.
+
+        Args:
+            placed: the factors.
+            x: the layer input, (batch, new, hidden).
+            keys: (batch, kv_heads, new, head_dim), after norm and RoPE; commuting factors read these.
+        """
+        with torch.no_grad():
+            of_input = linear(x.to(placed.down.dtype), placed.down, placed.down_bias)
+            if self.commuting:
+                channels = keys.to(placed.down.dtype).transpose(1, 2).flatten(2)
+                return placed.factors.k.latents(channels), of_input
+        rank = placed.factors.k.down.shape[0]
+        return of_input[..., :rank], of_input[..., rank:]
+
+    def new_layer(self, owner: CSKVLayer | None) -> CSKVLayer:
+        """Make this layer's part of a new cache.
+
+        Args:
+            owner: the part of the layer that keeps the positions, where that is another one.
+        """
+        config, capacity, owner_idx = self.setup.adapter.config, self.setup.capacity, self.owner_idx
+        owns = owner_idx == self.layer_idx
+        table = PositionTable(capacity) if owns else None if owner is None else owner.table
+        grids = self.setup.adapter.grids(self.layer_idx)
+        return CSKVLayer(config.window, config.group, grids, table, owns, self.setup.fingerprint, capacity)
+
+    @property
+    def owner_idx(self) -> int | None:
+        """The layer that keeps the positions, by its index in the cache; None where keys are not rotated."""
+        return self.setup.owners.get(self.layer_idx)
+
+    def _place(self, like: Tensor) -> _Placed:
+        factors = self._factors.to(like.device, like.dtype)
+        read_input = [factors.v] if self.commuting else [factors.k, factors.v]
+        down, bias = torch.cat([part.down for part in read_input]), None
+        if any(part.down_bias is not None for part in read_input):
+            bias = torch.cat([_or_zeros(part.down_bias, part) for part in read_input])
+        views, start = [], 0
+        for part in read_input:
+            rows = slice(start, start + part.rank)
+            views.append(Factors(down[rows], part.up, part.bias, None if bias is None else bias[rows]))
+            start += part.rank
+        keys, values = [factors.k, *views] if self.commuting else views
+        if like.is_cuda:
+            keys = keys.aligned(GPU_ALIGNMENT)
+        norm = self.recipe.key_norm
+        if norm is not None:
+            norm = RMSNorm(norm.weight.to(like.device, like.dtype), norm.eps)
+        return _Placed(LayerFactors(keys, values), down, bias, norm)
+
+
+def _or_zeros(bias: Tensor | None, factors: Factors) -> Tensor:
+    return factors.down.new_zeros(factors.rank) if bias is None else bias

@@ -1,0 +1,196 @@
+"""One forward of one compressed layer: its new tokens are appended, then its queries attend.
+
+    hook        makes a Step of the layer's compressor, its part of the cache and the call, and hands it to both below
+    update      the model caches keys and values: `append` makes their latents and stores both
+    attention   the model's attention function, ours in its place: `attend` reads latents where they lie
+
+Where our function does not stand in, or the piece of text is long, `append` gives the model's own function rebuilt keys
+and values instead.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cskv.attachment.compressor import LayerCompressor
+from cskv.attachment.layer import CSKVLayer
+from cskv.attention.dispatch import attention
+from cskv.attention.inputs import AttentionInputs, Logits, Rotation
+from cskv.attention.rebuild import attends_to_latents, rebuilt
+from cskv.cache.buffer import TokenBuffer
+from cskv.cache.positions import PositionTable
+from cskv.errors import CacheError
+from cskv.latents.view import View
+from cskv.models.attention_interface import Original, name_of
+from cskv.models.calls import AttentionCall
+from cskv.models.cos_sin import CosSin
+from cskv.models.logits import UNDERSTOOD, logits_of
+from cskv.scratch import Scratch
+
+PREFIX = "cskv"
+KWARG = "cskv_step"  # not "cache": that is taken by paged batching
+NO_LOGITS = Logits(1.0)  # where keys and values are only rebuilt
+SWITCHED = frozenset(name_of(PREFIX, known) for known in UNDERSTOOD)  # the names of our function in a model's config
+
+
+class ThreadState(threading.local):
+    """What the forwards of a thread leave for one another. Nothing of it belongs to a cache, or is needed by one.
+
+    Attributes:
+        scratch: tensors of the attention on latents, used by one layer after the other.
+        cos_sin: of the sealed tokens of the cache that was read last.
+        guessed: how many tokens of the forward under way, the last ones, may be rejected.
+    """
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+        self.cos_sin = SealedCosSin()
+        self.guessed = 0
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> ThreadState:
+        return ThreadState()
+
+    def clear(self) -> None:
+        """Give all memory of the calling thread back."""
+        self.scratch.clear()
+        self.cos_sin.clear()
+
+
+class SealedCosSin:
+    """Cos and sin of the sealed tokens of one cache, kept from step to step: a step adds those of newly sealed tokens.
+
+    A cache keeps position numbers only; what is kept here is made anew when another cache is read.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[object, tuple[weakref.ref[PositionTable], int, tuple[TokenBuffer, TokenBuffer]]] = {}
+
+    def read(
+        self, owner: int | None, table: PositionTable, rope: CosSin, sealed: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, (batch or 1, sealed, rotary_dim), on the device and in the dtype of `like`.
+
+        Args:
+            owner: the layer that keeps the positions.
+            table: the positions.
+            rope: how they become cos and sin.
+            sealed: tokens from the first on.
+            like: any tensor of the layer.
+        """
+        if torch.compiler.is_compiling():  # it cannot trace what is kept between forwards
+            traced = rope.cos_sin(table.read(0, sealed), like)
+            return traced[0].to(like), traced[1].to(like)
+        key = (owner, like.device, like.dtype)
+        held = self._held.get(key)
+        if held is None or held[0]() is not table or held[1] != table.epoch:
+            held = self._held[key] = (weakref.ref(table), table.epoch, (TokenBuffer(), TokenBuffer()))
+        cos, sin = held[2]
+        if cos.length < sealed:
+            new = rope.cos_sin(table.read(cos.length, sealed), like)
+            cos.append(new[0].to(like))
+            sin.append(new[1].to(like))
+        return cos.tokens[:, :sealed], sin.tokens[:, :sealed]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._held.clear()
+
+
+class Step:
+    """One forward of one layer.
+
+    Args:
+        compressor: of the layer.
+        layer: its part of the cache.
+        call: what its attention module was called with.
+        state: of the thread.
+        is_switched: whether the module will call our attention function.
+
+    Attributes:
+        view: what the queries read, once the new tokens are appended.
+        attends: whether they do so by `attend`; else `append` has returned all keys and values.
+    """
+
+    def __init__(
+        self, compressor: LayerCompressor, layer: CSKVLayer, call: AttentionCall, state: ThreadState, is_switched: bool
+    ) -> None:
+        self.compressor, self.state = compressor, state
+        self.attends = is_switched
+        self.view: View | None = None
+        self._layer, self._x = layer, call.x
+        self._positions: tuple[Tensor, ...] | None = None
+        rope = compressor.recipe.rope
+        if layer.owns_table and rope is not None:
+            self._positions = rope.rows(call.cos, call.sin, call.position_ids)  # type: ignore[arg-type]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new tokens and return the keys and values that the model's attention function is to get.
+
+        Those are the exact ones alone where our function reads the latents itself, else all.
+
+        Args:
+            keys, values: (batch, kv_heads, new, head_dim), after norm and RoPE.
+
+        Raises:
+            CacheError: other tokens came than the layer saw, or gradients would have to flow through latents.
+        """
+        layer, store, new = self._layer, self._layer.store, keys.shape[2]
+        if self._x.shape[1] != new:
+            raise CacheError(f"the layer saw {self._x.shape[1]} tokens, and {new} came to be cached; start a new cache")
+        if store.cuts_gradients and keys.requires_grad and torch.is_grad_enabled():
+            raise CacheError(
+                "gradients cannot flow back through the compressed tokens of this cache; fill it under "
+                "torch.no_grad(), or detach the compressor to train"
+            )
+        if self._positions is not None:
+            layer.table.append(self._positions)
+        self._placed = placed = self.compressor.placed(values)
+        latents = self.compressor.latents(placed, self._x, keys)
+        self.view = view = store.append(*latents, keys, values, guessed=self.state.guessed)
+        if view.k is None:
+            self.attends = False
+            return view.keys, view.values
+        self.attends = self.attends and attends_to_latents(new, self.compressor.q_heads, keys.shape[1])
+        return (view.keys, view.values) if self.attends else self.rebuilt()
+
+    def rebuilt(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all tokens, (batch, kv_heads, length, head_dim)."""
+        view: View = self.view  # type: ignore[assignment]
+        keys, values = rebuilt(self._inputs(NO_LOGITS, view))
+        return keys.to(view.keys.dtype), values.to(view.values.dtype)
+
+    def attend(self, query: Tensor, logits: Logits) -> Tensor:
+        """Return the heads' outputs, (batch, q_heads, new, head_dim), in the query's dtype."""
+        inputs = self._inputs(logits, self.view)
+        return attention(query, inputs, backend=self.compressor.setup.backend, scratch=self.state.scratch)
+
+    def _inputs(self, logits: Logits, view: View) -> AttentionInputs:
+        compressor, placed = self.compressor, self._placed
+        rotation = None
+        if not compressor.is_linear:
+            recipe, table, cos, sin = compressor.recipe, self._layer.table, None, None
+            if recipe.rope is not None and table is not None:
+                cos, sin = self.state.cos_sin.read(compressor.owner_idx, table, recipe.rope, view.sealed, view.values)
+            rotation = Rotation(cos, sin, recipe.keys.heads, recipe.plain_rope, placed.norm)
+        return AttentionInputs(view, placed.factors, rotation, logits, compressor.value_heads)
+
+
+def attend(
+    original: Original, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Stand in for a transformers attention function: return (batch, new, q_heads, head_dim) and no weights."""
+    step: Step | None = kwargs.pop(KWARG, None)
+    if step is None or not step.attends:
+        return original(module, query, key, value, mask, **kwargs)
+    if mask is not None:
+        mask = mask[..., : step.view.length]
+    if query.requires_grad and torch.is_grad_enabled():
+        return original(module, query, *step.rebuilt(), mask, **kwargs)
+    with torch.no_grad():
+        output = step.attend(query, logits_of(query, mask, kwargs, step.compressor.recipe.attention.ignored))
+    return output.transpose(1, 2).contiguous(), None
