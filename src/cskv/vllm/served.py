@@ -64,7 +64,7 @@ class Served:
         """The pages of one layer's latents on one tensor-parallel rank."""
         ranks = [shard.rank_of(self.settings.ranks[layer][kind], self.config.head_groups) for kind in ("k", "v")]
         grids = [
-            Grid.of(self.config, kind, rank, self.settings.widths.get((layer, kind)))
+            Grid.from_config(self.config, kind, rank, self.settings.widths.get((layer, kind)))
             for kind, rank in zip(("k", "v"), ranks, strict=True)
         ]
         return PageLayout(ranks[0], ranks[1], dtype, grids[0], grids[1])

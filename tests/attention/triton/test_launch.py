@@ -279,7 +279,7 @@ def test_says_what_it_refuses(reason: str) -> None:
 
 
 def test_a_missing_triton_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_installed", lambda: False)
+    monkeypatch.setattr(launch, "installed", lambda: False)
     made = make(Case())
     dispatch._say_once.cache_clear()
     with pytest.warns(UserWarning, match="by torch, not triton: triton is not installed"):
