@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cskv.cache.latents import LatentBytes, latent_store
+from cskv.config import sealed_tokens
 from cskv.latents.view import View
 from cskv.quantization.grid import Grid
 
@@ -97,7 +98,7 @@ class BiBranchStore:
         """Seal what is due, append new tokens, and return what their queries read."""
         before = self.length
         self.ranks = k_latents.shape[2], v_latents.shape[2]
-        self._seal(self._due(before))
+        self._seal(sealed_tokens(before, self.window, self.group))
         new, held = _Recent(keys, values, k_latents, v_latents), self._recent
         self._recent = new if held is None else held.followed_by(new)
         view = self._view(self._recent)
@@ -144,15 +145,11 @@ class BiBranchStore:
             return View(recent.keys, recent.values)
         return View(recent.keys, recent.values, self._k.view(self.sealed), self._v.view(self.sealed))
 
-    def _due(self, length: int) -> int:
-        """The tokens that are sealed when `length` are held."""
-        return max(0, length - self.window) // self.group * self.group
-
     def _rollback_point(self, before: int) -> int:
         """The tokens that may be sealed now: no crop to more than `before` tokens can ask for them exactly."""
         appended = self.length - before
         undoable = before > 0 and appended <= self.group
-        return self._due(before + 1 if undoable else self.length)
+        return sealed_tokens(before + 1 if undoable else self.length, self.window, self.group)
 
     def _seal(self, until: int) -> bool:
         """Seal the tokens before `until`; whether there were any."""

@@ -107,7 +107,7 @@ class Grid:
 
 def bytes_per_token(rank: int, grid: Grid | None, dtype: torch.dtype) -> float:
     """Return the bytes of one token's latents: codes, minima and scales of full blocks, or numbers of `dtype`."""
-    return rank * (dtype.itemsize if grid is None else grid.bits_per_latent / 8)
+    return rank * (8 * dtype.itemsize if grid is None else grid.bits_per_latent) / 8
 
 
 class Quantised(NamedTuple):

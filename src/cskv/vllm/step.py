@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cskv.config import sealed_tokens
+
 Numbers = npt.NDArray[np.int64]
 
 
@@ -104,11 +106,6 @@ class Step:
     kept: Kept
 
 
-def due(length: Numbers, window: int, group: int) -> Numbers:
-    """The tokens that are sealed when a forward appends to `length`: those before the window, in whole groups."""
-    return np.maximum(length - window, 0) // group * group
-
-
 def plan_step(starts: Numbers, lengths: Numbers, table: Tensor, slots: Tensor, window: int, group: int) -> Step:
     """Work a step out.
 
@@ -123,7 +120,7 @@ def plan_step(starts: Numbers, lengths: Numbers, table: Tensor, slots: Tensor, w
     requests = int((new > 0).sum())
     starts, new, lengths = starts[:requests], new[:requests], lengths[:requests]
     before = lengths - new
-    sealed, sealed_after = due(before, window, group), due(lengths, window, group)
+    sealed, sealed_after = (sealed_tokens(length, window, group) for length in (before, lengths))
     tokens = int(new.sum())
     decodes = int((new == 1).cumprod().sum())
     prefills = tuple(
