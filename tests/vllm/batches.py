@@ -19,6 +19,7 @@ from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import PagedLatents, PageLayout
 from cskv.latents.view import View
 from cskv.quantization.grid import Grid
+from cskv.scratch import Scratch
 from cskv.vllm.compute import LayerCache, LayerRules, attend, write
 from cskv.vllm.step import Step, plan_step
 from tests.attention.problems import Problem
@@ -65,7 +66,7 @@ class Setting:
     def rules(self) -> LayerRules:
         factors = self.problem.factors().to(dtype=self.dtype)
         logits = Logits(0.3, self.softcap)  # not what a product of queries and keys is usually scaled by
-        return LayerRules(factors, self.problem.rope(self.dtype), logits)
+        return LayerRules(factors, self.problem.rope(self.dtype), logits, Scratch())
 
 
 @dataclass

@@ -6,7 +6,6 @@ What each request by itself gives is a `BiBranchStore` read by the reference: ne
 from __future__ import annotations
 
 import copy
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -188,23 +187,3 @@ def test_an_empty_batch_does_nothing() -> None:
     attend(step, cache, server.rules, tokens.query, tokens.keys, tokens.values, tokens.query.clone())
     write(step, cache, tokens.keys, tokens.values, tokens.latents)
     assert torch.equal(server.memory, before)
-
-
-def test_threads_share_no_scratch() -> None:
-    """Two servers that decode at once, as two engines of one process do."""
-    errors, ready = dict[int, float](), threading.Barrier(2)
-
-    def decode(seed: int) -> None:
-        server = Server(setting("in groups", "rope", (5, 4)), seed=seed)
-        request = server.begin()
-        server.step([(request, 60)])
-        ready.wait()
-        errors[seed] = max(off_by(*server.step([(request, 1)])) for _ in range(20))
-
-    threads = [threading.Thread(target=decode, args=(seed,)) for seed in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(errors) == 2
-    assert max(errors.values()) <= TOLERANCE

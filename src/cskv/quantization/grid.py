@@ -73,16 +73,9 @@ class Grid:
     def from_config(
         cls, config: CSKVConfig, kind: str, rank: int, widths: tuple[tuple[int, int], ...] | None
     ) -> Grid | None:
-        """Make the grid on which settings store `rank` latents of keys ("k") or values ("v").
+        """Make the grid of `rank` latents of keys ("k") or values ("v"); None where they stay in the model's dtype.
 
-        Args:
-            config: the settings.
-            kind: "k" or "v".
-            rank: latents per token.
-            widths: the layer's own, used where the settings mix them.
-
-        Returns:
-            None where latents stay in the model's dtype.
+        `widths` are the layer's own, used where the settings mix them.
         """
         if config.mixed_widths and widths is not None:
             return cls(widths, *config.block(kind))

@@ -6,7 +6,6 @@ step itself. Requests that decode are done at once, whatever their lengths; a pi
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +22,6 @@ from cskv.latents.pages import PagedLatents, Pages
 from cskv.latents.view import View
 from cskv.scratch import Scratch
 from cskv.vllm.step import Prefill, Step
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.scratch = Scratch()
-
-
-_thread = _Thread()
 
 
 @dataclass(frozen=True)
@@ -60,16 +51,13 @@ class LayerRules:
         rope: how rebuilt keys become those that queries meet, with cos and sin of all positions; None where they are
             those already.
         logits: scaling and soft-capping.
+        scratch: scratch tensors.
     """
 
     factors: LayerFactors
     rope: Rotation | None
     logits: Logits
-
-    @property
-    def scratch(self) -> Scratch:
-        """Scratch tensors of the calling thread, shared by all layers."""
-        return _thread.scratch
+    scratch: Scratch
 
     def rope_until(self, sealed: int) -> Rotation | None:
         """The rope with cos and sin of the first tokens."""

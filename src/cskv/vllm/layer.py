@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from cskv.attention.inputs import Logits
 from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import Pages
+from cskv.scratch import Scratch
 from cskv.vllm.backend import Backend, RingBackend
 from cskv.vllm.blocks import rings_of
 from cskv.vllm.compute import LayerCache, LayerRules
@@ -27,6 +28,7 @@ from cskv.vllm.shards import ServedShard
 from cskv.vllm.specs import LatentSpec, RingSpec
 
 REBUILT = 5  # tensors of all channels of all tokens that live at once while keys are rebuilt, rotated and joined
+_scratch = Scratch()  # of all layers of a process; every thread has its own tensors in it
 
 
 class CompressedAttention(Attention):
@@ -118,7 +120,7 @@ class CompressedAttention(Attention):
         rope = None
         if not self._commuting:
             rope = find_rope(parent, forward, child, self._hidden_size, self.head_size, self.layout.dtype)
-        self.rules = LayerRules(factors, rope, Logits(self.impl.scale, self._softcap))
+        self.rules = LayerRules(factors, rope, Logits(self.impl.scale, self._softcap), _scratch)
 
     def _placed(self, factors: LayerFactors) -> LayerFactors:
         """Join the down-projections that read the layer's input into one product, of which the factors hold views."""
