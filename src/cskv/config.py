@@ -8,19 +8,15 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from cskv.errors import ConfigError
-
-if TYPE_CHECKING:  # settings are read where torch is not loaded
-    import numpy as np
-    from torch import Tensor
 
 INITS = ("svd", "asvd", "pca", "weighted-pca")
 KEY_FACTORS = ("joint", "commuting")
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 BLOCK_CHANNELS = 32  # of a block within one token, as in KIVI
-Tokens = TypeVar("Tokens", int, "np.ndarray", "Tensor")
+Tokens = TypeVar("Tokens")
 MIXED_CHANNELS = 4  # of a block over a group of tokens, where neighbours vary alike: docs/quantisation.md
 
 
@@ -195,7 +191,7 @@ def sealed_tokens(length: Tokens, window: int, group: int) -> Tokens:
         length: a number, or an array or tensor of them.
         window, group: see `CSKVConfig`.
     """
-    return (length - window) * (length > window) // group * group
+    return (length - window) * (length > window) // group * group  # type: ignore[operator, return-value]
 
 
 def _is_number(value: object) -> bool:

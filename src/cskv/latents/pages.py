@@ -43,9 +43,8 @@ class PageLayout:
     @property
     def bytes_per_token(self) -> float:
         """Bytes of one token's latents in full blocks, padding aside."""
-        return bytes_per_token(self.k_rank, self.k_grid, self.dtype) + bytes_per_token(
-            self.v_rank, self.v_grid, self.dtype
-        )
+        parts = (self.k_rank, self.k_grid), (self.v_rank, self.v_grid)
+        return sum(bytes_per_token(rank, grid, self.dtype) for rank, grid in parts)
 
     def page_bytes(self, block_size: int) -> int:
         """Count the bytes of a page.

@@ -58,6 +58,6 @@ def _check(vllm_config: Any) -> None:
 
 
 def _is_server() -> bool:
-    """Whether this process is vLLM's command line, whose user wants one line and no traceback."""
+    """Tell whether this process is vLLM's command line, whose user wants one line and no traceback."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return Path(sys.argv[0]).name == "vllm" or (spec is not None and spec.name.startswith("vllm.entrypoints"))
