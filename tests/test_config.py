@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from cskv import ConfigError, CSKVConfig
+from cskv.config import sealed_tokens
 
 
 @pytest.mark.parametrize(
@@ -75,3 +78,23 @@ def test_a_file_that_is_no_settings_is_refused(tmp_path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match="settings"):
         CSKVConfig.from_json_file(path)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "group", "sealed"),
+    [
+        (0, 0, 1, 0),
+        (7, 0, 1, 7),
+        (7, 0, 4, 4),
+        (8, 0, 4, 8),
+        (3, 5, 1, 0),
+        (6, 5, 1, 1),
+        (70, 3, 32, 64),
+        (66, 3, 9, 63),
+    ],
+)
+def test_sealed_tokens_are_whole_groups_outside_the_window(length: int, window: int, group: int, sealed: int) -> None:
+    """Of one number, an array and a tensor alike."""
+    assert sealed_tokens(length, window, group) == sealed
+    assert sealed_tokens(np.array([length, 0]), window, group).tolist() == [sealed, 0]
+    assert sealed_tokens(torch.tensor([length, 0]), window, group).tolist() == [sealed, 0]

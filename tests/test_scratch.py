@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from cskv.scratch import Scratch
@@ -34,3 +36,13 @@ def test_it_grows_and_gives_back() -> None:
     assert scratch.nbytes() == 200
     scratch.clear()
     assert scratch.nbytes() == 0
+
+
+def test_threads_share_no_memory() -> None:
+    scratch, taken = Scratch(), list[torch.Tensor]()
+    taken.append(scratch.take("keys", (8,), torch.float32, CPU).fill_(1))
+    other = threading.Thread(target=lambda: taken.append(scratch.take("keys", (8,), torch.float32, CPU).fill_(2)))
+    other.start()
+    other.join()
+    assert [tensor.unique().tolist() for tensor in taken] == [[1], [2]]
+    assert scratch.take("keys", (8,), torch.float32, CPU).data_ptr() == taken[0].data_ptr()

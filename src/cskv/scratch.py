@@ -6,13 +6,14 @@ On a CPU a fresh tensor of some megabytes costs more in page faults than most of
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 from torch import Tensor
 
 
-class Scratch:
-    """Named scratch tensors, of one thread. A name's tensor is valid until the name is taken again."""
+class Scratch(threading.local):
+    """Named scratch tensors, others in every thread. A name's tensor is valid until its thread takes the name again."""
 
     def __init__(self) -> None:
         self._storages: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -28,11 +29,11 @@ class Scratch:
         return storage[:size].view(shape)
 
     def nbytes(self) -> int:
-        """Count the bytes really allocated."""
+        """Count the bytes allocated for the calling thread."""
         return sum(storage.untyped_storage().nbytes() for storage in self._storages.values())
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Free all tensors of the calling thread."""
         self._storages.clear()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cskv.quantization import dispatch
-from cskv.quantization.grid import Grid, quantise
+from cskv.quantization.grid import Grid, Quantised, quantise
 from cskv.quantization.triton import launch
 
 GRID = Grid.uniform(6, 4, (4, 1))
@@ -22,7 +22,7 @@ def test_a_cpu_takes_torch() -> None:
 def test_a_gpu_takes_triton_where_it_is(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(launch, "installed", lambda: installed)
-    kernels = tuple(part + 1 for part in quantise(LATENTS, GRID))
+    kernels = Quantised(*(part + 1 for part in quantise(LATENTS, GRID)))
     monkeypatch.setattr(launch, "quantise", lambda *_: kernels)
     expected = kernels if installed else quantise(LATENTS, GRID)
     for part, own in zip(dispatch.quantise(LATENTS, GRID), expected):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cskv import ConfigError, CSKVConfig
-from cskv.quantization.grid import Grid, dequantise, quantise
+from cskv.quantization.grid import Grid, bytes_per_token, dequantise, quantise
 
 
 def stored(latents: Tensor, grid: Grid) -> Tensor:
@@ -48,6 +51,39 @@ def test_runs_of_widths_are_independent() -> None:
     assert torch.equal(stored(latents, mixed), torch.cat(alone, dim=-1))
     assert quantise(latents, mixed).payload.shape == (2, 10, mixed.row_bytes) == (2, 10, 3 + 3 + 2)
     assert quantise(latents, mixed).scales.shape == (2, 2, mixed.channel_blocks) == (2, 2, 1 + 3)
+
+
+def test_runs_by_hand() -> None:
+    """3 codes of 8 bits are 3 bytes; 9 of 3 bits are 3 of two bits and 2 of one. Blocks of 4 channels: 1 and 3."""
+    grid = Grid(((8, 3), (3, 9)), 5, 4)
+    assert grid.runs == ((8, slice(0, 3), slice(0, 3)), (3, slice(3, 12), slice(3, 8)))
+    assert (grid.rank, grid.row_bytes, grid.channel_blocks) == (12, 8, 4)
+
+
+def test_grids_are_told_apart_by_their_settings_alone() -> None:
+    grid = Grid(((8, 3), (3, 9)), 5, 4)
+    for same in (Grid(((8, 3), (3, 9)), 5, 4), replace(Grid(((8, 3), (3, 9)), 5, 1), block_channels=4)):
+        assert (same, hash(same), repr(same)) == (
+            grid,
+            hash(grid),
+            "Grid(widths=((8, 3), (3, 9)), block_tokens=5, block_channels=4)",
+        )
+        assert same.channel_blocks == 4
+    assert pickle.loads(pickle.dumps(grid)).runs == grid.runs  # servers send grids from process to process
+    assert replace(grid, block_tokens=1) != grid
+
+
+@pytest.mark.parametrize(
+    ("grid", "dtype", "size"),
+    [
+        (None, torch.bfloat16, 64.0),
+        (None, torch.float32, 128.0),
+        (Grid.uniform(32, 4, (32, 1)), torch.bfloat16, 20.0),  # 16 of codes, and 4 bytes per 32 tokens and channel
+        (Grid.uniform(32, 3, (1, 32)), torch.float32, 16.0),  # 12 of codes, and 4 per token
+    ],
+)
+def test_bytes_of_a_token_by_hand(grid: Grid | None, dtype: torch.dtype, size: float) -> None:
+    assert bytes_per_token(32, grid, dtype) == size
 
 
 def test_bits_per_latent_count_the_parameters() -> None:
@@ -124,13 +160,13 @@ def test_impossible_widths_are_refused(widths: tuple) -> None:
 )
 def test_grids_that_settings_ask_for(config: CSKVConfig, k: Grid | None, v: Grid | None) -> None:
     """KIVI's blocks unless others are given; 16 bits are none."""
-    assert (Grid.of(config, "k", 12, None), Grid.of(config, "v", 20, None)) == (k, v)
+    assert (Grid.from_config(config, "k", 12, None), Grid.from_config(config, "v", 20, None)) == (k, v)
 
 
 def test_mixed_widths_are_the_layers_own() -> None:
     runs, config = ((8, 2), (3, 10)), CSKVConfig(group=8, mixed_widths=True)
-    assert Grid.of(config, "k", 12, runs) == Grid(runs, 8, 4)
-    assert Grid.of(config, "k", 12, None) is None
-    assert Grid.of(CSKVConfig(group=8, k_bits=4), "k", 12, runs) == Grid(((4, 12),), 8, 1)  # not asked for
+    assert Grid.from_config(config, "k", 12, runs) == Grid(runs, 8, 4)
+    assert Grid.from_config(config, "k", 12, None) is None
+    assert Grid.from_config(CSKVConfig(group=8, k_bits=4), "k", 12, runs) == Grid(((4, 12),), 8, 1)  # not asked for
     with pytest.raises(ConfigError, match="widths are"):
-        Grid.of(config, "k", 12, ((9, 12),))
+        Grid.from_config(config, "k", 12, ((9, 12),))

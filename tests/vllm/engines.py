@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -90,6 +91,13 @@ def answers(llm: Any, asked: list[list[int]], tokens: int = 24) -> list[tuple[li
         chosen = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
         found.append((list(answer.token_ids), chosen))
     return found
+
+
+def check_same(found: list[tuple[list[int], list[float]]], expected: list[tuple[list[int], list[float]]]) -> None:
+    """Answers agree token by token, to the first at which two are equally likely but for rounding."""
+    for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(found, expected, strict=True):
+        same = [*map(int.__eq__, tokens, expected_tokens), False].index(False)
+        assert logprobs[: same + 1] == pytest.approx(expected_logprobs[: same + 1], abs=1e-4)
 
 
 def reused(llm: Any, prompt: list[int]) -> int:

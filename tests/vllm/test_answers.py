@@ -12,7 +12,7 @@ from torch import nn
 
 import cskv
 from tests.models.families import full_rank_adapter, truncated_adapter
-from tests.vllm.engines import answers, engine, prompts, save_base, save_compressed
+from tests.vllm.engines import answers, check_same, engine, prompts, save_base, save_compressed
 
 pytest.importorskip("vllm")
 
@@ -28,13 +28,13 @@ def config(density: float = 1.0, window: int = 0, group: int = 1, **more: Any) -
 def test_full_rank_answers_as_vllm_does(family: str, tmp_path: Path) -> None:
     model, asked = save_base(tmp_path / "base", family), prompts(4)
     with engine(tmp_path / "base") as llm:
-        expected = [tokens for tokens, _ in answers(llm, asked)]
+        expected = answers(llm, asked)
     whole = save_compressed(tmp_path / "base", full_rank_adapter(model, config()), tmp_path / "whole")
     windowed = full_rank_adapter(model, config(window=8, group=4))
     windowed = save_compressed(tmp_path / "base", windowed, tmp_path / "windowed")
     for folder, options in ((whole, {}), (windowed, {"max_num_batched_tokens": 48, "enable_chunked_prefill": True})):
         with engine(folder, **options) as llm:
-            assert [tokens for tokens, _ in answers(llm, asked)] == expected
+            check_same(answers(llm, asked), expected)
 
 
 def test_full_rank_per_head_group_answers_as_vllm_does(tmp_path: Path) -> None:

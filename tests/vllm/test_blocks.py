@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 from cskv import ConfigError, CSKVConfig
 from cskv.vllm import blocks
 from cskv.vllm.blocks import Rings, choose_block_size, cut_rings, least_block_size, rings_of
-from cskv.vllm.shards import Shard
+from cskv.vllm.served import Served
+from cskv.vllm.shards import ServedShard, Shard
 from tests.vllm.adapters import HEAD_DIM, HEADS, served, vllm_config
 
-WHOLE = Shard.of_rank(0, 1, HEADS)
 WINDOW = CSKVConfig(window=8, group=4)
 GROUPED = CSKVConfig(window=8, group=12, k_bits=4, v_bits=4)
 NO_WINDOW = CSKVConfig(window=0, group=1)
+
+
+def share_of(adapter: Served, dtype: torch.dtype = torch.float32, ranks: int = 1) -> ServedShard:
+    return ServedShard(adapter, Shard.of_rank(0, ranks, HEADS), dtype, HEAD_DIM)
 
 
 @pytest.mark.parametrize(
@@ -78,27 +82,27 @@ def test_the_least_block_size_by_hand() -> None:
     """Two layers of 8 + 8 latents: 128 bytes a token in fp32. Window 8 and groups of 4 leave 11 tokens of 2 * 32
     numbers: 2816 bytes.
     """
-    adapter = served(WINDOW, [(8, 8), (8, 8)])
-    assert adapter.ring(0, WHOLE, torch.float32, HEAD_DIM).page_bytes == 2816
-    least = [least_block_size(adapter, WHOLE, torch.float32, HEAD_DIM, step) for step in (16, 4, 22)]
+    share = share_of(served(WINDOW, [(8, 8), (8, 8)]))
+    assert share.ring_bytes == 2816
+    least = [least_block_size(share, step) for step in (16, 4, 22)]
     assert least == [32, 24, 22]  # 22 * 128 = 2816
-    assert least_block_size(adapter, WHOLE, torch.float32, HEAD_DIM, 16, stages=2) == 48  # 44 at least
-    half = Shard.of_rank(0, 2, HEADS)  # half of the heads, but all latents
-    assert least_block_size(adapter, half, torch.float32, HEAD_DIM, 1) == 11
-    rings = rings_of(adapter, WHOLE, torch.float32, HEAD_DIM, 48, [1, 1])
+    assert least_block_size(share, 16, stages=2) == 48  # 44 at least
+    half = share_of(share.served, ranks=2)  # half of the heads, but all latents
+    assert least_block_size(half, 1) == 11
+    rings = rings_of(share, 48, [1, 1])
     assert rings == Rings(1, 48 * 64, 2816)
 
 
 def test_latents_that_wait_make_rings_larger() -> None:
     """19 tokens of 2 * 32 numbers, and of keys 8 more: 19 * 72 * 4 bytes are 5472. Values are packed per token."""
-    adapter = served(GROUPED, [(8, 8), (4, 8)])
-    assert adapter.ring(0, WHOLE, torch.float32, HEAD_DIM).page_bytes == 5472
-    page = [adapter.layout(i, WHOLE, torch.float32).page_bytes(48) for i in (0, 1)]
+    share = share_of(served(GROUPED, [(8, 8), (4, 8)]))
+    assert share.ring_bytes == 5472
+    page = [share.layouts[i].page_bytes(48) for i in (0, 1)]
     # Codes 4 or 2 and 4 bytes a token; 4 groups with 8 or 4 scales of 2 bytes; 48 with one; and as many minima.
     assert page == [192 + 192 + 2 * 64 + 2 * 96, 96 + 192 + 2 * 32 + 2 * 96]
-    least = least_block_size(adapter, WHOLE, torch.float32, HEAD_DIM, 48)
+    least = least_block_size(share, 48)
     assert least == 240  # 5 * (704 + 544) = 6240; 4992 would be too little
-    assert rings_of(adapter, WHOLE, torch.float32, HEAD_DIM, 240, [2]) == Rings(2, 6240, 5472)
+    assert rings_of(share, 240, [2]) == Rings(2, 6240, 5472)
 
 
 ranks_lists = st.lists(st.tuples(st.integers(1, 32), st.integers(1, 32)), min_size=2, max_size=6)
@@ -109,31 +113,31 @@ configs = st.sampled_from([WINDOW, GROUPED, CSKVConfig(window=0, group=4, k_bits
 def test_it_is_the_least_at_which_a_block_holds_a_ring(
     config: CSKVConfig, ranks: list[tuple[int, int]], step: int, stages: int
 ) -> None:
-    adapter = served(config, ranks)
+    share = share_of(served(config, ranks), torch.bfloat16)
     step = step * config.group
-    least = least_block_size(adapter, WHOLE, torch.bfloat16, HEAD_DIM, step, stages)
-    ring = max(adapter.ring(i, WHOLE, torch.bfloat16, HEAD_DIM).page_bytes for i in range(len(ranks)))
+    least = least_block_size(share, step, stages)
+    ring = max(ring.page_bytes for ring in share.rings.values())
 
-    def share(tokens: int) -> int:
-        return sum(adapter.layout(i, WHOLE, torch.bfloat16).page_bytes(tokens) for i in range(len(ranks))) // stages
+    def stage(tokens: int) -> int:
+        return sum(layout.page_bytes(tokens) for layout in share.layouts.values()) // stages
 
     most, fewest = -(-len(ranks) // stages), len(ranks) // stages
     needed = ring * -(-most // fewest)  # as many blocks for the rings on every stage: of 2 and 1 layers two share one
     assert least % step == 0
-    assert share(least) // 16 * 16 >= needed
-    assert least == step or share(least - step) // 16 * 16 < needed
+    assert stage(least) // 16 * 16 >= needed
+    assert least == step or stage(least - step) // 16 * 16 < needed
 
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="3 pipeline stages for 2 layers"):
-        least_block_size(served(WINDOW, EQUAL), WHOLE, torch.float32, HEAD_DIM, 16, stages=3)
+        least_block_size(share_of(served(WINDOW, EQUAL)), 16, stages=3)
 
 
 def test_stages_of_very_different_numbers_of_layers_are_refused() -> None:
-    adapter = served(WINDOW, [(8, 8)] * 8)
-    least = least_block_size(adapter, WHOLE, torch.float32, HEAD_DIM, 16, stages=2)
+    share = share_of(served(WINDOW, [(8, 8)] * 8))
+    least = least_block_size(share, 16, stages=2)
     with pytest.raises(ConfigError, match=r"cannot hold the exact windows of stages of \[1, 7\] layers"):
-        rings_of(adapter, WHOLE, torch.float32, HEAD_DIM, least, [1, 7])
+        rings_of(share, least, [1, 7])
 
 
 @pytest.fixture
@@ -153,14 +157,14 @@ EQUAL = [(8, 8), (8, 8)]
 )
 def test_a_block_size_is_chosen(config: CSKVConfig, stages: int, size: int, said: list[str]) -> None:
     server = vllm_config(parallel={"pipeline_parallel_size": stages})
-    choose_block_size(served(config, EQUAL), WHOLE, server)
+    choose_block_size(share_of(served(config, EQUAL)), server)
     assert (server.cache_config.block_size, server.cache_config.user_specified_block_size) == (size, True)
     assert said == []
 
 
 def test_without_a_window_vllm_chooses() -> None:
     server = vllm_config()
-    choose_block_size(served(NO_WINDOW, [(8, 8), (4, 8)]), WHOLE, server)
+    choose_block_size(share_of(served(NO_WINDOW, [(8, 8), (4, 8)])), server)
     assert (server.cache_config.block_size, server.cache_config.user_specified_block_size) == (16, False)
 
 
@@ -173,14 +177,14 @@ def asked_for(size: int, stages: int = 1) -> Any:
 @pytest.mark.parametrize(("config", "size"), [(WINDOW, 32), (WINDOW, 100), (GROUPED, 192), (GROUPED, 204)])
 def test_a_block_size_that_was_asked_for_is_kept(config: CSKVConfig, size: int, said: list[str]) -> None:
     server = asked_for(size)
-    choose_block_size(served(config, EQUAL), WHOLE, server)
+    choose_block_size(share_of(served(config, EQUAL)), server)
     assert server.cache_config.block_size == size
     assert said == []
 
 
 def test_groups_must_not_be_cut() -> None:
     with pytest.raises(ConfigError) as caught:
-        choose_block_size(served(GROUPED, EQUAL), WHOLE, asked_for(208))
+        choose_block_size(share_of(served(GROUPED, EQUAL)), asked_for(208))
     assert str(caught.value) == (
         "a block of 208 tokens would cut groups of 12 that are packed together; give --block-size a multiple of 12"
     )
@@ -196,12 +200,12 @@ def test_groups_must_not_be_cut() -> None:
 )
 def test_tokens_that_are_packed_one_by_one_may_be_cut(config: CSKVConfig) -> None:
     server = asked_for(512)
-    choose_block_size(served(config, EQUAL), WHOLE, server)
+    choose_block_size(share_of(served(config, EQUAL)), server)
     assert server.cache_config.block_size == 512
 
 
 def test_a_small_block_size_wastes_memory(said: list[str]) -> None:
-    choose_block_size(served(WINDOW, EQUAL), WHOLE, asked_for(16))
+    choose_block_size(share_of(served(WINDOW, EQUAL)), asked_for(16))
     assert said == [
         "blocks of 16 tokens cannot hold the exact window of one layer, so memory is wasted; give --block-size 32 or "
         "more"
@@ -210,7 +214,7 @@ def test_a_small_block_size_wastes_memory(said: list[str]) -> None:
 
 def test_with_pipeline_stages_a_small_block_size_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
-        choose_block_size(served(WINDOW, EQUAL), WHOLE, asked_for(32, stages=2))
+        choose_block_size(share_of(served(WINDOW, EQUAL)), asked_for(32, stages=2))
     assert str(caught.value) == (
         "blocks of 32 tokens cannot hold the exact window of one layer, which 2 pipeline stages need; give "
         "--block-size 48 or more"
@@ -219,5 +223,7 @@ def test_with_pipeline_stages_a_small_block_size_is_refused() -> None:
 
 def test_with_pipeline_stages_ranks_must_not_differ() -> None:
     with pytest.raises(ConfigError, match="2 pipeline stages, an exact window and layers of different ranks or widths"):
-        choose_block_size(served(WINDOW, [(8, 8), (4, 8)]), WHOLE, vllm_config(parallel={"pipeline_parallel_size": 2}))
-    choose_block_size(served(WINDOW, [(8, 8), (4, 8)]), WHOLE, vllm_config())
+        choose_block_size(
+            share_of(served(WINDOW, [(8, 8), (4, 8)])), vllm_config(parallel={"pipeline_parallel_size": 2})
+        )
+    choose_block_size(share_of(served(WINDOW, [(8, 8), (4, 8)])), vllm_config())

@@ -18,7 +18,7 @@ from cskv.latents.pages import PageLayout
 from cskv.quantization.grid import Grid
 from cskv.vllm import served as module
 from cskv.vllm.served import Served, find_served
-from cskv.vllm.shards import Shard
+from cskv.vllm.shards import ServedShard, Shard
 from tests.vllm.adapters import HEAD_DIM, HEADS, KV_DIM, save, served
 
 CONFIG = CSKVConfig(window=8, group=4)
@@ -163,6 +163,10 @@ def test_an_adapter_that_no_repository_has_is_refused(hub: Hub, model: Path) -> 
         assert "no adapter folder 'someone/other' here" in refused(AdapterError, of, adapter="someone/other")
 
 
+def share_of(adapter: Served, shard: Shard, dtype: torch.dtype = torch.float32) -> ServedShard:
+    return ServedShard(adapter, shard, dtype, HEAD_DIM)
+
+
 QUANTISED = CSKVConfig(window=8, group=4, k_bits=4, v_bits=3)
 GROUPS = CSKVConfig(window=8, group=4, head_groups=2)
 WIDTHS = {(0, "k"): ((8, 3), (2, 5)), (0, "v"): ((4, 6),)}
@@ -188,14 +192,15 @@ WIDTHS = {(0, "k"): ((8, 3), (2, 5)), (0, "v"): ((4, 6),)}
     ],
 )
 def test_what_a_page_holds(config: CSKVConfig, shard: Shard, layout: PageLayout) -> None:
-    assert served(config, [(8, 6)]).layout(0, shard, torch.bfloat16) == layout
+    assert share_of(served(config, [(8, 6)]), shard, torch.bfloat16).layouts[0] == layout
 
 
 def test_pages_of_mixed_widths() -> None:
     adapter = served(CSKVConfig(window=8, group=4, mixed_widths=True), [(8, 6)], widths=WIDTHS)
+    share = share_of(adapter, HALF, torch.float16)
     grids = Grid(WIDTHS[0, "k"], 4, 4), Grid(WIDTHS[0, "v"], 4, 4)
-    assert adapter.layout(0, HALF, torch.float16) == PageLayout(8, 6, torch.float16, *grids)
-    assert adapter.is_grouped
+    assert share.layouts[0] == PageLayout(8, 6, torch.float16, *grids)
+    assert share.is_grouped
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,7 @@ def test_pages_of_mixed_widths() -> None:
     ],
 )
 def test_what_a_ring_holds(config: CSKVConfig, shard: Shard, expected: Ring) -> None:
-    assert served(config, [(8, 6)]).ring(0, shard, torch.float32, HEAD_DIM) == expected
+    assert share_of(served(config, [(8, 6)]), shard).rings[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -229,19 +234,19 @@ def test_what_a_ring_holds(config: CSKVConfig, shard: Shard, expected: Ring) -> 
     ],
 )
 def test_whether_there_are_rings_and_groups(config: CSKVConfig, ring: bool, grouped: bool) -> None:
-    adapter = served(config, [(8, 6)])
-    assert (adapter.has_ring, adapter.is_grouped) == (ring, grouped)
-    layout = adapter.layout(0, WHOLE, torch.float32)
+    share = share_of(served(config, [(8, 6)]), WHOLE)
+    assert (share.served.has_ring, share.is_grouped) == (ring, grouped)
+    layout = share.layouts[0]
     tokens = [grid.block_tokens for grid in (layout.k_grid, layout.v_grid) if grid is not None]
-    assert adapter.is_grouped == (max(tokens, default=1) > 1)
+    assert share.is_grouped == (max(tokens, default=1) > 1)
 
 
 def test_factors_of_a_rank_are_read_from_the_folder(tmp_path: Path) -> None:
     adapter = save(tmp_path / "cskv", GROUPS, RANKS)
     found = find(tmp_path, adapter="cskv")
     for index in (0, 1):
-        whole, here = adapter.factors(index), found.factors(index, HALF)
-        assert torch.equal(found.factors(index, WHOLE).v.up, whole.v.up)
+        whole, here = adapter.factors(index), share_of(found, HALF).factors(index)
+        assert torch.equal(share_of(found, WHOLE).factors(index).v.up, whole.v.up)
         assert torch.equal(here.k.down, whole.k.down[whole.k.rank // 2 :])
         assert torch.equal(here.v.down, whole.v.down[whole.v.rank // 2 :])
         assert torch.equal(here.v.up, whole.v.up[KV_DIM // 2 :])
@@ -256,7 +261,7 @@ def test_factors_that_are_not_as_the_settings_say_are_refused(tmp_path: Path) ->
     described["compression"]["head_groups"] = 1
     config.write_text(json.dumps(described))
     with pytest.raises(AdapterError) as caught:
-        find(tmp_path, adapter="cskv").factors(1, HALF)
+        share_of(find(tmp_path, adapter="cskv"), HALF).factors(1)
     assert str(caught.value) == (
         f"adapter {tmp_path / 'cskv'}: layer 1 k has 2 head groups and 32 channels, its settings 1 and 32; train the "
         "adapter again"

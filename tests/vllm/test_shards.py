@@ -34,7 +34,7 @@ def factors(kv_heads: int, rank: int, groups: int, bias: bool = True) -> Factors
 def test_heads_are_dealt_out_as_by_vllm(ranks: int, kv_heads: int, heads: list[tuple[int, int]]) -> None:
     shards = [Shard.of_rank(rank, ranks, kv_heads) for rank in range(ranks)]
     assert [(shard.first, shard.heads) for shard in shards] == heads
-    assert {shard.of for shard in shards} == {kv_heads}
+    assert {shard.total_heads for shard in shards} == {kv_heads}
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -6,12 +6,11 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cskv.vllm.step import Prefill, Step, due, plan_step
+from cskv.vllm.step import Prefill, Step, plan_step
 
 
 def plan(new: list[int], lengths: list[int], window: int, group: int, blocks: int = 5) -> Step:
@@ -80,23 +79,6 @@ def test_without_window_and_groups_nothing_is_kept_exactly() -> None:
     assert step.sealed.tolist() == step.length.tolist() == [5, 5]
     assert step.kept.row.tolist() == []
     assert step.groups.first.tolist() == [5, 5, 6, 7, 8]
-
-
-@pytest.mark.parametrize(
-    ("length", "window", "group", "sealed"),
-    [
-        (0, 0, 1, 0),
-        (7, 0, 1, 7),
-        (7, 0, 4, 4),
-        (8, 0, 4, 8),
-        (3, 5, 1, 0),
-        (6, 5, 1, 1),
-        (70, 3, 32, 64),
-        (66, 3, 9, 63),
-    ],
-)
-def test_what_is_due(length: int, window: int, group: int, sealed: int) -> None:
-    assert due(np.array([length, 0]), window, group).tolist() == [sealed, 0]
 
 
 class Walked(NamedTuple):

@@ -93,7 +93,7 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
     def grid(self, layer_idx: int, kind: str) -> Grid | None:
         """How latents of one layer's keys ("k") or values ("v") are stored; None leaves them in the model's dtype."""
         rank = getattr(self.factors(layer_idx), kind).rank
-        return Grid.of(self.config, kind, rank, self.widths.get((layer_idx, kind)))
+        return Grid.from_config(self.config, kind, rank, self.widths.get((layer_idx, kind)))
 
     def grids(self, layer_idx: int) -> tuple[Grid | None, Grid | None]:
         """The grids of a layer's key and value latents."""

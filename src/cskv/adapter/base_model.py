@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+
+from cskv.errors import AdapterError
+
+FACTS = ("model_type", "hidden_size", "num_layers")
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,29 @@ class BaseModelInfo:
     @classmethod
     def from_model(cls, model: nn.Module) -> BaseModelInfo:
         """Read the facts from a loaded transformers model."""
-        config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
-        return cls(
-            name=str(model.config.name_or_path or ""),  # type: ignore[union-attr]
-            model_type=config.model_type,
-            hidden_size=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            revision=getattr(model.config, "_commit_hash", None),
-        )
+        config = model.config
+        info = cls.from_config(config.get_text_config(decoder=True), str(config.name_or_path or ""))  # type: ignore[operator, union-attr]
+        return dataclasses.replace(info, revision=getattr(config, "_commit_hash", None))
+
+    @classmethod
+    def from_config(cls, text: Any, name: str = "") -> BaseModelInfo:
+        """Read the facts from the config of a language model, transformers' or vLLM's."""
+        return cls(name, text.model_type, text.hidden_size, text.num_hidden_layers)
+
+    def check_same(self, other: BaseModelInfo, made: str, remedy: str) -> None:
+        """Compare with the model at hand.
+
+        Args:
+            other: the model at hand.
+            made: begins the message, such as "the adapter was made for".
+            remedy: ends it: what to do.
+
+        Raises:
+            AdapterError: it is another model; the message says in which fact.
+        """
+        for name in FACTS:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise AdapterError(
+                    f"{made} {self.name or 'a model'} with {name} {ours}, this model has {theirs}; {remedy}"
+                )

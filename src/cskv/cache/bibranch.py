@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cskv.cache.latents import LatentBytes, latent_store
+from cskv.config import sealed_tokens
 from cskv.latents.view import Latents, View
 from cskv.quantization.grid import Grid
 
@@ -105,14 +106,14 @@ class BiBranchStore:
             guessed: how many of the new tokens, the last ones, may be cropped again before the next append.
         """
         before, appended = self.length, keys.shape[2]
-        self._seal(self._due(before))
+        self._seal(sealed_tokens(before, self.window, self.group))
         new, held = _Recent(keys, values, k_latents, v_latents), self._recent
         self._recent = recent = new if held is None else held.followed_by(new)
         self.length = before + appended
         view = View(recent.keys, recent.values, *self._sealed_latents())
         if before and appended <= MOST_GUESSED:
             guessed = max(guessed, appended - 1)
-        if not self._seal(self._due(self.length - guessed)) and held is None:
+        if not self._seal(sealed_tokens(self.length - guessed, self.window, self.group)) and held is None:
             self._recent = recent.tokens(0, appended)  # the caller's tensors may be views of larger ones
         return view
 
@@ -165,10 +166,6 @@ class BiBranchStore:
         if self._latents is None:
             self._latents = self._k.view(self.sealed), self._v.view(self.sealed)
         return self._latents
-
-    def _due(self, length: int) -> int:
-        """Return how many tokens are sealed when `length` are held."""
-        return max(0, length - self.window) // self.group * self.group
 
     def _seal(self, until: int) -> bool:
         """Seal the tokens before `until`; return whether there were any."""

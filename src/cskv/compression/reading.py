@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.attention.inputs import split_heads
 from cskv.compression.checkpointing import checkpointed_layers
-from cskv.config import CSKVConfig
+from cskv.config import CSKVConfig, sealed_tokens
 from cskv.errors import CSKVError, UnsupportedModelError
 from cskv.factorization.factors import Factors
 from cskv.models.attention_interface import Original, Switch, implementation_of
@@ -169,7 +169,7 @@ def _attend(
 def _mask(config: CSKVConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Make the (1, 1, tokens, 2 tokens) mask of logits: 0 where a query reads a key, the least number elsewhere."""
     position = torch.arange(tokens, device=device)
-    sealed = ((position - config.window).clamp(min=0) // config.group * config.group)[:, None]
+    sealed = sealed_tokens(position, config.window, config.group)[:, None]
     exact = (position >= sealed) & (position <= position[:, None])
     reads = torch.cat([position < sealed, exact], dim=1)
     return torch.zeros(reads.shape, dtype=dtype, device=device).masked_fill_(~reads, torch.finfo(dtype).min)[None, None]

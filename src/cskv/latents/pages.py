@@ -1,4 +1,4 @@
-"""Latents in pages: how a server that deals out memory in blocks of tokens keeps them, and how they are read.
+"""Latents in pages, for a server that allocates memory in blocks of tokens: their layout, and reading them.
 
 A page holds `block_size` tokens of one layer. Every request has a row of a block table that names its pages in order,
 so that token t is in page `table[t // block_size]` at `t % block_size`. Pages are bytes; key latents come first:
@@ -18,7 +18,7 @@ from jaxtyping import BFloat16, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from cskv.errors import ConfigError
-from cskv.quantization.grid import PARAMETER_DTYPE, Grid, dequantise
+from cskv.quantization.grid import PARAMETER_DTYPE, Grid, bytes_per_token, dequantise
 from cskv.scratch import Scratch
 
 ALIGNMENT = 16  # bytes
@@ -26,12 +26,12 @@ ALIGNMENT = 16  # bytes
 
 @dataclass(frozen=True)
 class PageLayout:
-    """What a page of one layer holds.
+    """The contents of a page of one layer.
 
     Attributes:
         k_rank, v_rank: latents per token.
         dtype: of plain latents, and of packed ones when they are read.
-        k_grid, v_grid: on which they are packed; None keeps them plain.
+        k_grid, v_grid: the grids on which they are packed; None keeps them plain.
     """
 
     k_rank: int
@@ -40,8 +40,14 @@ class PageLayout:
     k_grid: Grid | None = None
     v_grid: Grid | None = None
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of one token's latents in full blocks, padding aside."""
+        parts = (self.k_rank, self.k_grid), (self.v_rank, self.v_grid)
+        return sum(bytes_per_token(rank, grid, self.dtype) for rank, grid in parts)
+
     def page_bytes(self, block_size: int) -> int:
-        """Bytes of a page.
+        """Count the bytes of a page.
 
         Raises:
             ConfigError: blocks of the grids do not fit into the page evenly.
@@ -49,7 +55,7 @@ class PageLayout:
         return self._parts(block_size)[-1].stop
 
     def pages(self, storage: UInt8[Tensor, "pages bytes"], block_size: int) -> tuple[Pages, Pages]:
-        """Views of the key and of the value latents in the memory of all pages."""
+        """View the key and the value latents in the memory of all pages."""
         k, v, *parameters = self._parts(block_size)
         k_parameters, v_parameters = parameters[:2], parameters[2:]
         return (
@@ -58,7 +64,7 @@ class PageLayout:
         )
 
     def _parts(self, block_size: int) -> list[slice]:
-        """The bytes of both latents, or their codes, and of the scales and minima of either."""
+        """Locate both latents, or their codes, and the scales and minima of either, in the bytes of a page."""
         sizes = []
         for rank, grid in ((self.k_rank, self.k_grid), (self.v_rank, self.v_grid)):
             sizes.append(block_size * (rank * self.dtype.itemsize if grid is None else grid.row_bytes))
@@ -87,7 +93,7 @@ class Pages:
 
     Attributes:
         data: plain latents, or codes of packed ones.
-        dtype: that of the latents.
+        dtype: of the latents when they are read.
         grid: None for plain latents.
         scales, minima: of the blocks of the grid; None for plain latents.
     """
@@ -111,14 +117,14 @@ class Pages:
 
 @dataclass(frozen=True)
 class PagedLatents:
-    """The latents of some requests, wherever their pages are (see `cskv.latents.view.Latents`).
+    """The latents of some requests, read through a block table (see `cskv.latents.view.Latents`).
 
     Attributes:
         pages: of all requests.
-        table: the pages of each request in order, in columns for `most` tokens. Entries past the last name any page.
+        table: the block table: each request's pages in order, for `most` tokens. Entries past the last are arbitrary.
         lengths: tokens of each request.
-        most, least: the largest of them, or a bound above it, and a bound below the smallest; 0 is always one. They are
-            what sizes follow from, so that nobody waits for the device to learn them.
+        most, least: an upper bound on the lengths, and a lower one, such as 0. Sizes follow from them, so that the host
+            need not wait for the device to learn the lengths.
     """
 
     pages: Pages
@@ -157,7 +163,7 @@ class PagedLatents:
     def read(
         self, start: int = 0, stop: int | None = None, scratch: Scratch | None = None
     ) -> Float[Tensor, "batch tokens rank"]:
-        """The latents of a range of tokens; zeros where a request has no such token."""
+        """Read a range of tokens; zeros where a request has no such token."""
         scratch = Scratch() if scratch is None else scratch
         stop = max(start, self.most if stop is None else min(stop, self.most))
         size, grid = self.pages.block_size, self.pages.grid
@@ -177,7 +183,7 @@ class PagedLatents:
         return latents
 
     def _gathered(self, part: Tensor, names: Tensor, scratch: Scratch, name: str) -> Tensor:
-        """The named pages of every request, one after the other: (batch, blocks * rows, columns)."""
+        """Gather the named pages of every request: (batch, blocks * rows, columns)."""
         shape = (names.numel(), *part.shape[1:])
         out = scratch.take(name, shape, part.dtype, part.device)
         torch.index_select(part, 0, names.flatten(), out=out)
@@ -185,7 +191,7 @@ class PagedLatents:
 
 
 def _parameter_bytes(grid: Grid, block_size: int) -> int:
-    """Bytes of the scales, or of the minima, of a page."""
+    """Count the bytes of the scales, or of the minima, of a page."""
     if block_size % grid.block_tokens:
         raise ConfigError(
             f"a page of {block_size} tokens cannot hold groups of {grid.block_tokens}: give a block size that is a "
@@ -195,5 +201,5 @@ def _parameter_bytes(grid: Grid, block_size: int) -> int:
 
 
 def _as(part: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    """Bytes of every page as rows of numbers, without a copy."""
+    """View the bytes of every page as rows of numbers."""
     return part.view(dtype)[:, : rows * columns].unflatten(1, (rows, columns))

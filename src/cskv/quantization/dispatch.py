@@ -10,10 +10,10 @@ from cskv.quantization.grid import Grid, Quantised
 
 
 def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantised:
-    """What `cskv.quantization.grid.quantise` computes."""
+    """Put latents on the grid, as `cskv.quantization.grid.quantise` does."""
     if latents.is_cuda:
         from cskv.quantization.triton import launch
 
         if launch.installed():
-            return Quantised(*launch.quantise(latents, grid))
+            return launch.quantise(latents, grid)
     return by_torch.quantise(latents, grid)

@@ -21,7 +21,7 @@ from cskv.quantization.grid import Grid, block_codes, block_parameters, from_blo
 
 
 def read_back(latents: Float[Tensor, "batch tokens rank"], grid: Grid | None) -> Float[Tensor, "batch tokens rank"]:
-    """Quantise and dequantise latents as the cache does, differentiably.
+    """Quantise and dequantise, differentiably: the latents as the cache reads them.
 
     Args:
         latents: of tokens from the first of a block on.
@@ -33,7 +33,7 @@ def read_back(latents: Float[Tensor, "batch tokens rank"], grid: Grid | None) ->
     if grid is None:
         return latents
     parts = []
-    for bits, channels, _ in grid.runs():
+    for bits, channels, _ in grid.runs:
         run = latents[..., channels]
         blocks = _StraightThrough.apply(to_blocks(run.float(), grid), 2**bits - 1)
         parts.append(from_blocks(blocks, grid, run.shape))

@@ -10,8 +10,7 @@ token". A block of (1, rank) is one grid for a whole token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -28,11 +27,15 @@ PARAMETER_DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Grid:
-    """How the latents of one projection are stored.
+    """The widths and blocks in which the latents of one projection are stored.
 
     Attributes:
-        widths: runs of (bits, channels), in the order of the latents; they sum to the rank. No block crosses a run.
+        widths: runs of (bits, channels), in the order of the latents. No block crosses a run.
         block_tokens, block_channels: the size of a block. The last of a run, and of the tokens, may be smaller.
+        runs: (bits, channels, payload bytes) of every run, the last two as slices.
+        rank: latents per token, the sum of the runs' channels.
+        row_bytes: bytes of one token's codes.
+        channel_blocks: blocks side by side along the channels.
 
     Raises:
         ConfigError: a width or a size is out of range.
@@ -41,23 +44,38 @@ class Grid:
     widths: tuple[tuple[int, int], ...]
     block_tokens: int
     block_channels: int
+    # Derived once: every read asks for them, in every layer and step.
+    runs: tuple[tuple[int, slice, slice], ...] = field(init=False, repr=False, compare=False)
+    rank: int = field(init=False, repr=False, compare=False)
+    row_bytes: int = field(init=False, repr=False, compare=False)
+    channel_blocks: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.widths or any(bits not in WIDTHS or channels < 1 for bits, channels in self.widths):
             raise ConfigError(f"widths are {self.widths!r}; expected runs of (1 to 8 bits, at least 1 channel)")
         if self.block_tokens < 1 or self.block_channels < 1:
             raise ConfigError(f"a block is {self.block_tokens} x {self.block_channels}; expected at least 1 x 1")
+        runs, channel, byte, blocks = [], 0, 0, 0
+        for bits, channels in self.widths:
+            runs.append((bits, slice(channel, channel + channels), slice(byte, byte + row_bytes(channels, bits))))
+            channel, byte = runs[-1][1].stop, runs[-1][2].stop
+            blocks += -(-channels // self.block_channels)
+        derived = {"runs": tuple(runs), "rank": channel, "row_bytes": byte, "channel_blocks": blocks}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def uniform(cls, rank: int, bits: int, block: tuple[int, int]) -> Grid:
-        """One width for all latents, in blocks of (tokens, channels)."""
+        """Make a grid of one width for all latents, in blocks of (tokens, channels)."""
         return cls(((bits, rank),), *block)
 
     @classmethod
-    def of(cls, config: CSKVConfig, kind: str, rank: int, widths: tuple[tuple[int, int], ...] | None) -> Grid | None:
-        """How settings store `rank` latents of keys ("k") or values ("v"); None leaves them in the model's dtype.
+    def from_config(
+        cls, config: CSKVConfig, kind: str, rank: int, widths: tuple[tuple[int, int], ...] | None
+    ) -> Grid | None:
+        """Make the grid of `rank` latents of keys ("k") or values ("v"); None where they stay in the model's dtype.
 
-        `widths` are the layer's own, where the settings mix them.
+        `widths` are the layer's own, used where the settings mix them.
         """
         if config.mixed_widths and widths is not None:
             return cls(widths, *config.block(kind))
@@ -65,22 +83,8 @@ class Grid:
         return None if bits == 16 else cls.uniform(rank, bits, config.block(kind))
 
     @property
-    def rank(self) -> int:
-        return sum(channels for _, channels in self.widths)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one token's codes."""
-        return sum(row_bytes(channels, bits) for bits, channels in self.widths)
-
-    @property
-    def channel_blocks(self) -> int:
-        """Blocks side by side along the channels."""
-        return sum(-(-channels // self.block_channels) for _, channels in self.widths)
-
-    @property
     def bits_per_latent(self) -> float:
-        """Codes, minima and scales, per latent of full blocks."""
+        """Bits of codes, minima and scales, per latent of full blocks."""
         parameters = 2 * 8 * PARAMETER_DTYPE.itemsize * self.channel_blocks / self.block_tokens
         return (8 * self.row_bytes + parameters) / self.rank
 
@@ -93,13 +97,10 @@ class Grid:
             blocks += [first + channel // self.block_channels for channel in range(channels)]
         return tuple(blocks)
 
-    def runs(self) -> Iterator[tuple[int, slice, slice]]:
-        """Of every run: bits, and which channels and payload bytes are its."""
-        channel = byte = 0
-        for bits, channels in self.widths:
-            size = row_bytes(channels, bits)
-            yield bits, slice(channel, channel + channels), slice(byte, byte + size)
-            channel, byte = channel + channels, byte + size
+
+def bytes_per_token(rank: int, grid: Grid | None, dtype: torch.dtype) -> float:
+    """Return the bytes of one token's latents: codes, minima and scales of full blocks, or numbers of `dtype`."""
+    return rank * (8 * dtype.itemsize if grid is None else grid.bits_per_latent) / 8
 
 
 class Quantised(NamedTuple):
@@ -123,7 +124,7 @@ def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantis
         grid: of the same rank.
     """
     payload, scales, minima = [], [], []
-    for bits, channels, _ in grid.runs():
+    for bits, channels, _ in grid.runs:
         blocks = to_blocks(latents[..., channels].float(), grid)
         scale, minimum = block_parameters(blocks, 2**bits - 1)
         codes = from_blocks(block_codes(blocks, scale, minimum, 2**bits - 1), grid, latents[..., channels].shape)
@@ -150,55 +151,50 @@ def dequantise(
         token_block: (tokens,) the row of `scales` and `minima` that holds for each token; None counts blocks of
             `grid.block_tokens` from the first token on.
         dtype: any floating dtype.
-        scratch: where the result and all on the way to it are made; the result is valid until it is used again.
+        scratch: for the result and all intermediates; the result is valid until the scratch is used again.
     """
     scratch = Scratch() if scratch is None else scratch
     # In bfloat16, codes and parameters are exact and addcmul computes in fp32 inside: the same result from half the
     # bytes.
     computed = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    tokens, size = payload.shape[1], grid.block_tokens
-    values = _codes(payload, grid, computed, scratch)
-    if token_block is None and tokens % size == 0:
-        blocks = values.unflatten(1, (-1, size))
-        scales, minima = scales[:, : tokens // size], minima[:, : tokens // size]
+    batch, tokens, _ = payload.shape
+    codes = scratch.take("codes", (batch, tokens, grid.rank), torch.uint8, payload.device)
+    for bits, channels, own in grid.runs:
+        unpack(payload[..., own], bits, codes[..., channels])
+    values = scratch.take("values", codes.shape, computed, payload.device).copy_(codes)
+    rows = grid.block_tokens  # that share parameters
+    if token_block is not None or tokens % rows:
+        token_block = torch.arange(tokens, device=payload.device) // rows if token_block is None else token_block
+        scales, minima, rows = scales[:, token_block], minima[:, token_block], 1
+    scales, minima = scales[:, : tokens // rows], minima[:, : tokens // rows]
+    if grid.channel_blocks == grid.rank:
+        scale, minimum = scales.to(computed), minima.to(computed)
     else:
-        token_block = torch.arange(tokens, device=payload.device) // size if token_block is None else token_block
-        blocks = values[:, :, None]
-        scales, minima = scales[:, token_block], minima[:, token_block]
-    scale = _by_channel(scales, grid, computed, scratch, "scale")
-    minimum = _by_channel(minima, grid, computed, scratch, "minimum")
+        scale = _by_channel(
+            scales, grid, scratch.take("scale", (*scales.shape[:2], grid.rank), computed, scales.device)
+        )
+        minimum = _by_channel(minima, grid, scratch.take("minimum", scale.shape, computed, minima.device))
+    blocks = values.view(batch, tokens // rows, rows, grid.rank)
     torch.addcmul(minimum[:, :, None], blocks, scale[:, :, None], out=blocks)
     return values.to(dtype)
 
 
-def _codes(payload: Tensor, grid: Grid, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """The code of every latent, (batch, tokens, rank), as a number of `dtype`."""
-    shape = (*payload.shape[:2], grid.rank)
-    codes = scratch.take("codes", shape, torch.uint8, payload.device)
-    for bits, channels, own in grid.runs():
-        unpack(payload[..., own], bits, channels.stop - channels.start, out=codes[..., channels])
-    return scratch.take("values", shape, dtype, payload.device).copy_(codes)
-
-
-def _by_channel(parameters: Tensor, grid: Grid, dtype: torch.dtype, scratch: Scratch, name: str) -> Tensor:
-    """The parameters of channel blocks, (batch, rows, channel_blocks), repeated for every channel of each."""
-    if grid.channel_blocks == grid.rank:
-        return parameters.to(dtype)
-    repeated = scratch.take(name, (*parameters.shape[:2], grid.rank), dtype, parameters.device)
+def _by_channel(parameters: Tensor, grid: Grid, out: Tensor) -> Tensor:
+    """Repeat the parameters of channel blocks, (batch, rows, channel_blocks), for every channel of each."""
     size, block = grid.block_channels, 0
-    for _, channels, _ in grid.runs():
+    for _, channels, _ in grid.runs:
         whole, rest = divmod(channels.stop - channels.start, size)
-        own = repeated[..., channels]
+        own = out[..., channels]
         if whole:
             own[..., : whole * size].unflatten(-1, (whole, size)).copy_(parameters[..., block : block + whole, None])
         if rest:
             own[..., whole * size :] = parameters[..., block + whole, None]
         block += whole + bool(rest)
-    return repeated
+    return out
 
 
 def to_blocks(values: Float[Tensor, "batch tokens channels"], grid: Grid) -> Float[Tensor, "batch rows columns block"]:
-    """The values of every block side by side. Short blocks are filled with their last token and channel again."""
+    """Lay the values of every block side by side. Short blocks are padded with their last token and channel."""
     rows, columns = (-(-values.shape[i] // size) for i, size in ((1, grid.block_tokens), (2, grid.block_channels)))
     values = _repeat_last(values, 1, rows * grid.block_tokens)
     values = _repeat_last(values, 2, columns * grid.block_channels)
@@ -207,7 +203,7 @@ def to_blocks(values: Float[Tensor, "batch tokens channels"], grid: Grid) -> Flo
 
 
 def from_blocks(blocks: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
-    """The inverse of `to_blocks`, for values of this shape."""
+    """Undo `to_blocks`, for values of this shape."""
     values = blocks.unflatten(3, (grid.block_tokens, grid.block_channels)).transpose(2, 3).flatten(3).flatten(1, 2)
     return values[:, : shape[1], : shape[2]]
 
@@ -215,7 +211,7 @@ def from_blocks(blocks: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
 def block_parameters(
     blocks: Float[Tensor, "batch rows columns block"], levels: int
 ) -> tuple[BFloat16[Tensor, "batch rows columns"], BFloat16[Tensor, "batch rows columns"]]:
-    """The scale and the minimum of every block, as they are stored: no value lies outside their range."""
+    """Return the scale and the minimum of every block as they are stored: no value lies outside their range."""
     minimum = _rounded(blocks.amin(-1), up=False)
     spread = blocks.amax(-1) - minimum.float()
     # By a tensor: on a GPU, torch multiplies by the inverse of a number instead, and the bits differ from a CPU's.
@@ -229,14 +225,14 @@ def block_codes(
     minimum: BFloat16[Tensor, "batch rows columns"],
     levels: int,
 ) -> Float[Tensor, "batch rows columns block"]:
-    """The code of every value, a whole number. A block without spread has codes 0."""
+    """Return the code of every value, a whole number. A block without spread has codes 0."""
     step = scale.float()[..., None]
     codes = ((blocks - minimum.float()[..., None]) / torch.where(step > 0, step, torch.ones_like(step))).round()
     return codes.clamp(0, levels)
 
 
 def _rounded(values: Tensor, *, up: bool) -> Tensor:
-    """To the parameters' dtype, in one direction."""
+    """Round to the parameters' dtype in one direction."""
     rounded = values.to(PARAMETER_DTYPE)
     limit = torch.full_like(rounded, float("inf") if up else -float("inf"))
     missed = rounded.float() < values if up else rounded.float() > values

@@ -18,12 +18,12 @@ WIDTHS = range(1, 9)
 
 @cache
 def planes(bits: int) -> tuple[int, ...]:
-    """The powers of two that sum to a width, largest first."""
+    """Return the powers of two that sum to a width, largest first."""
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
 def row_bytes(channels: int, bits: int) -> int:
-    """Bytes of one token's codes: every plane is padded to a whole byte."""
+    """Count the bytes of one token's codes: every plane is padded to a whole byte."""
     return sum(-(-channels * width // 8) for width in planes(bits))
 
 
@@ -45,23 +45,26 @@ def pack(codes: UInt8[Tensor, "*rows channels"], bits: int) -> UInt8[Tensor, "*r
     return torch.cat(parts, dim=-1)
 
 
-def unpack(
-    packed: UInt8[Tensor, "*rows bytes"],
-    bits: int,
-    channels: int,
-    out: UInt8[Tensor, "*rows channels"] | None = None,
-) -> UInt8[Tensor, "*rows channels"]:
-    """The inverse of `pack`, for as many channels as were packed, into `out` if it is given."""
-    if bits not in WIDTHS:
-        raise ValueError(f"bits is {bits}; expected 1 to 8")
-    if out is None:
-        out = packed.new_empty((*packed.shape[:-1], channels))
-    start = shift = 0
+def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int, out: UInt8[Tensor, "*rows channels"]) -> None:
+    """Unpack codes that `pack` packed into `out`, which has as many channels as they had."""
+    channels, first, shift = out.shape[-1], 0, 0
     for width in planes(bits):
-        size = -(-channels * width // 8)
-        _unpack_plane(packed[..., start : start + size], width, shift, out)
-        start, shift = start + size, shift + width
-    return out
+        size = -(-channels * width // 8)  # bytes of the plane
+        for index in range(8 // width):
+            own = out[..., index * size : (index + 1) * size]
+            source = packed[..., first : first + own.shape[-1]]
+            if not own.shape[-1]:
+                continue
+            part = own if shift == 0 else torch.empty_like(own)  # the first plane overwrites what was there
+            if torch.compiler.is_compiling():  # it cannot trace results written into a part of a tensor
+                part.copy_(source >> index * width)
+            else:
+                torch.bitwise_right_shift(source, index * width, out=part)
+            if (index + 1) * width < 8:
+                part &= (1 << width) - 1
+            if shift:
+                own |= part << shift
+        first, shift = first + size, shift + width
 
 
 def _pack_plane(codes: Tensor, width: int) -> Tensor:
@@ -72,22 +75,3 @@ def _pack_plane(codes: Tensor, width: int) -> Tensor:
     for index in range(1, per_byte):
         packed |= codes[..., index, :] << (index * width)
     return packed
-
-
-def _unpack_plane(packed: Tensor, width: int, shift: int, out: Tensor) -> None:
-    """Put a plane's codes into the bits of `out` from `shift` on. The plane at 0 overwrites what was there."""
-    size, mask = packed.shape[-1], (1 << width) - 1
-    for index in range(8 // width):
-        own = out[..., index * size : (index + 1) * size]
-        source = packed[..., : own.shape[-1]]
-        if not own.shape[-1]:
-            continue
-        part = own if shift == 0 else torch.empty_like(own)
-        if torch.compiler.is_compiling():  # it cannot trace results written into a part of a tensor
-            part.copy_(source >> index * width)
-        else:
-            torch.bitwise_right_shift(source, index * width, out=part)
-        if (index + 1) * width < 8:
-            part &= mask
-        if shift:
-            own |= part << shift

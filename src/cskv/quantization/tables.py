@@ -18,20 +18,20 @@ from cskv.quantization.packing import planes
 
 
 def most_planes(grid: Grid) -> int:
-    """The planes of the width that has most: 1 for 1, 2, 4 and 8 bits, 3 for 7."""
+    """Return the largest number of bit planes of any width: 1 for 1, 2, 4 and 8 bits, 3 for 7."""
     return max(len(planes(bits)) for bits, _ in grid.widths)
 
 
 @lru_cache(maxsize=1024)
 def channel_table(grid: Grid, device: torch.device) -> Int32[Tensor, "entries rank"]:
-    """Where the code of every channel lies, to unpack.
+    """Build the table that unpacks every channel's code.
 
     Returns:
         its channel block, then for each of `most_planes` planes: the byte of a token's payload, how far to shift it
         right, the mask after that, and how far to shift the result left. A plane that a width lacks has mask 0.
     """
     columns: list[list[int]] = []
-    for bits, channels, own in grid.runs():
+    for bits, channels, own in grid.runs:
         count, byte, entries = channels.stop - channels.start, own.start, []
         left = 0
         for width in planes(bits):
@@ -49,14 +49,14 @@ def channel_table(grid: Grid, device: torch.device) -> Int32[Tensor, "entries ra
 
 @lru_cache(maxsize=1024)
 def byte_table(grid: Grid, device: torch.device) -> Int32[Tensor, "6 row_bytes"]:
-    """What every byte of a token's payload holds, to pack.
+    """Build the table that packs every byte of a token's payload.
 
     Returns:
         its first channel, the distance to the next one, the end of the run, the width of the plane, the code's bits
         below the plane, and the largest code.
     """
     rows = []
-    for bits, channels, _ in grid.runs():
+    for bits, channels, _ in grid.runs:
         below = 0
         for width in planes(bits):
             size = -(-(channels.stop - channels.start) * width // 8)
@@ -67,9 +67,9 @@ def byte_table(grid: Grid, device: torch.device) -> Int32[Tensor, "6 row_bytes"]
 
 @lru_cache(maxsize=1024)
 def block_table(grid: Grid, device: torch.device) -> Int32[Tensor, "3 channel_blocks"]:
-    """Of every channel block: its first channel, its channels, and the largest code."""
+    """Build the table of channel blocks: first channel, channels, and largest code of each."""
     rows = []
-    for bits, channels, _ in grid.runs():
+    for bits, channels, _ in grid.runs:
         for first in range(channels.start, channels.stop, grid.block_channels):
             rows.append((first, min(grid.block_channels, channels.stop - first), 2**bits - 1))
     return torch.tensor(rows, dtype=torch.int32).T.contiguous().to(device)

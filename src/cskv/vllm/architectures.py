@@ -25,7 +25,7 @@ def register() -> None:
 
 
 class _Checked:
-    """Beside what vLLM checks of an architecture: what the adapter and the options say."""
+    """Mixin for vLLM's checks of an architecture: adds those of the adapter and the options."""
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: Any) -> None:
@@ -43,13 +43,13 @@ def _check(vllm_config: Any) -> None:
     from cskv.vllm.blocks import choose_block_size
     from cskv.vllm.refusals import check
     from cskv.vllm.served import find_served
-    from cskv.vllm.shards import Shard
+    from cskv.vllm.shards import ServedShard
 
     model = vllm_config.model_config
     served = find_served(model.model, model.revision, model.hf_config)
     check(served, vllm_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    choose_block_size(served, Shard.of_rank(0, ranks, model.get_total_num_kv_heads()), vllm_config)
+    choose_block_size(ServedShard.of_rank(served, model, 0, ranks), vllm_config)
     # What is compiled depends on ranks and settings: they are part of the key under which vLLM caches it.
     more = vllm_config.additional_config or {}
     if not isinstance(more, dict):
@@ -58,6 +58,6 @@ def _check(vllm_config: Any) -> None:
 
 
 def _is_server() -> bool:
-    """Whether this process is vLLM's command line, whose user wants one line and no traceback."""
+    """Tell whether this process is vLLM's command line, whose user wants one line and no traceback."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return Path(sys.argv[0]).name == "vllm" or (spec is not None and spec.name.startswith("vllm.entrypoints"))

@@ -1,4 +1,4 @@
-"""vLLM's attention backend: it turns vLLM's batch into a `Step`, and hands a layer's tensors to `cskv.vllm.compute`."""
+"""vLLM's attention backend: turns vLLM's batch into a `Step`, and passes a layer's tensors to `cskv.vllm.compute`."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ class Backend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """The name in vLLM's registry."""
+        """Return the name in vLLM's registry."""
         return NAME
 
     @staticmethod
     def get_impl_cls() -> type[Impl]:
-        """What attends."""
+        """Return the implementation of attention."""
         return Impl
 
     @staticmethod
     def get_builder_cls() -> type[StepBuilder]:
-        """What makes metadata."""
+        """Return the builder of metadata."""
         return StepBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Any: a page is never cut."""
+        """Allow any size: a page is never split."""
         return [MultipleOf(1)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """The pages of all layers side by side in a block: they may differ in size, and a ring takes what it needs."""
+        """Put the pages of all layers side by side in a block: they may differ in size, as rings and latents do."""
         return (KVCacheLayout.BLHNC,)
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """No: what a connector would move has not been tried."""
+        """Return False: moving pages has not been tried."""
         return False
 
 
@@ -75,7 +75,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Step:
-        """Work the step out. Layers whose ranks differ have builders of their own, and share the result."""
+        """Plan the step. Layers whose ranks differ have builders of their own, and share the result."""
         made = getattr(common_attn_metadata, "_cskv_step", None)
         if made is None:
             common = common_attn_metadata
@@ -95,16 +95,16 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
 
 
 class RingBackend(Backend):
-    """The rings. They take part in no attention by themselves."""
+    """The rings. They attend to nothing by themselves."""
 
     @staticmethod
     def get_name() -> str:
-        """The name in vLLM's registry."""
+        """Return the name in vLLM's registry."""
         return NAME + "_RING"
 
     @staticmethod
     def get_builder_cls() -> type[RingBuilder]:
-        """What makes metadata."""
+        """Return the builder of metadata."""
         return RingBuilder
 
 
@@ -116,17 +116,17 @@ class RingPages:
 
 
 class RingBuilder(AttentionMetadataBuilder[RingPages]):
-    """Says where the rings of the batch's requests are."""
+    """Finds the rings of the batch's requests."""
 
     reorder_batch_threshold = 1
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # vLLM's is abstract
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> RingPages:
-        """The only column of the block table."""
+        """Read the only column of the block table."""
         return RingPages(common_attn_metadata.block_table_tensor[:, 0].long())
 
 
@@ -149,7 +149,7 @@ class Impl(AttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend, and put the step's tokens into the cache.
+        """Attend, then write the step's tokens into the cache.
 
         Args:
             layer: a `CompressedAttention`.

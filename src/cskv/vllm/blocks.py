@@ -1,4 +1,4 @@
-"""How blocks of vLLM's pool are cut: tokens per block, and how many layers' rings share one.
+"""The division of vLLM's pool into blocks: tokens per block, and how many layers' rings share one.
 
 A block holds a page of every layer, side by side. Groups of tokens that are packed together must not be cut. A
 request's rings take blocks as well: as many layers as fit share one, so that a block should hold the ring of one layer
@@ -17,19 +17,18 @@ from typing import Any, NamedTuple
 
 from cskv.errors import ConfigError
 from cskv.latents.pages import ALIGNMENT
-from cskv.vllm.served import Served
-from cskv.vllm.shards import Shard
+from cskv.vllm.shards import ServedShard
 
 logger = logging.getLogger("vllm.cskv")
 
 
 class Rings(NamedTuple):
-    """How the rings of a request are cut into blocks.
+    """The division of a request's rings into blocks.
 
     Attributes:
-        bundles: of layers, on every pipeline rank; each takes a block.
-        page_bytes: of a bundle's page, the same for all.
-        ring_bytes: of the place that every layer's ring has in it.
+        bundles: bundles of layers on every pipeline rank; each takes a block.
+        page_bytes: bytes of a bundle's page, the same for all.
+        ring_bytes: bytes that every layer's ring has in it.
     """
 
     bundles: int
@@ -37,7 +36,7 @@ class Rings(NamedTuple):
     ring_bytes: int
 
     def bounds(self, layers: int) -> list[int]:
-        """Where each bundle of a rank's layers begins, and where the last one ends."""
+        """Return the first layer of each bundle on a rank of so many layers, and the end of the last one."""
         return [i * layers // self.bundles for i in range(self.bundles + 1)]
 
 
@@ -45,26 +44,31 @@ def cut_rings(block_bytes: int, ring_bytes: int, layers: Sequence[int]) -> Rings
     """Cut the rings.
 
     Args:
-        block_bytes: of the pages of all layers.
-        ring_bytes: of the largest ring of a layer.
-        layers: on each pipeline rank.
+        block_bytes: bytes of the pages of all layers.
+        ring_bytes: bytes of the largest ring of a layer.
+        layers: number of layers on each pipeline rank.
     """
-    share = _share(block_bytes, len(layers))
-    together = max(1, share // ring_bytes)
+    stage = _stage_bytes(block_bytes, len(layers))
+    together = max(1, stage // ring_bytes)
     bundles = min(-(-max(layers) // together), min(layers))
     most = max(-(-count // bundles) for count in layers)
-    return Rings(bundles, max(share, most * ring_bytes), ring_bytes)
+    return Rings(bundles, max(stage, most * ring_bytes), ring_bytes)
 
 
-def rings_of(served: Served, shard: Shard, dtype: Any, head_dim: int, block_size: int, layers: Sequence[int]) -> Rings:
-    """How the rings of a served adapter are cut.
+def rings_of(share: ServedShard, block_size: int, layers: Sequence[int]) -> Rings:
+    """Cut the rings of a rank's share.
+
+    Args:
+        share: the rank's share of the adapter.
+        block_size: tokens per block.
+        layers: number of layers on each pipeline rank.
 
     Raises:
         ConfigError: pipeline stages have so different numbers of layers that a block cannot be used on all of them.
     """
-    block = sum(served.layout(i, shard, dtype).page_bytes(block_size) for i in served.settings.ranks)
-    rings = cut_rings(block, _largest_ring(served, shard, dtype, head_dim), layers)
-    if len(layers) > 1 and rings.page_bytes > _share(block, len(layers)):
+    block = share.block_bytes(block_size)
+    rings = cut_rings(block, share.ring_bytes, layers)
+    if len(layers) > 1 and rings.page_bytes > _stage_bytes(block, len(layers)):
         raise ConfigError(
             f"blocks of {block_size} tokens cannot hold the exact windows of stages of {list(layers)} layers; give a "
             "larger --block-size, or as many layers to every stage"
@@ -72,19 +76,18 @@ def rings_of(served: Served, shard: Shard, dtype: Any, head_dim: int, block_size
     return rings
 
 
-def choose_block_size(served: Served, shard: Shard, vllm_config: Any) -> None:
+def choose_block_size(share: ServedShard, vllm_config: Any) -> None:
     """Choose a block size, or check the one that was asked for.
 
     Raises:
         ConfigError: the one that was asked for cuts groups.
     """
-    if not served.has_ring:
+    if not share.served.has_ring:
         return
-    cache, model = vllm_config.cache_config, vllm_config.model_config
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    group = served.config.group if served.is_grouped else 1
+    cache, stages = vllm_config.cache_config, vllm_config.parallel_config.pipeline_parallel_size
+    group = share.served.config.group if share.is_grouped else 1
     step = math.lcm(cache.DEFAULT_BLOCK_SIZE, group)
-    least = least_block_size(served, shard, model.dtype, model.get_head_size(), step, stages)
+    least = least_block_size(share, step, stages)
     if not cache.user_specified_block_size:
         cache.block_size, cache.user_specified_block_size = least, True
     elif cache.block_size % group:
@@ -97,7 +100,7 @@ def choose_block_size(served: Served, shard: Shard, vllm_config: Any) -> None:
         if stages > 1:
             raise ConfigError(f"{reason}, which {stages} pipeline stages need; give --block-size {least} or more")
         logger.warning("%s, so memory is wasted; give --block-size %d or more", reason, least)
-    sizes = {served.layout(i, shard, model.dtype).page_bytes(cache.block_size) for i in served.settings.ranks}
+    sizes = {layout.page_bytes(cache.block_size) for layout in share.layouts.values()}
     if stages > 1 and len(sizes) > 1:
         raise ConfigError(
             f"{stages} pipeline stages, an exact window and layers of different ranks or widths do not go together in "
@@ -105,25 +108,20 @@ def choose_block_size(served: Served, shard: Shard, vllm_config: Any) -> None:
         )
 
 
-def least_block_size(served: Served, shard: Shard, dtype: Any, head_dim: int, step: int, stages: int = 1) -> int:
-    """The least multiple of `step` tokens at which a stage's part of a block holds as many rings as it has to."""
-    ring, count = _largest_ring(served, shard, dtype, head_dim), len(served.settings.ranks)
-    layouts = [served.layout(i, shard, dtype) for i in served.settings.ranks]
+def least_block_size(share: ServedShard, step: int, stages: int = 1) -> int:
+    """Find the least multiple of `step` tokens at which a stage's part of a block holds as many rings as it has to."""
+    count = len(share.layouts)
     if stages > count:
         raise ConfigError(f"{stages} pipeline stages for {count} layers; give at most as many")
     layers = [count // stages + (i < count % stages) for i in range(stages)]
     size = step
     while True:
-        block = sum(layout.page_bytes(size) for layout in layouts)
-        if cut_rings(block, ring, layers).page_bytes <= _share(block, stages):
+        block = share.block_bytes(size)
+        if cut_rings(block, share.ring_bytes, layers).page_bytes <= _stage_bytes(block, stages):
             return size
         size += step
 
 
-def _share(block_bytes: int, stages: int) -> int:
-    """A pipeline stage's part of a block."""
+def _stage_bytes(block_bytes: int, stages: int) -> int:
+    """Return the bytes of a pipeline stage's part of a block."""
     return block_bytes // stages // ALIGNMENT * ALIGNMENT
-
-
-def _largest_ring(served: Served, shard: Shard, dtype: Any, head_dim: int) -> int:
-    return max(served.ring(i, shard, dtype, head_dim).page_bytes for i in served.settings.ranks)

@@ -22,26 +22,26 @@ import torch
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.adapter.folder import CONFIG_FILE
-from cskv.compression.bytes import bytes_per_token
 from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
 from cskv.files import write_folder, write_text
+from cskv.latents.pages import PageLayout
 from cskv.vllm.architectures import PREFIX
 from cskv.vllm.source import SUBFOLDER, BaseConfig, BaseFiles, is_exported, list_files, read_config
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported.
+    """The result of an export.
 
     Attributes:
         folder: the checkpoint.
         base: the base model's folder.
-        architecture: that `config.json` names now.
-        window, group: how tokens are read.
-        dtype: in which vLLM serves the model unless told otherwise.
-        uncompressed_bytes_per_token: of keys and values, all layers.
-        bytes_per_token: of latents, or of their codes and the parameters of full blocks; the exact window aside.
-        linked, copied: weight files that are the base's own, and those that are copies.
+        architecture: the one that `config.json` names now.
+        window, group: see `CSKVConfig`.
+        dtype: the one in which vLLM serves the model unless told otherwise.
+        uncompressed_bytes_per_token: bytes of keys and values, all layers.
+        bytes_per_token: bytes of latents, or of their codes and the parameters of full blocks; the exact window aside.
+        linked, copied: weight files that are hard links to the base's, and those that are copies.
         left_out: the base's weights in other formats.
     """
 
@@ -59,7 +59,7 @@ class ExportReport:
 
     @property
     def ratio(self) -> float:
-        """Of the compressed and the uncompressed bytes per token."""
+        """Compressed bytes per token over uncompressed ones."""
         return self.bytes_per_token / self.uncompressed_bytes_per_token
 
     @property
@@ -68,7 +68,7 @@ class ExportReport:
         return self.window + self.group == 1
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON-ready values."""
+        """Return all fields as JSON-ready values."""
         values = dataclasses.asdict(self)
         values |= {"folder": str(self.folder), "base": str(self.base)}
         values |= {name: list(values[name]) for name in ("linked", "copied", "left_out")}
@@ -107,8 +107,7 @@ def export(
     write_folder(
         out, lambda folder: linked.extend(_fill(folder, adapter, base, config, files, copy)), replace=overwrite
     )
-    dtype = served_dtype(config)
-    uncompressed, compressed = bytes_per_token(adapter, dtype)
+    dtype, layers = served_dtype(config), {index: adapter.factors(index) for index in adapter.layer_indices}
     return ExportReport(
         folder=out,
         base=base,
@@ -116,8 +115,11 @@ def export(
         window=adapter.config.window,
         group=adapter.config.group,
         dtype=str(dtype).removeprefix("torch."),
-        uncompressed_bytes_per_token=uncompressed,
-        bytes_per_token=compressed,
+        uncompressed_bytes_per_token=sum(2 * pair.k.kv_dim * dtype.itemsize for pair in layers.values()),
+        bytes_per_token=sum(
+            PageLayout(pair.k.rank, pair.v.rank, dtype, *adapter.grids(index)).bytes_per_token
+            for index, pair in layers.items()
+        ),
         linked=tuple(linked),
         copied=tuple(name for name in files.weights if name not in linked),
         left_out=files.left_out,
@@ -125,7 +127,7 @@ def export(
 
 
 def check_place(out: Path, *sources: Path, overwrite: bool = False) -> None:
-    """Whether a checkpoint can be put there.
+    """Check that a checkpoint can be written there.
 
     Args:
         out: the folder to write.
@@ -154,14 +156,14 @@ def check_place(out: Path, *sources: Path, overwrite: bool = False) -> None:
 
 
 def served_dtype(config: BaseConfig) -> torch.dtype:
-    """The dtype in which vLLM serves a model unless told otherwise: the config's, in place of float32 a short one."""
+    """Return the dtype in which vLLM serves a model unless told otherwise: the config's, or bfloat16 for float32."""
     named = config.text.dtype or config.values.get("dtype") or config.values.get("torch_dtype")
     dtype = getattr(torch, named.removeprefix("torch."), None) if isinstance(named, str) else named
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 class _Layer(NamedTuple):
-    """What the config says of an attention layer (`cskv.adapter.adapter.LayerShape`)."""
+    """An attention layer as the config describes it (`cskv.adapter.adapter.LayerShape`)."""
 
     layer_idx: int
     kv_dim: int
@@ -176,15 +178,15 @@ def _check_layers(adapter: CSKVAdapter, config: BaseConfig, base: Path) -> None:
         raise UnsupportedModelError(f"{base / CONFIG_FILE} gives no one number of heads for all layers")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     layers = range(text.num_hidden_layers)
-    info = BaseModelInfo(str(base), text.model_type, text.hidden_size, text.num_hidden_layers)
+    info = BaseModelInfo.from_config(text, str(base))
     kinds = sorted(set(_layer_kinds(config)) - {"full_attention"})
     if kinds:
         raise UnsupportedModelError(
             f"{base} has layers of {', '.join(kinds)}; with vLLM only models whose layers all attend to all tokens are "
             "served, others run with transformers (cskv.attach)"
         )
-    fitting = (adapter.base.model_type, adapter.base.num_layers) == (info.model_type, info.num_layers)
-    if fitting and adapter.layer_indices != list(layers):
+    adapter.base.check_same(info, "the adapter was made for", "give the base model that it names")
+    if adapter.layer_indices != list(layers):
         raise AdapterError(
             f"the adapter compresses layers {adapter.layer_indices} of {len(layers)}; with vLLM all or none are: train "
             "one for every layer"
@@ -201,7 +203,7 @@ def _layer_kinds(config: BaseConfig) -> list[str]:
 
 
 def _with_settings(adapter: CSKVAdapter, window: int | None, group: int | None) -> CSKVAdapter:
-    """The same factors, read with another window or group."""
+    """Replace the window or the group; the factors are shared."""
     given = {name: value for name, value in (("window", window), ("group", group)) if value is not None}
     layers = {index: adapter.factors(index) for index in adapter.layer_indices}
     settings = dataclasses.replace(adapter.config, **given)  # type: ignore[arg-type]
@@ -211,7 +213,7 @@ def _with_settings(adapter: CSKVAdapter, window: int | None, group: int | None) 
 def _fill(
     folder: Path, adapter: CSKVAdapter, base: Path, config: BaseConfig, files: BaseFiles, copy: bool
 ) -> list[str]:
-    """Write the checkpoint's files; the names of the weights that were hard-linked."""
+    """Write the checkpoint's files and return the names of the weights that were hard-linked."""
     linked = [name for name in files.weights if _place(base / name, folder / name, link=not copy)]
     for name in files.others:
         _place(base / name, folder / name, link=False)
@@ -222,7 +224,7 @@ def _fill(
 
 
 def _place(source: Path, target: Path, *, link: bool) -> bool:
-    """Link or copy what `source` is or leads to (the hub's cache is made of symlinks); whether it was linked."""
+    """Link or copy a file, through symlinks (the hub's cache is made of them), and tell whether it was linked."""
     target.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
     if link:

@@ -1,4 +1,4 @@
-"""The attention layer that a vLLM model gets in place of its own, and the rings of exact tokens beside it."""
+"""The attention layer that replaces a vLLM model's own, and the rings of exact tokens beside it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ from cskv.vllm.backend import Backend, RingBackend
 from cskv.vllm.blocks import rings_of
 from cskv.vllm.compute import LayerCache, LayerRules
 from cskv.vllm.probe import find_rope
-from cskv.vllm.served import Served
-from cskv.vllm.shards import Shard
+from cskv.vllm.shards import ServedShard
 from cskv.vllm.specs import LatentSpec, RingSpec
 
 REBUILT = 5  # tensors of all channels of all tokens that live at once while keys are rebuilt, rotated and joined
-_scratch = Scratch()  # of all layers of a process
+_scratch = Scratch()  # of all layers of a process; every thread has its own tensors in it
 
 
 class CompressedAttention(Attention):
@@ -40,7 +39,7 @@ class CompressedAttention(Attention):
         parent: vLLM's attention module, which owns it.
         forward: the parent's own forward.
         child: the name of the layer in its parent.
-        served, shard: the adapter, and the kv heads that are here.
+        share: this rank's share of the adapter.
         vllm_config: vLLM's configuration.
     """
 
@@ -50,8 +49,7 @@ class CompressedAttention(Attention):
         parent: nn.Module,
         forward: Any,
         child: str,
-        served: Served,
-        shard: Shard,
+        share: ServedShard,
         vllm_config: Any,
     ) -> None:
         name = original.layer_name
@@ -67,34 +65,33 @@ class CompressedAttention(Attention):
             attn_backend=Backend,
         )
         self._parent = (parent, forward, child)  # in a tuple, or it would be a module of this one
-        self.served, self.shard = served, shard
+        self.share, self.index = share, extract_layer_index(name)
+        self.layout = share.layouts[self.index]
         self._softcap = getattr(original.impl, "logits_soft_cap", None) or None
         self._longest = vllm_config.model_config.max_model_len
         self._hidden_size = vllm_config.model_config.get_hidden_size()
-        self._commuting = served.config.key_factors == "commuting"
-        self.index = extract_layer_index(name)
-        self.layout = served.layout(self.index, shard, vllm_config.model_config.dtype)
+        self._commuting = share.served.config.key_factors == "commuting"
         self.staged: list[Tensor] = []
-        self.ring_layer = RingLayer(self, vllm_config) if served.has_ring else None
+        self.ring_layer = RingLayer(self, vllm_config) if share.served.has_ring else None
         self._pages: tuple[Pages, Pages] | None = None
 
     @property
     def rebuilt_bytes(self) -> int:
-        """What a piece of the longest prompt takes on the way: all old keys some times over, and values."""
+        """Peak bytes of rebuilt keys and values while a chunk of the longest prompt is prefilled."""
         channels = self.num_kv_heads * self.head_size
         return REBUILT * self._longest * channels * self.layout.dtype.itemsize
 
     @property
     def ring_name(self) -> str | None:
-        """The layer that the rings' pages are found under."""
+        """Name of the layer that owns the rings' pages; None without rings."""
         return None if self.ring_layer is None else self.ring_layer.page_name
 
     def stage(self, hidden_states: Tensor) -> None:
-        """Take the latents of the layer's input; commuting keys make theirs of keys."""
+        """Project the layer's input to latents; those of commuting keys are made from keys later."""
         self.staged.append(linear(hidden_states, self.down, self.down_bias))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """(tokens, q_heads * head_dim), of queries, keys and values with heads laid end to end."""
+        """Attend with queries, keys and values whose heads are laid end to end; return (tokens, q_heads * head_dim)."""
         latents = self.staged.pop()
         if self._commuting:
             latents = torch.cat([linear(key, self.k_down), latents], dim=-1)
@@ -111,22 +108,22 @@ class CompressedAttention(Attention):
         return output.view(tokens, -1)
 
     def split(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Of keys and of values."""
+        """Split into (key latents, value latents)."""
         return latents[:, : self.layout.k_rank], latents[:, self.layout.k_rank :]
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Load the factors, and find out how keys are normalised and rotated."""
+        """Load the factors and probe how keys are normalised and rotated."""
         super().process_weights_after_loading(act_dtype)
         parent, forward, child = self._parent
         device = next(parent.parameters()).device
-        factors = self._placed(self.served.factors(self.index, self.shard).to(device, self.layout.dtype))
+        factors = self._placed(self.share.factors(self.index).to(device, self.layout.dtype))
         rope = None
         if not self._commuting:
             rope = find_rope(parent, forward, child, self._hidden_size, self.head_size, self.layout.dtype)
         self.rules = LayerRules(factors, rope, Logits(self.impl.scale, self._softcap), _scratch)
 
     def _placed(self, factors: LayerFactors) -> LayerFactors:
-        """The factors; down-projections that read the layer's input are one product, of which theirs are views."""
+        """Join the down-projections that read the layer's input into one product, of which the factors hold views."""
         parts = [factors.v] if self._commuting else [factors.k, factors.v]
         biases = [part.down_bias for part in parts]
         bias = None
@@ -141,28 +138,28 @@ class CompressedAttention(Attention):
         return LayerFactors(k.aligned(16) if k.up.is_cuda else k, v)
 
     def get_kv_cache_spec(self, vllm_config: Any) -> LatentSpec:
-        """Pages of latents."""
+        """Describe the pages of latents."""
         self._block_size = vllm_config.cache_config.block_size
-        config = self.served.config
+        config = self.share.served.config
         return LatentSpec(
             block_size=self._block_size,
             num_kv_heads=1,
             head_size=self.layout.k_rank,
             head_size_v=self.layout.v_rank,
             dtype=torch.uint8,
-            max_tp_shards=self.shard.of if config.head_groups > 1 else 1,
+            max_tp_shards=self.share.shard.total_heads if config.head_groups > 1 else 1,
             layout=self.layout,
             window=config.window,
             group=config.group,
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take the memory, (pages, 1, 1, page_bytes)."""
+        """Bind the allocated memory, (pages, 1, 1, page_bytes)."""
         super().bind_kv_cache(kv_cache)
         self._pages = self.layout.pages(kv_cache[:, 0, 0], self._block_size)
 
     def cache(self, ring_page: Tensor | None) -> LayerCache:
-        """The layer's memory in a step."""
+        """Return the layer's memory, with the ring pages of a step's requests."""
         k, v = self._pages  # type: ignore[misc]
         if self.ring_layer is None:
             return LayerCache(k, v)
@@ -170,20 +167,20 @@ class CompressedAttention(Attention):
 
 
 class RingLayer(nn.Module, AttentionLayerBase):
-    """The rings of one layer. As many layers as fit share a block; the first of them speaks for the others."""
+    """The rings of one layer. As many layers as fit share a block; the first of them requests it for all."""
 
     def __init__(self, layer: CompressedAttention, vllm_config: Any) -> None:
         super().__init__()
-        self.ring = layer.served.ring(layer.index, layer.shard, layer.layout.dtype, layer.head_size)
+        self.ring = layer.share.rings[layer.index]
         self.layer_name = f"{layer.layer_name}.ring"
         self.page_name = self.layer_name
         self.rings: Tensor | None = None
-        self._layer = (layer,)
+        self._share = layer.share
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[self.layer_name] = self
 
     def get_kv_cache_spec(self, vllm_config: Any) -> RingSpec | None:
-        """One page for the rings of a bundle of layers, asked for by the first of them."""
+        """Describe the page of a bundle's rings; None unless this layer is the bundle's first."""
         bundle = self._bundle(vllm_config)
         self.page_name = bundle[0].layer_name
         if bundle[0] is not self:
@@ -197,24 +194,23 @@ class RingLayer(nn.Module, AttentionLayerBase):
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take the memory, (pages, 1, 1, bytes), for all layers that share it."""
+        """Bind the allocated memory, (pages, 1, 1, bytes), for all layers that share it."""
         self.kv_cache = kv_cache
         for place, other in enumerate(self._members):
             start = place * self._cut.ring_bytes
             other.rings = other.ring.rings(kv_cache[:, 0, 0, start : start + other.ring.page_bytes])
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """Rings have metadata of their own."""
+        """Return the backend of rings, which have metadata of their own."""
         return RingBackend
 
     def _bundle(self, vllm_config: Any) -> list[RingLayer]:
-        """The layers whose rings share a page with this one's."""
-        layer, model = self._layer[0], vllm_config.model_config
+        """Return the layers whose rings share a page with this one's."""
+        model = vllm_config.model_config
         stages = vllm_config.parallel_config.pipeline_parallel_size
         ends = [get_pp_indices(model.get_total_num_hidden_layers(), i, stages) for i in range(stages)]
         counts = [stop - start for start, stop in ends]
-        size = vllm_config.cache_config.block_size
-        self._cut = rings_of(layer.served, layer.shard, layer.layout.dtype, layer.head_size, size, counts)
+        self._cut = rings_of(self._share, vllm_config.cache_config.block_size, counts)
         context = vllm_config.compilation_config.static_forward_context
         here = [other for other in context.values() if isinstance(other, RingLayer)]
         bounds = self._cut.bounds(len(here))

@@ -20,11 +20,11 @@ from cskv.errors import UnsupportedModelError
 from cskv.vllm.architectures import PREFIX
 from cskv.vllm.layer import CompressedAttention
 from cskv.vllm.served import Served, find_served
-from cskv.vllm.shards import Shard
+from cskv.vllm.shards import ServedShard
 
 
 class Compressed:
-    """Beside a model class of vLLM's: exchanges the attention layers."""
+    """Mixin for a model class of vLLM's: exchanges the attention layers."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -39,7 +39,7 @@ def exchange(model: nn.Module, served: Served, vllm_config: Any) -> None:
         UnsupportedModelError: there is none, or one that is not served.
     """
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    shard = Shard.of_rank(rank, ranks, vllm_config.model_config.get_total_num_kv_heads())
+    share = ServedShard.of_rank(served, vllm_config.model_config, rank, ranks)
     found = [
         (parent, name, layer)
         for parent in model.modules()
@@ -53,7 +53,7 @@ def exchange(model: nn.Module, served: Served, vllm_config: Any) -> None:
     for parent, name, layer in found:
         _refuse(parent, layer)
         forward = type(parent).forward
-        compressed = CompressedAttention(layer, parent, forward, name, served, shard, vllm_config)
+        compressed = CompressedAttention(layer, parent, forward, name, share, vllm_config)
         setattr(parent, name, compressed)
         cls: Any = type(parent)
         parent.__class__ = _staging(cls, name)
@@ -61,7 +61,7 @@ def exchange(model: nn.Module, served: Served, vllm_config: Any) -> None:
 
 @cache
 def _staging(cls: Any, child: str) -> Any:
-    """The same module class, handing its input to its attention layer first."""
+    """Derive a module class that hands its input to its attention layer first."""
     place = list(inspect.signature(cls.forward).parameters).index("hidden_states") - 1  # after self
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is not served, said before anything is loaded.
+"""Refusals of what is not served, before anything is loaded.
 
 A compressed cache must not answer wrongly, and must not cost more than it saves.
 """
@@ -6,17 +6,16 @@ A compressed cache must not answer wrongly, and must not cost more than it saves
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 
+from cskv.adapter.base_model import BaseModelInfo
 from cskv.errors import AdapterError, ConfigError, UnsupportedModelError
 from cskv.vllm.served import Served
-from cskv.vllm.shards import Shard
+from cskv.vllm.shards import ServedShard
 
 logger = logging.getLogger("vllm.cskv")
 
-TOKENS = 256  # over which bytes are compared: pages are padded to 16 bytes
 LITTLE = 0.75  # of the saving on one rank: below that a warning says what tensor parallelism costs
 
 
@@ -36,8 +35,11 @@ def check(served: Served, vllm_config: Any) -> None:
     _check_model(served, model)
     for reason in _unsupported_options(served, vllm_config):
         raise ConfigError(f"a compressed cache cannot be served {reason}")
-    _check_shards(served, vllm_config)
-    _check_weights(served, vllm_config.model_config.get_total_num_kv_heads())
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    here, alone = (ServedShard.of_rank(served, vllm_config.model_config, 0, n) for n in (ranks, 1))
+    _check_saving(ranks, _saving(here), _saving(alone))
+    for layer in alone.layouts:  # damage that a worker finds later is reported by two tracebacks, of two processes
+        alone.factors(layer)
     cache = vllm_config.cache_config
     if served.has_ring and cache.enable_prefix_caching:
         cache.enable_prefix_caching = False
@@ -50,17 +52,8 @@ def check(served: Served, vllm_config: Any) -> None:
 
 
 def _check_model(served: Served, model: Any) -> None:
-    base = served.settings.base
-    for name, ours, theirs in (
-        ("model_type", base.model_type, model.model_type),
-        ("hidden_size", base.hidden_size, model.hidden_size),
-        ("num_layers", base.num_layers, model.num_hidden_layers),
-    ):
-        if ours != theirs:
-            raise AdapterError(
-                f"adapter {served.folder} was made for {base.name or 'a model'} with {name} {ours}, this model has "
-                f"{theirs}: serve the base model that it names"
-            )
+    remedy = "serve the base model that it names"
+    served.settings.base.check_same(BaseModelInfo.from_config(model), f"adapter {served.folder} was made for", remedy)
     missing = sorted(set(range(model.num_hidden_layers)) - set(served.settings.ranks))
     if missing:
         raise UnsupportedModelError(
@@ -72,14 +65,8 @@ def _check_model(served: Served, model: Any) -> None:
         if ranks["kv_dim"] != heads * head_dim:
             raise AdapterError(
                 f"adapter {served.folder}: layer {layer} has {ranks['kv_dim']} channels, this model "
-                f"{heads * head_dim}; serve the base model that it names"
+                f"{heads * head_dim}; {remedy}"
             )
-
-
-def _check_weights(served: Served, kv_heads: int) -> None:
-    """Read all factors once: what a worker finds damaged later is said by two tracebacks, of two other processes."""
-    for layer in served.settings.ranks:
-        served.factors(layer, Shard(0, kv_heads, kv_heads))
 
 
 def _unsupported_options(served: Served, vllm_config: Any) -> Iterator[str]:
@@ -104,12 +91,8 @@ def _unsupported_options(served: Served, vllm_config: Any) -> Iterator[str]:
         yield "with a window and without the hybrid KV cache manager; leave that on, or serve with window 0 and group 1"
 
 
-def _check_shards(served: Served, vllm_config: Any) -> None:
+def _check_saving(ranks: int, here: float, alone: float) -> None:
     """Refuse tensor parallelism that makes the cache larger; warn where it takes much of the saving away."""
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    model = vllm_config.model_config
-    heads = model.get_total_num_kv_heads()
-    here, alone = (_saving(served, Shard.of_rank(0, n, heads), model) for n in (ranks, 1))
     remedy = "train factors per head group (--head-groups, a multiple of the ranks), or use pipeline parallelism"
     if ranks > 1 and here < 1:
         raise ConfigError(
@@ -126,8 +109,7 @@ def _check_shards(served: Served, vllm_config: Any) -> None:
         )
 
 
-def _saving(served: Served, shard: Shard, model: Any) -> float:
-    """Bytes of a rank's uncompressed cache over those of its latents, the window aside."""
-    block = math.lcm(served.config.group, TOKENS)
-    full = 2 * shard.heads * model.get_head_size() * model.dtype.itemsize * len(served.settings.ranks)
-    return full * block / sum(served.layout(i, shard, model.dtype).page_bytes(block) for i in served.settings.ranks)
+def _saving(share: ServedShard) -> float:
+    """Divide the bytes of a rank's uncompressed cache by those of its latents, the window aside."""
+    full = 2 * share.shard.heads * share.head_dim * share.dtype.itemsize * len(share.layouts)
+    return full / sum(layout.bytes_per_token for layout in share.layouts.values())

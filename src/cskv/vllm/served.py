@@ -1,4 +1,4 @@
-"""Which adapter a vLLM configuration names, and its settings as served.
+"""The adapter that a vLLM configuration names, and its settings as served.
 
 `config.json` of an exported checkpoint, or `--hf-overrides`, holds
 
@@ -19,14 +19,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from cskv.adapter.folder import Settings, download, read_layer, read_settings
-from cskv.cache.ring import Ring
+from cskv.adapter.folder import Settings, download, read_settings
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError
-from cskv.factorization.factors import LayerFactors
-from cskv.latents.pages import PageLayout
-from cskv.quantization.grid import Grid
-from cskv.vllm.shards import Shard
 
 KEY = "cskv"  # in a model's config.json
 OVERRIDES = ("window", "group")
@@ -50,56 +45,16 @@ class Served:
 
     @property
     def has_ring(self) -> bool:
-        """Whether tokens are kept exactly beyond their own step."""
+        """Whether tokens are kept exactly after their own step."""
         return self.config.window + self.config.group > 1
 
-    @property
-    def is_grouped(self) -> bool:
-        """Whether latents are packed in groups of tokens."""
-        config = self.config
-        packed = (kind for kind in ("k", "v") if config.mixed_widths or config.bits(kind) < 16)
-        return any(config.block(kind)[0] > 1 for kind in packed)
-
-    def layout(self, layer: int, shard: Shard, dtype: Any) -> PageLayout:
-        """The pages of one layer's latents on one tensor-parallel rank."""
-        ranks = [shard.rank_of(self.settings.ranks[layer][kind], self.config.head_groups) for kind in ("k", "v")]
-        grids = [
-            Grid.of(self.config, kind, rank, self.settings.widths.get((layer, kind)))
-            for kind, rank in zip(("k", "v"), ranks, strict=True)
-        ]
-        return PageLayout(ranks[0], ranks[1], dtype, grids[0], grids[1])
-
-    def ring(self, layer: int, shard: Shard, dtype: Any, head_dim: int) -> Ring:
-        """The ring of one layer on one tensor-parallel rank. It means nothing unless `has_ring`."""
-        layout = self.layout(layer, shard, dtype)
-        waiting = [
-            0 if grid is None or grid.block_tokens == 1 else grid.rank for grid in (layout.k_grid, layout.v_grid)
-        ]
-        return Ring(self.config.window, self.config.group, shard.heads, head_dim, waiting[0], waiting[1], dtype)
-
-    def factors(self, layer: int, shard: Shard) -> LayerFactors:
-        """The factors of one layer that one tensor-parallel rank keeps.
-
-        Raises:
-            AdapterError: the folder is damaged, or its settings do not say how its factors were made.
-        """
-        factors, groups = read_layer(self.folder, self.settings, layer), self.config.head_groups
-        expected = groups, self.settings.ranks[layer]["kv_dim"]
-        for kind, part in (("k", factors.k), ("v", factors.v)):
-            if (part.groups, part.kv_dim) != expected:  # a rank would keep the wrong part of them
-                raise AdapterError(
-                    f"adapter {self.folder}: layer {layer} {kind} has {part.groups} head groups and {part.kv_dim} "
-                    f"channels, its settings {groups} and {expected[1]}; train the adapter again"
-                )
-        return LayerFactors(shard.factors(factors.k, groups), shard.factors(factors.v, groups))
-
     def summary(self) -> dict[str, Any]:
-        """What decides the shapes of what is compiled."""
+        """Return the settings that compiled shapes depend on."""
         return {"settings": self.config.to_dict(), "ranks": {str(i): r for i, r in self.settings.ranks.items()}}
 
 
 def find_served(model: str, revision: str | None, config: Any) -> Served:
-    """The adapter that a model's configuration names.
+    """Find the adapter that a model's configuration names.
 
     Args:
         model: folder or hub id.
@@ -141,7 +96,7 @@ def _folder(model: str, revision: str | None, adapter: str) -> Path:
 
 
 def _in_repository(model: str, revision: str | None, adapter: str) -> Path:
-    """An adapter in the model's repository on the hub; it may not be there."""
+    """Fetch an adapter from the model's repository on the hub. The folder is absent if the repository has none."""
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=[f"{adapter}/*"])) / adapter
     except (OSError, HFValidationError) as error:

@@ -1,4 +1,4 @@
-"""The base model that an exported checkpoint is made of: where it is, what its config says, which files are taken.
+"""The base model that an exported checkpoint is made from: its folder, its config, and the files that are taken.
 
 Pickled weights are left out, and so is what would make vLLM read something other than the exported config: where it
 finds `consolidated*.safetensors`, it takes Mistral's own format and never looks at `config.json`.
@@ -67,7 +67,7 @@ class BaseConfig:
 
 
 def download_base(model_id: str, revision: str | None = None) -> Path:
-    """A base model's files from the hub, in its local cache, without weights in other formats than safetensors.
+    """Download a base model's files to the hub's local cache, of weights only safetensors.
 
     Raises:
         CSKVError: the hub has no such repository, or cannot be reached.
@@ -81,7 +81,7 @@ def download_base(model_id: str, revision: str | None = None) -> Path:
 
 
 def read_config(base: Path) -> BaseConfig:
-    """The config of a base model's folder.
+    """Read the config of a base model's folder.
 
     Raises:
         CSKVError: it is missing or damaged, of an adapter or an exported checkpoint, or of a family not known here.
@@ -116,15 +116,15 @@ def read_config(base: Path) -> BaseConfig:
 
 
 def is_exported(values: dict[str, Any]) -> bool:
-    """Whether these are the values of an exported checkpoint's `config.json`."""
+    """Tell whether these values are from an exported checkpoint's `config.json`."""
     architectures = values.get("architectures") or [""]
     return SUBFOLDER in values and str(architectures[0]).startswith(PREFIX)
 
 
 def list_files(base: Path) -> BaseFiles:
-    """What of a base model's folder is taken and what is not; hidden files and `config.json` are in neither.
+    """Sort the files of a base model's folder into those taken and those left out, hidden ones and `config.json` aside.
 
-    Weights are those that vLLM reads: what the index names or else all at the top, and none in folders below.
+    Weights are those that vLLM reads: the ones that the index names, or else all at the top, none in subfolders.
 
     Raises:
         CSKVError: there are no safetensors, or not all that the index names.
@@ -150,7 +150,7 @@ def list_files(base: Path) -> BaseFiles:
 
 
 def _indexed(base: Path, weights: list[str]) -> list[str]:
-    """The weights that the index names."""
+    """Return the weights that the index names."""
     try:
         named = set(json.loads((base / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

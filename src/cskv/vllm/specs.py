@@ -1,8 +1,8 @@
-"""What vLLM's block pool is told of our memory: pages of latents, and rings of exact tokens.
+"""The specs by which vLLM's block pool sizes our memory: pages of latents, and rings of exact tokens.
 
 vLLM counts a page as `num_heads * num_states * state_content_size_bytes`; here it is one state of one head, of as many
-bytes as `PageLayout` and `Ring` say. The specs travel between processes, so the module that unpickles them registers
-nothing: both are found by their base classes.
+bytes as `PageLayout` and `Ring` say. Specs are pickled between processes, so unpickling them must register nothing:
+vLLM finds both by their base classes.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class LatentSpec(FullAttentionSpec):
         return self.layout.page_bytes(self.block_size)
 
     def get_num_kernel_states(self, kernel_block_size: int) -> int:
-        """One: the page is not cut."""
+        """Return 1: the page is not split."""
         return 1
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        """Equal specs are one; others stay apart, with pages of their own sizes in one group."""
+        """Merge equal specs; others stay apart, with pages of their own sizes in one group."""
         if any(spec != specs[0] for spec in specs):
             raise AssertionError("the pages of these layers differ")  # what vLLM expects to be told
         return specs[0]
@@ -59,5 +59,5 @@ class RingSpec(CircularBufferSpec):
         return self.ring_bytes
 
     def get_num_kernel_states(self, kernel_block_size: int) -> int:
-        """One: the page is not cut."""
+        """Return 1: the page is not split."""
         return 1

@@ -1,12 +1,12 @@
-"""What one step of a server does to the compressed cache of all its requests, worked out once for all layers.
+"""One step of a server: the reads and writes of the compressed cache of all requests, planned once for all layers.
 
-A step brings every request some tokens: one to those that decode, which come first, and a piece of their prompt to the
-others. All lengths are known to the host, so that what is to be sealed and kept is found there, and nothing waits for
-the device.
+A step appends tokens to every request: one to those that decode, which come first, and a chunk of the prompt to the
+others. The host knows all lengths, so that it plans what to seal and keep, and nothing waits for the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,16 +15,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cskv.config import sealed_tokens
+
 Numbers = npt.NDArray[np.int64]
 
 
 class Prefill(NamedTuple):
-    """A request that reads a piece of its prompt.
+    """A request that prefills a chunk of its prompt.
 
     Attributes:
         request: its row in the block table.
-        rows: its tokens among those of the step.
-        length: tokens that it has in the cache already.
+        rows: its tokens in the batch.
+        length: its cached tokens before the step.
         sealed: those of them that are read from latents.
     """
 
@@ -38,8 +40,8 @@ class Groups(NamedTuple):
     """Groups of tokens that are sealed at the end of the step.
 
     Attributes:
-        request: (groups,): the row of each in the block table.
-        first: (groups,): the position of its first token.
+        request: (groups,): row in the block table.
+        first: (groups,): position of the first token.
     """
 
     request: Tensor
@@ -50,7 +52,7 @@ class Kept(NamedTuple):
     """Tokens of the step that go into the rings.
 
     Attributes:
-        row, request, position: (tokens,): among those of the step, in the block table, and in its request.
+        row, request, position: (tokens,): row in the batch, row in the block table, and position in the request.
     """
 
     row: Tensor
@@ -62,8 +64,8 @@ class Recent(NamedTuple):
     """Tokens that were in the rings before the step, oldest first.
 
     Attributes:
-        position: (requests, slots): of each.
-        exists: (requests, slots): which of them there are.
+        position: (requests, slots): position in the request.
+        exists: (requests, slots): False where a request has fewer tokens.
     """
 
     position: Tensor
@@ -72,21 +74,21 @@ class Recent(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One step.
+    """The plan of one step.
 
     Attributes:
-        tokens: of all requests; what follows them in the batch is padding.
-        decodes: requests, the first ones, that bring one token.
-        prefills: the others.
-        table: (requests, blocks): their pages, in order.
-        slots: (tokens,): where each token goes, page * block_size + place.
-        start: (requests,): the first token of each among those of the step.
-        length: (requests,): tokens that each has in the cache already.
+        tokens: tokens of all requests; padding follows them in the batch.
+        decodes: number of requests that append one token; they come first.
+        prefills: the other requests.
+        table: (requests, blocks): block table.
+        slots: (tokens,): slot mapping, page * block_size + offset.
+        start: (requests,): the first row of each request in the batch.
+        length: (requests,): cached tokens before the step.
         sealed: (requests,): those of them that are read from latents.
-        most, least: sealed tokens of the longest and of the shortest that decodes.
-        recent: what is read from the rings.
-        groups: what is sealed at the end, where tokens are packed in groups.
-        kept: what goes into the rings.
+        most, least: sealed tokens of the longest and of the shortest request that decodes.
+        recent: tokens read from the rings.
+        groups: groups sealed at the end of the step.
+        kept: tokens written into the rings.
     """
 
     tokens: int
@@ -104,17 +106,12 @@ class Step:
     kept: Kept
 
 
-def due(length: Numbers, window: int, group: int) -> Numbers:
-    """The tokens that are sealed when a forward appends to `length`: those before the window, in whole groups."""
-    return np.maximum(length - window, 0) // group * group
-
-
 def plan_step(starts: Numbers, lengths: Numbers, table: Tensor, slots: Tensor, window: int, group: int) -> Step:
-    """Work a step out.
+    """Plan a step.
 
     Args:
         starts: (requests + 1,): where each request's tokens start in the batch, and where the last ones end. Requests
-            that bring one token come first; those that bring none are padding, and come last.
+            with one token come first; those with none are padding, and come last.
         lengths: (requests,): tokens of each request, those of the step included.
         table, slots: see `Step`, on the device.
         window, group: see `CSKVConfig`.
@@ -123,7 +120,7 @@ def plan_step(starts: Numbers, lengths: Numbers, table: Tensor, slots: Tensor, w
     requests = int((new > 0).sum())
     starts, new, lengths = starts[:requests], new[:requests], lengths[:requests]
     before = lengths - new
-    sealed, sealed_after = due(before, window, group), due(lengths, window, group)
+    sealed, sealed_after = (sealed_tokens(length, window, group) for length in (before, lengths))
     tokens = int(new.sum())
     decodes = int((new == 1).cumprod().sum())
     prefills = tuple(
@@ -157,7 +154,7 @@ def _groups(sealed: Numbers, after: Numbers, group: int) -> tuple[Numbers, Numbe
 
 
 def _kept(starts: Numbers, before: Numbers, new: Numbers, slots: int) -> tuple[Numbers, Numbers, Numbers]:
-    """The newest tokens of every request, as many as a ring has places for."""
+    """Select the newest tokens of every request, up to the slots of a ring."""
     count = np.minimum(new, slots)
     request = np.repeat(np.arange(len(count)), count)
     place = (new - count)[request] + _counting(count)
@@ -165,11 +162,11 @@ def _kept(starts: Numbers, before: Numbers, new: Numbers, slots: int) -> tuple[N
 
 
 def _counting(count: Numbers) -> Numbers:
-    """0, 1, 2, ... anew for each count."""
+    """Count 0, 1, 2, ... anew for each count."""
     return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
 
 
-def _sender(device: torch.device):  # type: ignore[no-untyped-def]
+def _sender(device: torch.device) -> Callable[[npt.NDArray[Any]], Tensor]:
     def sent(numbers: npt.NDArray[Any]) -> Tensor:
         host = torch.from_numpy(np.ascontiguousarray(numbers))
         return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

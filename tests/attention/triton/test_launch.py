@@ -292,7 +292,7 @@ def test_as_many_new_tokens_attend_to_latents_as_the_kernels_take(shared: int, m
 
 
 def test_a_missing_triton_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_installed", lambda: False)
+    monkeypatch.setattr(launch, "installed", lambda: False)
     made = make(Case())
     dispatch._say_once.cache_clear()
     with pytest.warns(UserWarning, match="by torch, not triton: triton is not installed"):

@@ -12,8 +12,7 @@ a device has too little shared memory for is made smaller once and remembered.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from cskv.attention.triton.plan import Plan, Shapes, padded, plan, smaller
 from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import PagedLatents
 from cskv.latents.view import Latents, PackedLatents, PlainLatents
+from cskv.quantization.triton.launch import installed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 JOIN_STEP, JOIN_BLOCK = 64, 64
@@ -61,7 +61,7 @@ def attention(
 def refusal(query: Float[Tensor, "batch q_heads new head_dim"], inputs: AttentionInputs) -> str | None:
     """Return why the kernels cannot do this; None where they can."""
     view, factors, rope = inputs.view, inputs.factors, inputs.rotation
-    if not _installed():
+    if not installed():
         return "triton is not installed"
     reason = _device_refusal(query.device)
     if reason is not None or view.k is None or view.v is None:
@@ -81,11 +81,6 @@ def refusal(query: Float[Tensor, "batch q_heads new head_dim"], inputs: Attentio
     if not _same_pages(view.k, view.v):
         return "its kernels find keys and values by one table of pages"
     return _dtype_refusal(query, view.k, view.v, factors)
-
-
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
 
 
 def _device_refusal(device: torch.device) -> str | None:

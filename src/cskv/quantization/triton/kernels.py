@@ -22,7 +22,7 @@ ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: fp32 numbers near it are wh
 @triton.jit
 @no_type_check
 def _directed(x, UP: tl.constexpr):
-    """The bits of the bf16 number next to an fp32 one, not below it or not above it, in the upper half of an int32.
+    """Round fp32 to bf16, up or down, as bits in the upper half of an int32.
 
     Cutting off the lower half rounds towards zero; adding to it first rounds away from zero.
     """
@@ -110,7 +110,7 @@ def codes(
 @triton.jit
 @no_type_check
 def _wide(bits):
-    """The fp32 number of a bf16 one's bits."""
+    """Convert the bits of bf16 to fp32."""
     return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 

@@ -9,10 +9,10 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from jaxtyping import BFloat16, Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
-from cskv.quantization.grid import PARAMETER_DTYPE, Grid
+from cskv.quantization.grid import PARAMETER_DTYPE, Grid, Quantised
 from cskv.quantization.packing import planes
 from cskv.quantization.tables import block_table, byte_table, channel_table
 
@@ -22,18 +22,12 @@ TOKENS, BYTES = 16, 64  # of a program that packs
 
 @cache
 def installed() -> bool:
-    """Whether Triton is there."""
+    """Tell whether Triton is installed."""
     return find_spec("triton") is not None
 
 
-def quantise(
-    latents: Float[Tensor, "batch tokens rank"], grid: Grid
-) -> tuple[
-    UInt8[Tensor, "batch tokens bytes"],
-    BFloat16[Tensor, "batch token_blocks channel_blocks"],
-    BFloat16[Tensor, "batch token_blocks channel_blocks"],
-]:
-    """The payload, scales and minima of `grid.quantise`."""
+def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantised:
+    """Put latents on the grid, as `cskv.quantization.grid.quantise` does."""
     from cskv.quantization.triton import kernels
 
     if latents.stride(2) != 1:
@@ -44,7 +38,7 @@ def quantise(
     scales, minima = (latents.new_empty(batch, rows, columns, dtype=PARAMETER_DTYPE) for _ in range(2))
     bits = scales.view(torch.int16), minima.view(torch.int16)
     if not latents.numel():
-        return payload, scales, minima
+        return Quantised(payload, scales, minima)
     strides = latents.stride(0), latents.stride(1)
     kernels.parameters[(-(-rows * columns // BLOCKS), batch)](
         latents, *bits, block_table(grid, latents.device), tokens, rows, columns, *strides,
@@ -55,7 +49,7 @@ def quantise(
         row_bytes, rows, columns, *strides,
         BLOCK_TOKENS=grid.block_tokens, SLOTS=_slots(grid), TOKENS=TOKENS, BYTES=BYTES,
     )  # fmt: skip
-    return payload, scales, minima
+    return Quantised(payload, scales, minima)
 
 
 @cache
