@@ -32,21 +32,21 @@ def step(checkpointed: bool) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from cskv.adapter.adapter import CSKVAdapter
-    from cskv.adapter.base_model import BaseModelInfo
     from cskv.compression.divergence import Divergence
     from cskv.config import CSKVConfig
     from cskv.factorization.factors import LayerFactors
     from cskv.factorization.svd import svd_factors
-    from cskv.models.sites import find_sites
+    from cskv.models.survey import survey
 
     torch.manual_seed(0)
     shape = {"num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 32000}
     model = LlamaForCausalLM(LlamaConfig(hidden_size=512, intermediate_size=1408, **shape)).requires_grad_(False)
+    found = survey(model)
     layers = {
         site.layer_idx: LayerFactors(svd_factors(site.k.weight, 102), svd_factors(site.v.weight, 102))
-        for site in find_sites(model)
+        for site in found.sites
     }
-    adapter = CSKVAdapter(CSKVConfig(init="svd"), layers, BaseModelInfo.from_model(model))
+    adapter = CSKVAdapter(CSKVConfig(init="svd"), layers, found.base)
     divergence = Divergence(model)
     tokens = torch.randint(0, 32000, (1, TOKENS))
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()

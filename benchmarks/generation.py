@@ -32,7 +32,7 @@ import cskv
 from cskv.attachment.cache_bytes import cache_report
 from cskv.evaluation.forward import clock, forward
 from cskv.factorization.commuting import RopePairs, commuting_factors
-from cskv.models.sites import find_sites
+from cskv.models.survey import survey
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "generation.json"
@@ -93,8 +93,8 @@ class Settings:
 
 def adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAdapter:
     """Random factors of the ranks that `config` asks for."""
-    generator, layers = torch.Generator().manual_seed(2), {}
-    for site in find_sites(model):
+    generator, layers, found = torch.Generator().manual_seed(2), {}, survey(model)
+    for site in found.sites:
         pair = []
         for projection, rank in ((site.k, config.k_rank(site.kv_dim)), (site.v, config.v_rank(site.kv_dim))):
             noise = torch.randn(site.kv_dim, rank, generator=generator)
@@ -103,7 +103,7 @@ def adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAdapter:
         if config.key_factors == "commuting":
             pair[0] = _commuting(site.kv_dim, site.head_dim, config.k_rank(site.kv_dim), generator)
         layers[site.layer_idx] = cskv.LayerFactors(*pair)
-    return cskv.CSKVAdapter(config, layers, cskv.BaseModelInfo.from_model(model))
+    return cskv.CSKVAdapter(config, layers, found.base)
 
 
 def _commuting(kv_dim: int, head_dim: int, rank: int, generator: torch.Generator) -> cskv.Factors:

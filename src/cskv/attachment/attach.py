@@ -14,7 +14,6 @@ import weakref
 from torch import nn
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.adapter.base_model import BaseModelInfo
 from cskv.attachment.attending import PREFIX, attend
 from cskv.attachment.hook import SharedState, SiteHook
 from cskv.attention.dispatch import AUTO, check_backend
@@ -22,7 +21,8 @@ from cskv.errors import ConfigError, CSKVError
 from cskv.models.attention_interface import Switch
 from cskv.models.logits import UNDERSTOOD
 from cskv.models.probe import SiteRecipe, probe
-from cskv.models.sites import AttentionSite, find_sites
+from cskv.models.sites import AttentionSite
+from cskv.models.survey import survey
 
 REBUILD = "rebuild"  # no attention on latents
 
@@ -106,9 +106,9 @@ def attach(
         raise ConfigError(f"max_cache_len is {max_cache_len}; expected at least 1 token, or None")
     if model in _attachments:
         raise CSKVError("this model has a compressor attached already; call cskv.detach(model) first")
-    sites = find_sites(model)
-    adapter.check_fits(BaseModelInfo.from_model(model), sites)
-    attachment = Attachment(model, adapter, sites, attention, max_cache_len or 0)
+    found = survey(model)
+    adapter.check_fits(found)
+    attachment = Attachment(model, adapter, found.sites, attention, max_cache_len or 0)
     _attachments[model] = attachment
     return attachment
 

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.hooks import Watcher, decode, evaluation_mode, watching
 from cskv.calibration.statistics import Statistics
 from cskv.errors import DataError
-from cskv.models.probe import SiteRecipe, probe
-from cskv.models.sites import AttentionSite, find_sites
+from cskv.models.probe import SiteRecipe
+from cskv.models.sites import AttentionSite
+from cskv.models.survey import survey
 
 __all__ = ["Statistics", "calibrate"]
 
@@ -100,18 +100,18 @@ def calibrate(
         UnsupportedModelError: the model has no layer that can be compressed.
         DataError: there are no samples, or a layer's statistics are not finite; the message names the layer.
     """
-    sites = find_sites(model)
+    found = survey(model)
     means = _Means()
     watchers: dict[str, Any] = {"inputs": means.add_input}
     if covariance:
-        watchers |= _moment_watchers(means, sites, probe(model, sites))
+        watchers |= _moment_watchers(means, found.sites, found.recipes)
     total = len(samples) if isinstance(samples, Sized) else None
     tokens = 0
 
     def statistics() -> Statistics:
         result = Statistics(
             layers=means.means(),
-            base=BaseModelInfo.from_model(model),
+            base=found.base,
             tokens=tokens,
             source=source if source is not None else getattr(getattr(samples, "source", None), "name", ""),
             seed=seed if seed is not None else getattr(samples, "seed", 0),
@@ -119,7 +119,7 @@ def calibrate(
         result.check_finite(f"after {tokens} tokens: the model overflows; try it in bf16 or fp32")
         return result
 
-    with evaluation_mode(model), watching(sites, **watchers):
+    with evaluation_mode(model), watching(found.sites, **watchers):
         for done, sample in enumerate(samples, start=1):
             decode(model, sample if sample.ndim > 1 else sample[None])
             tokens += sample.numel()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.statistics import Statistics
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, CSKVError, DataError, UnsupportedModelError
@@ -23,6 +22,7 @@ from cskv.factorization.svd import svd_factors
 from cskv.factorization.weighting import before_norm, key_gain, value_gain
 from cskv.models.probe import SiteRecipe, probe
 from cskv.models.sites import AttentionSite, Projection, find_sites
+from cskv.models.survey import survey
 
 Ranks = Mapping[int, tuple[int, int]]
 
@@ -49,24 +49,23 @@ def initialise(
     """
     if config.mixed_widths:
         raise ConfigError("mixed widths are chosen together with ranks; use cskv.compression.widths.allocate_widths")
-    sites = find_sites(model)
-    base = BaseModelInfo.from_model(model)
+    found = survey(model)
     if config.init != "svd":
         if statistics is None:
             raise DataError(
                 f"init {config.init!r} needs calibration statistics, got none; calibrate first, or choose init 'svd'"
             )
-        statistics.check_fits(base, sites)
-    recipes = probe(model, sites) if "pca" in config.init else {}
+        statistics.check_fits(found)
+    recipes = found.recipes if "pca" in config.init else {}
     layers = {}
-    for site in sites:
+    for site in found.sites:
         try:
             layer = _Layer(site, config, statistics, recipes.get(site.layer_idx))
             pair = layer.uniform_ranks() if ranks is None else ranks[site.layer_idx]
             layers[site.layer_idx] = layer.factors(*pair)
         except CSKVError as error:
             raise type(error)(f"layer {site.layer_idx} ({site.name}): {error}") from error
-    return CSKVAdapter(config, layers, base)
+    return CSKVAdapter(config, layers, found.base)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.models.probe import SiteRecipe, probe
+from cskv.models.signature import take_signature
 from cskv.models.sites import AttentionSite, find_sites
 
 
@@ -18,13 +20,18 @@ class Survey:
 
     Attributes:
         model: the model.
-        base: the facts that are remembered of it.
         sites: its full-attention layers, in cache order.
     """
 
     model: nn.Module
-    base: BaseModelInfo
     sites: list[AttentionSite]
+
+    @cached_property
+    def base(self) -> BaseModelInfo:
+        """The facts that are remembered of it. Its projections are run for the signature when first asked for."""
+        return dataclasses.replace(
+            BaseModelInfo.from_model(self.model), signature=take_signature(self.model, self.sites)
+        )
 
     @cached_property
     def recipes(self) -> dict[int, SiteRecipe]:
@@ -43,4 +50,4 @@ def survey(model: nn.Module) -> Survey:
     Raises:
         UnsupportedModelError: it is no decoder, or has no layer that can be compressed.
     """
-    return Survey(model, BaseModelInfo.from_model(model), find_sites(model))
+    return Survey(model, find_sites(model))

@@ -24,6 +24,7 @@ from cskv.adapter.base_model import BaseModelInfo
 from cskv.adapter.folder import CONFIG_FILE
 from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
 from cskv.files import write_folder, write_text
+from cskv.models.signature import read_signature
 from cskv.vllm.architectures import PREFIX
 from cskv.vllm.source import SUBFOLDER, BaseConfig, BaseFiles, is_exported, list_files, read_config
 
@@ -99,9 +100,9 @@ def export(
     """
     check_place(out, base, overwrite=overwrite)
     config = read_config(base)
-    _check_layers(adapter, config, base)
-    adapter = _with_settings(adapter, window, group)
     files = list_files(base)
+    _check_layers(adapter, config, base, files)
+    adapter = adapter.with_settings(window=window, group=group)
     linked: list[str] = []
     write_folder(
         out, lambda folder: linked.extend(_fill(folder, adapter, base, config, files, copy)), replace=overwrite
@@ -171,14 +172,21 @@ def bytes_per_token(adapter: CSKVAdapter, dtype: torch.dtype) -> tuple[int, floa
 
 
 class _Layer(NamedTuple):
-    """What the config says of an attention layer (`cskv.adapter.adapter.LayerShape`)."""
+    """An attention layer as the config describes it (`cskv.adapter.base_model.LayerShape`)."""
 
     layer_idx: int
     kv_dim: int
     hidden_size: int
 
 
-def _check_layers(adapter: CSKVAdapter, config: BaseConfig, base: Path) -> None:
+class _Described(NamedTuple):
+    """A model as its config describes it (`cskv.adapter.base_model.Surveyed`)."""
+
+    base: BaseModelInfo
+    sites: list[_Layer]
+
+
+def _check_layers(adapter: CSKVAdapter, config: BaseConfig, base: Path, files: BaseFiles) -> None:
     text = config.text
     heads = getattr(text, "num_attention_heads", None)
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -186,7 +194,7 @@ def _check_layers(adapter: CSKVAdapter, config: BaseConfig, base: Path) -> None:
         raise UnsupportedModelError(f"{base / CONFIG_FILE} gives no one number of heads for all layers")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     layers = range(text.num_hidden_layers)
-    info = BaseModelInfo(str(base), text.model_type, text.hidden_size, text.num_hidden_layers)
+    info = BaseModelInfo.from_config(text, str(base))
     kinds = sorted(set(_layer_kinds(config)) - {"full_attention"})
     if kinds:
         raise UnsupportedModelError(
@@ -199,7 +207,9 @@ def _check_layers(adapter: CSKVAdapter, config: BaseConfig, base: Path) -> None:
             f"the adapter compresses layers {adapter.layer_indices} of {len(layers)}; with vLLM all or none are: train "
             "one for every layer"
         )
-    adapter.check_fits(info, [_Layer(index, kv_heads * head_dim, text.hidden_size) for index in layers])
+    sites = [_Layer(index, kv_heads * head_dim, text.hidden_size) for index in layers]
+    signature = read_signature([base / name for name in files.weights], sites)
+    adapter.check_fits(_Described(dataclasses.replace(info, signature=signature), sites))
 
 
 def _layer_kinds(config: BaseConfig) -> list[str]:
@@ -208,14 +218,6 @@ def _layer_kinds(config: BaseConfig) -> list[str]:
         return list(kinds)
     slides = getattr(config.text, "sliding_window", None) is not None
     return ["sliding_attention"] if slides and getattr(config.text, "use_sliding_window", True) else []
-
-
-def _with_settings(adapter: CSKVAdapter, window: int | None, group: int | None) -> CSKVAdapter:
-    """The same factors, read with another window or group."""
-    given = {name: value for name, value in (("window", window), ("group", group)) if value is not None}
-    layers = {index: adapter.factors(index) for index in adapter.layer_indices}
-    settings = dataclasses.replace(adapter.config, **given)  # type: ignore[arg-type]
-    return CSKVAdapter(settings, layers, adapter.base, adapter.metrics, adapter.widths)
 
 
 def _fill(

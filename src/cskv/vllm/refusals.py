@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from cskv.adapter.base_model import BaseModelInfo
 from cskv.errors import AdapterError, ConfigError, UnsupportedModelError
 from cskv.vllm.served import Served
 from cskv.vllm.shards import Shard
@@ -50,17 +51,11 @@ def check(served: Served, vllm_config: Any) -> None:
 
 
 def _check_model(served: Served, model: Any) -> None:
-    base = served.settings.base
-    for name, ours, theirs in (
-        ("model_type", base.model_type, model.model_type),
-        ("hidden_size", base.hidden_size, model.hidden_size),
-        ("num_layers", base.num_layers, model.num_hidden_layers),
-    ):
-        if ours != theirs:
-            raise AdapterError(
-                f"adapter {served.folder} was made for {base.name or 'a model'} with {name} {ours}, this model has "
-                f"{theirs}: serve the base model that it names"
-            )
+    served.settings.base.check_same(
+        BaseModelInfo.from_config(model),
+        f"adapter {served.folder} was made for",
+        "serve the base model that it names",
+    )
     missing = sorted(set(range(model.num_hidden_layers)) - set(served.settings.ranks))
     if missing:
         raise UnsupportedModelError(
