@@ -30,7 +30,7 @@ import cskv
 from cskv.attachment.cache_bytes import cache_report
 from cskv.evaluation.forward import clock, forward
 from cskv.factorization.commuting import RopePairs, commuting_components
-from cskv.models.sites import find_sites
+from cskv.models.survey import survey
 
 UNCOMPRESSED = "uncompressed, sdpa"
 METHODS: dict[str, dict[str, Any]] = {
@@ -85,8 +85,8 @@ class Settings:
 
 def adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAdapter:
     """Make random factors of the ranks that `config` asks for."""
-    generator, layers = torch.Generator().manual_seed(2), {}
-    for site in find_sites(model):
+    generator, layers, found = torch.Generator().manual_seed(2), {}, survey(model)
+    for site in found.sites:
         pair = []
         for projection, rank in ((site.k, config.k_rank(site.kv_dim)), (site.v, config.v_rank(site.kv_dim))):
             noise = torch.randn(site.kv_dim, rank, generator=generator)
@@ -95,7 +95,7 @@ def adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAdapter:
         if config.key_factors == "commuting":
             pair[0] = _commuting(site.kv_dim, site.head_dim, config.k_rank(site.kv_dim), generator)
         layers[site.layer_idx] = cskv.LayerFactors(*pair)
-    return cskv.CSKVAdapter(config, layers, cskv.BaseModelInfo.from_model(model))
+    return cskv.CSKVAdapter(config, layers, found.base)
 
 
 def _commuting(kv_dim: int, head_dim: int, rank: int, generator: torch.Generator) -> cskv.Factors:

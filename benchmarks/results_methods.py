@@ -138,9 +138,7 @@ def ablation_methods(workshop: Workshop) -> Methods:
 
 
 def _windowed(make: Callable[[], CSKVAdapter], window: int) -> CSKVAdapter:
-    adapter = make()
-    adapter.config = dataclasses.replace(adapter.config, window=window)
-    return adapter
+    return make().with_settings(window=window)
 
 
 def _add(found: Methods, name: str, budget: float, make: Callable[[], CSKVAdapter], **facts: Any) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from cskv.errors import ConfigError
@@ -22,7 +20,7 @@ MIXED_CHANNELS = 4  # of a block over a group of tokens, where neighbours vary a
 
 @dataclass(frozen=True)
 class CSKVConfig:
-    """How the KV cache is compressed (CSKV, arXiv 2409.10593, sections 3.1 to 3.3).
+    """Settings of a compressed KV cache (CSKV, arXiv 2409.10593, sections 3.1 to 3.3).
 
     Attributes:
         k_density: share of the key channels kept as latents, in (0, 1]. The rank is `round(k_density * kv_dim)`.
@@ -66,7 +64,7 @@ class CSKVConfig:
     def __post_init__(self) -> None:
         for name in ("k_density", "v_density"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0.0 < value <= 1.0:
+            if not is_number(value) or not 0.0 < value <= 1.0:
                 raise ConfigError(f"{name} is {value!r}; expected a share of kv_dim in (0, 1], for instance 0.2")
         for name, least, unit in (
             ("window", 0, "tokens"),
@@ -84,7 +82,7 @@ class CSKVConfig:
                 f"commuting key factors are principal components over all kv heads; init {self.init!r} and head_groups "
                 f"{self.head_groups} do not go with them: expected 'pca' or 'weighted-pca', and 1"
             )
-        if not _is_number(self.asvd_alpha) or not 0.0 <= self.asvd_alpha <= 1.0:
+        if not is_number(self.asvd_alpha) or not 0.0 <= self.asvd_alpha <= 1.0:
             raise ConfigError(f"asvd_alpha is {self.asvd_alpha!r}; expected a number in [0, 1], the paper's is 0.5")
         for name in ("k_bits", "v_bits"):
             value = getattr(self, name)
@@ -110,11 +108,11 @@ class CSKVConfig:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether any latents are stored in less than 16 bits."""
+        """True if any latents are stored in fewer than 16 bits."""
         return self.mixed_widths or min(self.k_bits, self.v_bits) < 16
 
     def block(self, kind: str) -> tuple[int, int]:
-        """(tokens, channels) of the blocks of key ("k") or value ("v") latents."""
+        """Return (tokens, channels) of the blocks of key ("k") or value ("v") latents."""
         chosen = self.k_block if kind == "k" else self.v_block
         if chosen is not None:
             return chosen
@@ -125,48 +123,29 @@ class CSKVConfig:
         return (self.group, 1) if kind == "k" else (1, BLOCK_CHANNELS)
 
     def bits(self, kind: str) -> int:
-        """Bits per latent of keys ("k") or values ("v"); 16 is not quantised."""
+        """Return the bits per latent of keys ("k") or values ("v"); 16 is not quantised."""
         return self.k_bits if kind == "k" else self.v_bits
 
     def k_rank(self, kv_dim: int) -> int:
-        """The number of key latents per token for a projection with `kv_dim` output channels."""
+        """Return the number of key latents per token for a projection with `kv_dim` output channels."""
         return density_to_rank(self.k_density, kv_dim, "k_density", self.head_groups)
 
     def v_rank(self, kv_dim: int) -> int:
-        """The number of value latents per token for a projection with `kv_dim` output channels."""
+        """Return the number of value latents per token for a projection with `kv_dim` output channels."""
         return density_to_rank(self.v_density, kv_dim, "v_density", self.head_groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready values."""
+        """Return the settings as JSON-ready values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CSKVConfig:
-        """The inverse of `to_dict`. Keys that this version does not know are dropped with a warning."""
+        """Invert `to_dict`. Keys that this version does not know are dropped with a warning."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             warnings.warn(f"ignoring unknown CSKV settings {unknown}: written by a newer cskv?", stacklevel=2)
         return cls(**{key: value for key, value in values.items() if key in known})
-
-    def to_json(self) -> str:
-        """The settings as sorted JSON."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json_file(cls, path: str | Path) -> CSKVConfig:
-        """Read settings that `to_json` wrote.
-
-        Raises:
-            ConfigError: the file is not JSON, or a value is out of range.
-        """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read settings from {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds {type(values).__name__}; expected a JSON object of CSKV settings")
-        return cls.from_dict(values)
 
 
 def density_to_rank(density: float, kv_dim: int, name: str = "density", groups: int = 1) -> int:
@@ -194,5 +173,6 @@ def sealed_tokens(length: Tokens, window: int, group: int) -> Tokens:
     return (length - window) * (length > window) // group * group  # type: ignore[operator, return-value]
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

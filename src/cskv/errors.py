@@ -27,3 +27,8 @@ class CacheError(CSKVError):
 
 class DataError(CSKVError):
     """Text or statistics that cannot be used: empty, too short, or not finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type's name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cskv
@@ -82,9 +84,12 @@ def test_a_missing_file_is_named(folder: Path, missing: str) -> None:
 
 
 def edit_weights(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +155,58 @@ def test_an_adapter_of_another_model_is_refused(adapter, family: str, changes: d
         cskv.attach(tiny_model(family, **changes), adapter)
 
 
+def test_an_adapter_of_other_weights_is_refused(adapter: CSKVAdapter, folder: Path) -> None:
+    """Fine-tuned ones of equal shapes, here the values of one layer alone."""
+    model = tiny_model("qwen2")
+    weight = model.model.layers[1].self_attn.v_proj.weight  # of entries of 0.2
+    weight.data += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    for made in (adapter, CSKVAdapter.from_pretrained(folder)):
+        with pytest.raises(AdapterError, match=r"key and value weights differ by \d.*%.* load the base") as caught:
+            cskv.attach(model, made)
+        assert "\n" not in str(caught.value)
+        cskv.attach(tiny_model("qwen2").bfloat16(), made).detach()
+
+
+def test_an_adapter_that_names_no_weights_says_so(adapter: CSKVAdapter, tmp_path: Path) -> None:
+    base = dataclasses.replace(adapter.base, signature=None)
+    CSKVAdapter(CONFIG, {i: adapter.factors(i) for i in (0, 1)}, base).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="by an older cskv: whether from the weights of this model is not known"):
+        cskv.attach(tiny_model("qwen2"), CSKVAdapter.from_pretrained(tmp_path)).detach()
+
+
+@pytest.mark.parametrize("signature", [{}, {"packed": 0, "layers": {"0": {"k": [1.0]}}}, {"packed": 0, "layers": 3}])
+def test_a_damaged_signature_is_refused(folder: Path, signature: dict) -> None:
+    base = json.loads((folder / "config.json").read_text())["base_model"] | {"signature": signature}
+    edit_config(folder, base_model=base)
+    with pytest.raises(AdapterError, match="damaged"):
+        CSKVAdapter.from_pretrained(folder)
+
+
+def test_another_window_shares_the_factors(adapter: CSKVAdapter) -> None:
+    other = adapter.with_settings(window=4, group=8)
+    assert other.config == dataclasses.replace(adapter.config, window=4, group=8)
+    assert (adapter.config, other.base, other.metrics) == (CONFIG, adapter.base, adapter.metrics)
+    assert other.factors(1).k.down.data_ptr() == adapter.factors(1).k.down.data_ptr()
+    assert adapter.with_settings(window=0).config.group == CONFIG.group
+    with pytest.raises(cskv.ConfigError, match="group is 0"):
+        adapter.with_settings(group=0)
+
+
+def test_the_fingerprint_tells_caches_apart(adapter: CSKVAdapter, folder: Path) -> None:
+    mine = adapter.fingerprint()
+    assert len(mine) == 16
+    assert int(mine, 16) >= 0
+    loaded = CSKVAdapter.from_pretrained(folder)
+    assert loaded.fingerprint() == adapter.with_settings(window=5).fingerprint() == mine
+    loaded.config = dataclasses.replace(loaded.config, k_bits=4)
+    assert loaded.fingerprint() != mine
+    loaded.config = adapter.config
+    with torch.no_grad():
+        loaded.factors(0).k.down[0].neg_()  # sums of sizes and squares stay
+        loaded.factors(0).k.up[:, 0].neg_()
+    assert loaded.fingerprint() != mine
+
+
 def test_push_to_hub_uploads_the_same_folder(adapter: CSKVAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything up to the network is real; the upload itself is caught."""
     from huggingface_hub import HfApi
@@ -166,7 +223,9 @@ def test_push_to_hub_uploads_the_same_folder(adapter: CSKVAdapter, monkeypatch: 
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     adapter.push_to_hub("someone/adapter")
     assert sorted(uploaded["someone/adapter"]) == ["README.md", "config.json", "model.safetensors"]
-    assert json.loads(uploaded["someone/adapter"]["config.json"]) == adapter.describe()
+    assert json.loads(uploaded["someone/adapter"]["config.json"]) == adapter.describe() | {
+        "fingerprint": adapter.fingerprint()
+    }
 
 
 def centred_factors(rank: int, seed: int) -> cskv.Factors:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cskv import AdapterError, BaseModelInfo, CSKVAdapter, CSKVConfig, Factors, LayerFactors
+from cskv import AdapterError, BaseModelInfo, CSKVAdapter, CSKVConfig, CSKVError, Factors, LayerFactors
 from cskv.adapter.folder import Settings, read_folder, read_layer, read_settings
+from tests.disk import disk_full
 
 CONFIG = CSKVConfig(window=4, group=8, mixed_widths=True)
 BASE = BaseModelInfo("someone/base", "llama", 16, 4, "a" * 40)
@@ -43,8 +48,11 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
-    tensors = load_file(folder / "model.safetensors") | changes
-    save_file({name: part for name, part in tensors.items() if part is not None}, folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path) | changes
+    save_file({name: part for name, part in tensors.items() if part is not None}, path, metadata)
 
 
 def refused(action: Any, *args: Any) -> str:
@@ -159,3 +167,84 @@ def test_truncated_and_missing_weights_are_refused(folder: Path) -> None:
         assert refused(read_layer, folder, settings, 0).startswith(f"{path} is truncated or corrupted (")
     path.unlink()
     assert refused(read_layer, folder, settings, 0) == f"{path} is missing; the adapter folder is incomplete"
+
+
+OTHER = CSKVConfig(window=8, group=8, mixed_widths=True)
+
+
+def other_adapter() -> CSKVAdapter:
+    """Of the same ranks: other factors and settings."""
+    layers = {i: LayerFactors(factors(ranks["k"]), factors(ranks["v"])) for i, ranks in RANKS.items()}
+    layers[0].k.down.neg_()
+    return CSKVAdapter(OTHER, layers, BASE, widths=WIDTHS)
+
+
+def killed_after(steps: int, action: Any) -> None:
+    """Run it in a child that is killed after so many replaced files."""
+    child = os.fork()
+    if child == 0:
+        replace, done = os.replace, []
+
+        def killing(*paths: Any) -> None:
+            if len(done) == steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(replace(*paths))
+
+        os.replace = killing  # type: ignore[assignment]
+        action()
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
+    folder: Path, adapter: CSKVAdapter, steps: int
+) -> None:
+    (folder / "train_log.jsonl").write_text("mine")
+    other = other_adapter()
+    killed_after(steps, lambda: other.save_pretrained(folder))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded, settings = CSKVAdapter.from_pretrained(folder), read_settings(folder)
+    expected = adapter if steps == 0 else other
+    assert loaded.fingerprint() == expected.fingerprint()
+    assert loaded.config == settings.config == expected.config
+    assert bool(caught) == (steps == 1)
+    assert all("was not saved to the end" in str(warning.message) for warning in caught)
+    assert (folder / "train_log.jsonl").read_text() == "mine"
+    other.save_pretrained(folder)
+    assert CSKVAdapter.from_pretrained(folder).config == OTHER
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "README.md"])
+def test_a_full_disk_leaves_the_folder_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    disk_full(monkeypatch, file)
+    with pytest.raises(CSKVError, match="cannot write .*[Nn]o space left on device.*free some space there"):
+        other_adapter().save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_settings_that_were_edited_by_hand_are_taken(folder: Path) -> None:
+    edit_config(folder, compression=OTHER.to_dict())
+    assert CSKVAdapter.from_pretrained(folder).config == OTHER
+
+
+def test_an_older_folder_still_loads(folder: Path) -> None:
+    """Of before files named a fingerprint."""
+    description = json.loads((folder / "config.json").read_text())
+    del description["fingerprint"]
+    (folder / "config.json").write_text(json.dumps(description))
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
+    assert CSKVAdapter.from_pretrained(folder).config == CONFIG
+
+
+def test_weights_of_an_older_folder_under_newer_settings_are_refused(folder: Path) -> None:
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
+    assert "were not saved together" in refused(read_settings, folder)
+
+
+def test_equal_adapters_are_equal_files(folder: Path, adapter: CSKVAdapter, tmp_path: Path) -> None:
+    adapter.metrics = {"seconds": 2}
+    adapter.save_pretrained(tmp_path / "again")
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()

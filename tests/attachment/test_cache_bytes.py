@@ -25,6 +25,7 @@ from cskv.compression.initialise import initialise
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.models.compat import output_cache
 from cskv.models.sites import find_sites
+from cskv.models.survey import survey
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model, truncated_adapter
 
@@ -139,7 +140,7 @@ def test_16k_tokens_of_an_8b_model_are_held_in_5_percent_of_the_bytes() -> None:
         )
         layers[site.layer_idx] = LayerFactors(k, v)
     assert FIVE_PERCENT.k_rank(1024) == FIVE_PERCENT.v_rank(1024) == 164
-    adapter = cskv.CSKVAdapter(FIVE_PERCENT, layers, cskv.BaseModelInfo.from_model(model))
+    adapter = cskv.CSKVAdapter(FIVE_PERCENT, layers, survey(model).base)
     model.to(torch.bfloat16).config._attn_implementation = "attend_to_oneself"
     with cskv.attach(model, adapter, attention="rebuild"), torch.no_grad():
         cache = output_cache(model.model(torch.randint(0, 64, (1, 16384)), use_cache=True))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import cskv
 from cskv.models.compat import cache_kwarg, output_cache
+from cskv.models.survey import survey
 
 
 def test_official_run_is_reproduced(reference_run: Path) -> None:
@@ -46,4 +47,4 @@ def _adapter(model: torch.nn.Module, folder: Path, settings: dict) -> cskv.CSKVA
         window=0,
         group=settings["q_window_size"] if settings["use_window"] else 1,
     )
-    return cskv.CSKVAdapter(config, layers, cskv.BaseModelInfo.from_model(model))
+    return cskv.CSKVAdapter(config, layers, survey(model).base)

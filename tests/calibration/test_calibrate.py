@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import weakref
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
 
+from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.calibrate import Statistics, calibrate
-from cskv.errors import AdapterError, DataError
+from cskv.errors import AdapterError, CSKVError, DataError
 from cskv.models.sites import find_sites
+from cskv.models.survey import survey
+from tests.disk import disk_full
 
 SHAPE = {
     "vocab_size": 40,
@@ -56,16 +60,15 @@ def test_statistics_are_the_means_over_all_tokens(config_class: type) -> None:
     assert statistics.tokens == 60
     inputs = [torch.cat(x).double() for x in zip(*(layer_inputs(model, sample) for sample in samples))]
     for site, x in zip(find_sites(model), inputs):
-        torch.testing.assert_close(statistics.mean_abs(site.layer_idx), x.abs().mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            statistics.get(site.layer_idx, "input.mean_abs"), x.abs().mean(0), rtol=1e-5, atol=1e-6
+        )
         for kind, projection in (("k", site.k), ("v", site.v)):
             y = x @ projection.weight.detach().double().T
             y = y if projection.bias is None else y + projection.bias.detach().double()
             torch.testing.assert_close(statistics.get(site.layer_idx, f"{kind}.mean"), y.mean(0), rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(
                 statistics.get(site.layer_idx, f"{kind}.moment"), y.T @ y / 60, rtol=1e-4, atol=1e-6
-            )
-            torch.testing.assert_close(
-                statistics.singular_values(site.layer_idx, kind), torch.linalg.svdvals(y), rtol=1e-3, atol=1e-4
             )
 
 
@@ -76,7 +79,7 @@ def test_batches_and_single_samples_agree() -> None:
         calibrate(model, [torch.stack(samples)], covariance=False),
     )
     for i in one.layers:
-        torch.testing.assert_close(one.mean_abs(i), batched.mean_abs(i), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(one.get(i, "input.mean_abs"), batched.get(i, "input.mean_abs"), rtol=1e-5, atol=1e-7)
     assert not one.has_covariance
 
 
@@ -85,8 +88,8 @@ def test_bf16_models_are_summed_in_fp64() -> None:
     model, sample = tiny(dtype=torch.bfloat16), random_samples(1)[0]
     one, many = calibrate(model, [sample]), calibrate(model, [sample] * 300)
     for i in one.layers:
-        assert many.mean_abs(i).dtype == torch.float64
-        torch.testing.assert_close(one.mean_abs(i), many.mean_abs(i), rtol=1e-12, atol=0)
+        assert many.get(i, "input.mean_abs").dtype == torch.float64
+        torch.testing.assert_close(one.get(i, "input.mean_abs"), many.get(i, "input.mean_abs"), rtol=1e-12, atol=0)
 
 
 def test_samples_are_streamed_and_let_go() -> None:
@@ -153,7 +156,7 @@ def test_saved_statistics_come_back(tmp_path: Path) -> None:
     for i, layer in statistics.layers.items():
         assert loaded.layers[i].keys() == layer.keys()
         assert all(torch.equal(loaded.get(i, name), tensor) for name, tensor in layer.items())
-    loaded.check_fits(loaded.base, find_sites(model))
+    loaded.check_fits(survey(model))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -168,14 +171,42 @@ def test_statistics_of_another_model_are_refused(changes: dict[str, int], messag
     other = tiny(**changes)
     statistics = calibrate(tiny(), random_samples())
     with pytest.raises(AdapterError, match=message):
-        statistics.check_fits(calibrate(other, random_samples()).base, find_sites(other))
+        statistics.check_fits(survey(other))
 
 
 def test_moments_of_another_kv_dim_are_refused() -> None:
     statistics = calibrate(tiny(), random_samples(), covariance=True)
     other = tiny(num_key_value_heads=4)
     with pytest.raises(AdapterError, match=r"of layer 0 has 8 channels, this model has 16"):
-        statistics.check_fits(statistics.base, find_sites(other))
+        statistics.check_fits(survey(other))
+
+
+def test_statistics_of_other_weights_are_refused() -> None:
+    statistics, other = calibrate(tiny(), random_samples()), tiny()
+    other.model.layers[1].self_attn.v_proj.weight.data.mul_(-1)
+    with pytest.raises(AdapterError, match=r"key and value weights differ by .*; calibrate this model"):
+        statistics.check_fits(survey(other))
+    statistics.check_fits(survey(tiny().bfloat16()))
+
+
+def test_statistics_of_an_older_version_say_that_they_do_not_know_their_weights(tmp_path: Path) -> None:
+    statistics = calibrate(tiny(), random_samples())
+    older = dataclasses.replace(statistics, base=BaseModelInfo.from_model(tiny()))
+    older.save(tmp_path / "s.safetensors")
+    with pytest.warns(UserWarning, match="by an older cskv: whether from the weights of this model is not known"):
+        Statistics.load(tmp_path / "s.safetensors").check_fits(survey(tiny()))
+
+
+def test_a_full_disk_leaves_the_former_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics, path = calibrate(tiny(), random_samples()), tmp_path / "s.safetensors"
+    statistics.save(path)
+    before = path.read_bytes()
+    disk_full(monkeypatch, path.name)
+    with pytest.raises(CSKVError, match="No space left on device.*free some space there") as caught:
+        dataclasses.replace(statistics, tokens=7).save(path)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -205,7 +236,7 @@ def test_a_file_with_nan_is_refused(tmp_path: Path) -> None:
 
 def test_a_statistic_that_was_not_collected_says_how_to_get_it() -> None:
     with pytest.raises(DataError, match=r"lack k\.moment of layer 0; calibrate again with covariance=True"):
-        calibrate(tiny(), random_samples(), covariance=False).singular_values(0, "k")
+        calibrate(tiny(), random_samples(), covariance=False).get(0, "k.moment")
 
 
 def test_a_large_mean_does_not_drown_the_variance() -> None:

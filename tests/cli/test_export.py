@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -85,7 +86,7 @@ def test_the_base_may_be_on_the_hub(
     (snapshots[0].parent.parent / "refs").mkdir()
     (snapshots[0].parent.parent / "refs" / "main").write_text("2" * 40)
     adapter = initialise(AutoModelForCausalLM.from_pretrained(model_folder), CONFIG)
-    adapter.base = cskv.BaseModelInfo("someone/tiny", "llama", 32, 2, revision="1" * 40)
+    adapter.base = dataclasses.replace(adapter.base, name="someone/tiny", revision="1" * 40)
     adapter.save_pretrained(tmp_path / "adapter")
     report = last_json(run("export", "adapter", "--out", "served"))
     assert report["base"] == str(snapshots[0])  # the revision that it was made for, not the newest
@@ -102,7 +103,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     shutil.copytree(small_adapter, tmp_path / "damaged")
     os.truncate(tmp_path / "damaged" / "model.safetensors", 100)
     nameless = cskv.CSKVAdapter.from_pretrained(small_adapter)
-    nameless.base = cskv.BaseModelInfo("", "llama", 32, 2)
+    nameless.base = dataclasses.replace(nameless.base, name="")
     nameless.save_pretrained(tmp_path / "nameless")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")

@@ -61,8 +61,8 @@ def test_each_layer_gets_its_own_weights_statistics_and_ranks() -> None:
     assert adapter.base == BaseModelInfo.from_model(model)
     assert adapter.layer_indices == [0, 1]
     for i, layer in enumerate(model.model.layers):
-        k = asvd_factors(layer.self_attn.k_proj.weight, statistics.mean_abs(i), 2, alpha=0.7)
-        v = asvd_factors(layer.self_attn.v_proj.weight, statistics.mean_abs(i), 4, alpha=0.7)
+        k = asvd_factors(layer.self_attn.k_proj.weight, statistics.get(i, "input.mean_abs"), 2, alpha=0.7)
+        v = asvd_factors(layer.self_attn.v_proj.weight, statistics.get(i, "input.mean_abs"), 4, alpha=0.7)
         assert torch.equal(adapter.factors(i).k.up, k.up)
         assert torch.equal(adapter.factors(i).v.down, v.down)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import cskv
 from cskv.models.sites import find_sites
+from cskv.models.survey import survey
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
@@ -110,7 +111,7 @@ def full_rank_adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAda
             bias = None if projection.bias is None else projection.bias.detach().clone()
             pair.append(cskv.Factors(down, basis.float(), bias))
         layers[site.layer_idx] = cskv.LayerFactors(*pair)
-    return cskv.CSKVAdapter(config, layers, cskv.BaseModelInfo.from_model(model))
+    return cskv.CSKVAdapter(config, layers, survey(model).base)
 
 
 def truncated_adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAdapter:

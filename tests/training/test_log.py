@@ -43,3 +43,14 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CSKVError, match="cannot write"):
         TrainingLog(tmp_path / "file", 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    with TrainingLog(tmp_path, 0) as log:
+        log.append(record(1))
+        log._file.close()
+        log._file = Path("/dev/full").open("a")  # noqa: SIM115 (the log closes it)
+        with pytest.raises(CSKVError, match=r"cannot write .*\.jsonl: No space left on device; free some space there"):
+            log.append(record(2))
+    assert read_log(log.path) == [record(1)]

@@ -237,6 +237,18 @@ def test_an_unwritable_folder_is_refused_before_training(tmp_path: Path) -> None
     assert seen == []
 
 
+def test_two_runs_with_one_folder_do_not_mix(tmp_path: Path) -> None:
+    def second_run(record: StepRecord) -> None:
+        if record.step == 5:
+            with pytest.raises(CSKVError, match="another training run is at work in"):
+                trained(tmp_path, settings=dataclasses.replace(SETTINGS, learning_rate=0.1))
+
+    adapter = trained(tmp_path, on_step=second_run)
+    assert same(factors_of(adapter), factors_of(trained()))
+    assert [r.step for r in read_log(tmp_path / "train_log.jsonl")] == list(range(1, 11))
+    assert same(factors_of(trained(tmp_path)), factors_of(adapter))  # the folder is free again
+
+
 def test_the_bar_shows_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
     trained(show_progress=True)
     captured = capsys.readouterr()

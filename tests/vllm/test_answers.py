@@ -49,6 +49,7 @@ def test_full_rank_per_head_group_answers_as_vllm_does(tmp_path: Path) -> None:
 def grouped_adapter(model: nn.Module, settings: cskv.CSKVConfig) -> cskv.CSKVAdapter:
     """Full-rank factors, each head group's in a basis of its own."""
     from cskv.models.sites import find_sites
+    from cskv.models.survey import survey
 
     layers, groups = {}, settings.head_groups
     for site in find_sites(model):
@@ -58,7 +59,7 @@ def grouped_adapter(model: nn.Module, settings: cskv.CSKVConfig) -> cskv.CSKVAda
             up = torch.cat([torch.eye(site.kv_dim // groups) for _ in range(groups)])
             pair.append(cskv.Factors(weight.clone(), up, None))
         layers[site.layer_idx] = cskv.LayerFactors(*pair)
-    return cskv.CSKVAdapter(settings, layers, cskv.BaseModelInfo.from_model(model))
+    return cskv.CSKVAdapter(settings, layers, survey(model).base)
 
 
 LOSSY = {

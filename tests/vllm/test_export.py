@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import cskv
@@ -62,6 +63,19 @@ def test_the_config_is_the_bases_but_for_two_entries(adapter: cskv.CSKVAdapter, 
     assert exported.pop("architectures") == ["CSKVLlamaForCausalLM"] == [report.architecture]
     assert original.pop("architectures") == ["LlamaForCausalLM"]
     assert list(exported.items()) == list(original.items())
+
+
+def test_a_fine_tuned_base_is_refused(adapter: cskv.CSKVAdapter, base: Path, out: Path) -> None:
+    """No model is loaded: the weights are read from its files."""
+    tensors = load_file(base / WEIGHTS)
+    for name, tensor in tensors.items():
+        if name.endswith("v_proj.weight"):
+            tensor.mul_(1.1)
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    message = (
+        r"key and value weights differ by \d.*; load the base model that it names, or make an adapter for this one"
+    )
+    refused(AdapterError, message, lambda: export(adapter, base, out), out)
 
 
 def test_the_checkpoint_is_the_base_model_and_the_adapter(adapter: cskv.CSKVAdapter, base: Path, out: Path) -> None:

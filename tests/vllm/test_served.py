@@ -16,7 +16,6 @@ from cskv.cache.ring import Ring
 from cskv.errors import CSKVError
 from cskv.latents.pages import PageLayout
 from cskv.quantization.grid import Grid
-from cskv.vllm import served as module
 from cskv.vllm.served import Served, find_served
 from cskv.vllm.shards import ServedShard, Shard
 from tests.vllm.adapters import HEAD_DIM, HEADS, KV_DIM, save, served
@@ -121,8 +120,7 @@ class Hub:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.asked = folder, list[tuple[str, str | None, list[str]]]()
-        monkeypatch.setattr(module, "snapshot_download", self.snapshot_download)
-        monkeypatch.setattr("cskv.adapter.folder.snapshot_download", self.snapshot_download)
+        monkeypatch.setattr("cskv.adapter.hub.snapshot_download", self.snapshot_download)
 
     def snapshot_download(self, repo_id: str, revision: str | None = None, *, allow_patterns: list[str]) -> str:
         self.asked.append((repo_id, revision, allow_patterns))

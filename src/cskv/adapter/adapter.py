@@ -1,50 +1,34 @@
 """The trained compressor of one base model: the factors of every compressed layer, kept as a folder.
 
-Every file is written atomically and nothing is pickled. `push_to_hub` comes from the hub's own mixin.
+Nothing is pickled. `push_to_hub` comes from the hub's own mixin.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from cskv.adapter.base_model import BaseModelInfo
+from cskv.adapter.base_model import BaseModelInfo, Surveyed
 from cskv.adapter.card import model_card
 from cskv.adapter.folder import (
-    CARD_FILE,
-    CONFIG_FILE,
     FORMAT_VERSION,
     MODEL_TYPE,
-    WEIGHTS_FILE,
     Widths,
     check_widths,
-    download,
+    download_adapter,
     read_folder,
+    write_adapter,
 )
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.files import write_tensors, write_text
+from cskv.fingerprint import digest
 from cskv.quantization.grid import Grid
-
-
-class LayerShape(Protocol):
-    """An attention layer of a base model: its index in the cache, and what its projections of keys and values map."""
-
-    @property
-    def layer_idx(self) -> int: ...
-
-    @property
-    def kv_dim(self) -> int: ...
-
-    @property
-    def hidden_size(self) -> int: ...
 
 
 class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
@@ -85,37 +69,54 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         return [int(name) for name in self.layers]
 
     def factors(self, layer_idx: int) -> LayerFactors:
-        """The factors of one layer. Their tensors are this module's parameters: gradients reach them."""
+        """Return the factors of one layer. Their tensors are this module's parameters: gradients reach them."""
         if str(layer_idx) not in self.layers:
             raise AdapterError(f"the adapter has no layer {layer_idx}; it has {self.layer_indices}")
         return self.layers[str(layer_idx)].factors()  # type: ignore[operator]
 
     def grid(self, layer_idx: int, kind: str) -> Grid | None:
-        """How latents of one layer's keys ("k") or values ("v") are stored; None leaves them in the model's dtype."""
+        """Return the grid of one layer's key ("k") or value ("v") latents; None where they keep the model's dtype."""
         rank = getattr(self.factors(layer_idx), kind).rank
         return Grid.from_config(self.config, kind, rank, self.widths.get((layer_idx, kind)))
 
     def grids(self, layer_idx: int) -> tuple[Grid | None, Grid | None]:
-        """The grids of a layer's key and value latents."""
+        """Return the grids of a layer's key and value latents."""
         return self.grid(layer_idx, "k"), self.grid(layer_idx, "v")
 
-    def check_fits(self, base: BaseModelInfo, sites: Sequence[LayerShape]) -> None:
-        """Compare with a base model.
+    def with_settings(self, *, window: int | None = None, group: int | None = None) -> CSKVAdapter:
+        """Return this adapter for another window or group, in tokens; None keeps its own. The factors are shared.
 
         Raises:
-            AdapterError: names, layers or shapes differ; the message says which.
+            ConfigError: the window or group is out of range, or does not go with the blocks of latents.
         """
-        for name in ("model_type", "hidden_size", "num_layers"):
-            ours, theirs = getattr(self.base, name), getattr(base, name)
-            if ours != theirs:
-                raise AdapterError(
-                    f"made for {self.base.name or 'a model'} with {name} {ours}, this model has {theirs}: "
-                    "load the base model that it names"
-                )
-        indices = [site.layer_idx for site in sites]
+        changes = {name: value for name, value in (("window", window), ("group", group)) if value is not None}
+        config = dataclasses.replace(self.config, **changes)  # type: ignore[arg-type]
+        layers = {index: self.factors(index) for index in self.layer_indices}
+        return CSKVAdapter(config, layers, self.base, self.metrics, self.widths)
+
+    def fingerprint(self) -> str:
+        """Hash the factors, and the settings that decide what a cache holds, to 16 hexadecimal digits.
+
+        Equal ones can read each other's caches. It reads every factor, so keep it rather than ask twice.
+        """
+        grids = [self.grids(index) for index in self.layer_indices]
+        return digest(self.state_dict().items(), self.config.key_factors, self.config.head_groups, grids)
+
+    def check_fits(self, survey: Surveyed) -> None:
+        """Compare with a base model: its names, layers and shapes, and its weights where both have a signature.
+
+        Args:
+            survey: of the model (`cskv.models.survey.survey`).
+
+        Raises:
+            AdapterError: they differ; the message says in what.
+        """
+        made, remedy = "the adapter was made for", "load the base model that it names, or make an adapter for this one"
+        self.base.check_same(survey.base, made, remedy)
+        indices = [site.layer_idx for site in survey.sites]
         if indices != self.layer_indices:
             raise AdapterError(f"the adapter compresses layers {self.layer_indices}, this model's cache has {indices}")
-        for site in sites:
+        for site in survey.sites:
             factors = self.factors(site.layer_idx)
             for kind, ours in (("k", factors.k), ("v", factors.v)):
                 reads = site.kv_dim if kind == "k" and self.config.key_factors == "commuting" else site.hidden_size
@@ -124,9 +125,10 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
                         f"layer {site.layer_idx} {kind}: the adapter maps {ours.hidden_size} to {ours.kv_dim} channels,"
                         f" the model {reads} to {site.kv_dim}"
                     )
+        self.base.check_weights(survey.base, made, remedy)
 
     def describe(self) -> dict[str, Any]:
-        """Everything that `config.json` holds."""
+        """Return what `config.json` holds, the fingerprint aside."""
         description = {
             "model_type": MODEL_TYPE,
             "format_version": FORMAT_VERSION,
@@ -146,21 +148,21 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         return description
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the folder, for `save_pretrained` and `push_to_hub`. The config is last: with it, all is there."""
-        folder = Path(save_directory)
-        write_tensors(folder / WEIGHTS_FILE, self.state_dict(), metadata={"format": "pt"})
-        write_text(folder / CARD_FILE, model_card(self.describe()))
-        write_text(folder / CONFIG_FILE, json.dumps(self.describe(), indent=2, sort_keys=True) + "\n")
+        """Write the folder, for `save_pretrained` and `push_to_hub`."""
+        description = self.describe() | {"fingerprint": self.fingerprint()}
+        write_adapter(Path(save_directory), self.state_dict(), description, model_card(description))
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write config.json, model.safetensors and the model card into a folder, each atomically.
+        """Write config.json, model.safetensors and the model card into a folder, whole or not at all.
+
+        An adapter that is there is replaced; other files stay.
 
         Args:
             save_directory: the folder, made if absent.
             **kwargs: the hub mixin's own (`repo_id`, `push_to_hub`, ...).
 
         Raises:
-            CSKVError: the folder cannot be written.
+            CSKVError: the folder cannot be written; then it is as it was.
         """
         if kwargs.get("push_to_hub"):
             return super().save_pretrained(save_directory, **kwargs)
@@ -179,7 +181,9 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
             AdapterError: no such folder, or its files are missing, truncated, or do not agree with each other.
         """
         folder = Path(pretrained_model_name_or_path)
-        return cls(*read_folder(folder if folder.is_dir() else download(str(pretrained_model_name_or_path), **hub)))
+        return cls(
+            *read_folder(folder if folder.is_dir() else download_adapter(str(pretrained_model_name_or_path), **hub))
+        )
 
 
 class _FactorModule(nn.Module):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 
 def model_card(description: dict[str, Any]) -> str:
-    """A Markdown model card with the hub's YAML header, from `CSKVAdapter.describe()`."""
+    """Return a Markdown model card with the hub's YAML header, from `CSKVAdapter.describe()`."""
     base = description["base_model"]
     settings = description["compression"]
-    header: dict[str, Any] = {"library_name": "cskv", "tags": ["cskv", "kv-cache-compression"]}
-    if base["name"]:
-        header["base_model"] = base["name"]
+    tags = ["cskv", "kv-cache-compression"]
+    header = ModelCardData(base_model=base["name"] or None, library_name="cskv", tags=tags)
     lines = [
         "---",
-        yaml.safe_dump(header, sort_keys=True).strip(),
+        header.to_yaml(),
         "---",
         "",
         f"# KV cache compressor for {base['name'] or base['model_type']}",

@@ -1,29 +1,34 @@
 """The files of an adapter folder, read with every check: nothing damaged or of another version gets past here.
 
 config.json         what it is for and how it was made (settings, ranks, base model, figures)
-model.safetensors   layers.{i}.{k|v}.{down|up} and, where there are any, .bias and .down_bias
+model.safetensors   layers.{i}.{k|v}.{down|up} and, where there are any, .bias and .down_bias; the settings once more
 README.md           a model card with the same figures
+
+A save over an older adapter may be killed between two files, and other files may lie in the folder, so that it cannot
+be replaced as one. So the weights, which are replaced first and in one step, carry the settings that they were saved
+with, and both files name the fingerprint of the adapter. Where these differ the weights' own settings are the right
+ones: the folder is the old adapter up to that step, and the new one from then on.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cskv.adapter.base_model import BaseModelInfo
+from cskv.adapter.hub import download
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.files import tensors_writer, text_writer, write_together
 from cskv.quantization.grid import Grid
 
 CONFIG_FILE = "config.json"
@@ -35,7 +40,7 @@ Widths = tuple[tuple[int, int], ...]  # runs of (bits, channels)
 
 
 class Settings(NamedTuple):
-    """What a folder's `config.json` says. Ranks are {"k": rank, "v": rank, "kv_dim": channels} by layer."""
+    """The contents of a folder's `config.json`. Ranks are {"k": rank, "v": rank, "kv_dim": channels} by layer."""
 
     config: CSKVConfig
     base: BaseModelInfo
@@ -45,7 +50,7 @@ class Settings(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a folder holds."""
+    """The contents of a folder."""
 
     config: CSKVConfig
     layers: dict[int, LayerFactors]
@@ -54,21 +59,37 @@ class Contents(NamedTuple):
     widths: dict[tuple[int, str], Widths]
 
 
-def download(model_id: str, **kwargs: Any) -> Path:
-    """An adapter's files from the hub, in its local cache.
+def download_adapter(model_id: str, **kwargs: Any) -> Path:
+    """Fetch an adapter's files from the hub into its local cache.
 
     Raises:
         AdapterError: the hub has no such repository, or cannot be reached.
     """
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE], **kwargs))
-    except (OSError, HFValidationError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise AdapterError(f"no adapter folder {model_id!r} here, and the hub gave none: {first_line}") from error
+    refusal = f"no adapter folder {model_id!r} here, and the hub gave none"
+    return download(model_id, refusal, AdapterError, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE], **kwargs)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], card: str) -> None:
+    """Write an adapter folder, or replace the adapter in one; other files stay.
+
+    Args:
+        folder: made if absent.
+        tensors: of `model.safetensors`.
+        description: of `config.json`; its "fingerprint" is that of tensors and settings.
+        card: of `README.md`.
+
+    Raises:
+        CSKVError: the folder cannot be written; then it is as it was.
+    """
+    config = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    # One entry, since their order is random, and no figures: equal adapters are equal files.
+    metadata = {MODEL_TYPE: json.dumps(dict(description) | {"metrics": {}}, sort_keys=True)}
+    files = {WEIGHTS_FILE: tensors_writer(tensors, metadata), CONFIG_FILE: text_writer(config)}
+    write_together(folder, files | {CARD_FILE: text_writer(card)})
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
-    """The contents of an adapter folder's `config.json`, checked to be one of ours.
+    """Read an adapter folder's `config.json`, or what its weights say in its place, and check that it is one of ours.
 
     Raises:
         AdapterError: it is missing, no JSON, not a cskv adapter, or of a newer format.
@@ -82,11 +103,38 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         raise AdapterError(f"cannot read {path}: {error}") from error
     if not isinstance(description, dict) or description.get("model_type") != MODEL_TYPE:
         raise AdapterError(f"{folder} is not a cskv adapter: its {CONFIG_FILE} does not say model_type {MODEL_TYPE!r}")
+    description = _newest(description, Path(folder))
     if description.get("format_version", 0) > FORMAT_VERSION:
         raise AdapterError(
             f"{folder} has adapter format {description['format_version']}, this cskv reads {FORMAT_VERSION}; upgrade"
         )
     return description
+
+
+def _newest(description: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what the weights were saved with, where `config.json` belongs to other ones."""
+    path = folder / WEIGHTS_FILE
+    if not path.exists():  # whoever needs the weights says that they are missing
+        return description
+    try:
+        with _opened(path) as file:
+            saved = json.loads((file.metadata() or {}).get(MODEL_TYPE, "{}"))
+        ours, theirs = description.get("fingerprint"), saved.get("fingerprint")
+    except (AttributeError, ValueError) as error:
+        raise AdapterError(f"{path} holds damaged metadata ({error}); copy or save the adapter again") from error
+    if ours == theirs:
+        return description
+    if theirs is None:
+        raise AdapterError(
+            f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} were not saved together: the former names fingerprint {ours}, "
+            "the latter none; copy or save the adapter again"
+        )
+    warnings.warn(
+        f"{folder} was not saved to the end: its {CONFIG_FILE} is still that of an older adapter, and the settings in "
+        f"{WEIGHTS_FILE} are taken; save the adapter again",
+        stacklevel=5,
+    )
+    return saved
 
 
 def read_settings(folder: Path) -> Settings:
@@ -99,7 +147,7 @@ def read_settings(folder: Path) -> Settings:
     try:
         settings = Settings(
             config=CSKVConfig.from_dict(description["compression"]),
-            base=_base_from_dict(description["base_model"]),
+            base=BaseModelInfo.from_dict(description["base_model"]),
             ranks={
                 int(index): {name: int(values[name]) for name in ("k", "v", "kv_dim")}
                 for index, values in description["ranks"].items()
@@ -164,7 +212,7 @@ def read_folder(folder: Path) -> Contents:
 
 
 def read_layer(folder: Path, settings: Settings, index: int) -> LayerFactors:
-    """The factors of one layer alone, with the same checks.
+    """Read the factors of one layer alone, with the same checks.
 
     Raises:
         AdapterError: as for `read_folder`.
@@ -182,26 +230,24 @@ def _check_ranks(folder: Path, index: int, layer: LayerFactors, settings: Settin
         )
 
 
-def _base_from_dict(values: dict[str, Any]) -> BaseModelInfo:
-    known = {field.name for field in dataclasses.fields(BaseModelInfo)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        warnings.warn(f"ignoring unknown facts on the base model {unknown}: written by a newer cskv?", stacklevel=5)
-    return BaseModelInfo(**{key: value for key, value in values.items() if key in known})
-
-
 def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path} is missing; the adapter folder is incomplete") from error
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} is truncated or corrupted ({error}); copy or train the adapter again") from error
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{path}: {name} holds NaN or infinite values; train the adapter again")
     return tensors
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path} is missing; the adapter folder is incomplete") from error
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} is truncated or corrupted ({error}); copy or train the adapter again") from error
 
 
 def _layer_from(tensors: dict[str, Tensor], index: int, folder: Path) -> LayerFactors:

@@ -18,7 +18,6 @@ from cskv.attachment.hook import GuessHook, SiteHook
 from cskv.attachment.step import PREFIX, ThreadState, attend
 from cskv.attention.dispatch import AUTO, check_backend
 from cskv.errors import ConfigError, CSKVError
-from cskv.fingerprint import fingerprint
 from cskv.models.attention_interface import Switch
 from cskv.models.logits import UNDERSTOOD
 from cskv.models.probe import SiteRecipe
@@ -46,7 +45,7 @@ class Attachment:
         backend = None if attention == REBUILD else attention
         sites, recipes = found.sites, found.recipes
         owners = _table_owners([] if adapter.config.key_factors == "commuting" else sites, recipes)
-        setup = Setup(adapter, fingerprint(adapter.state_dict().items()), owners, backend, capacity)
+        setup = Setup(adapter, adapter.fingerprint(), owners, backend, capacity)
         if backend is not None:
             _say_what_is_rebuilt({site.name: recipes[site.layer_idx].attention.why_rebuild for site in sites})
         try:
@@ -118,7 +117,7 @@ def attach(
     if attachment_of(model) is not None:
         raise CSKVError("this model has a compressor attached already; call cskv.detach(model) first")
     found = survey(model)
-    adapter.check_fits(found.base, found.sites)
+    adapter.check_fits(found)
     return Attachment(found, adapter, attention, max_cache_len or 0)
 
 

@@ -1,4 +1,4 @@
-"""What calibration knows of each layer: named tensors, kept as one safetensors file.
+"""Statistics of each layer that calibration takes: named tensors, kept as one safetensors file.
 
 Names and contents, all fp64, all means over tokens:
 
@@ -17,22 +17,19 @@ A further statistic is one more name here: files and checks do not change.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cskv.adapter.base_model import BaseModelInfo
+from cskv.adapter.base_model import BaseModelInfo, Surveyed
 from cskv.errors import AdapterError, DataError
 from cskv.files import write_tensors
-
-if TYPE_CHECKING:
-    from cskv.models.sites import AttentionSite
 
 FORMAT = "cskv-statistics-1"
 HIDDEN_SIZED = ("input.mean_abs", "input.mean")
@@ -62,12 +59,8 @@ class Statistics:
         """True if calibration also took the second moments of keys and values."""
         return all("k.moment" in layer and "v.moment" in layer for layer in self.layers.values())
 
-    def mean_abs(self, layer_idx: int) -> Float[Tensor, " hidden"]:
-        """Mean |x| of a layer's input, by channel."""
-        return self.get(layer_idx, "input.mean_abs")
-
     def get(self, layer_idx: int, name: str) -> Tensor:
-        """One statistic of one layer.
+        """Return one statistic of one layer.
 
         Raises:
             DataError: it was not collected.
@@ -78,46 +71,41 @@ class Statistics:
             hint = " with covariance=True" if name in KV_SIZED else ""
             raise DataError(f"the statistics lack {name} of layer {layer_idx}; calibrate again{hint}") from error
 
-    def singular_values(self, layer_idx: int, kind: Literal["k", "v"]) -> Float[Tensor, " kv_dim"]:
-        """Singular values, largest first, of the (tokens, kv_dim) matrix of all calibrated keys or values."""
-        eigenvalues = torch.linalg.eigvalsh(self.get(layer_idx, f"{kind}.moment"))
-        return (self.tokens * eigenvalues.clamp(min=0)).sqrt().flip(0)
-
     def key_moment(self, layer_idx: int) -> Float[Tensor, "kv_dim kv_dim"]:
-        """Mean of k k^T of keys as RoPE gets them: after the norm, where there is one."""
+        """Return the mean of k k^T of keys as RoPE gets them: after the norm, where there is one."""
         name = "key.moment" if "key.moment" in self.layers[layer_idx] else "k.moment"
         return self.get(layer_idx, name)
 
-    def check_fits(self, base: BaseModelInfo, sites: Sequence[AttentionSite]) -> None:
-        """Compare with a base model.
+    def check_fits(self, survey: Surveyed) -> None:
+        """Compare with a base model: architecture, layers and shapes, and its weights where both have a signature.
+
+        Args:
+            survey: of the model (`cskv.models.survey.survey`).
 
         Raises:
-            AdapterError: architecture, layers or shapes differ; the message says which.
+            AdapterError: they differ; the message says in what.
         """
-        where = f"the statistics were taken from {self.base.name or 'another model'}"
-        for name in ("model_type", "hidden_size", "num_layers"):
-            ours, theirs = getattr(self.base, name), getattr(base, name)
-            if ours != theirs:
-                raise AdapterError(f"{where} with {name} {ours}, this model has {theirs}; calibrate this model")
-        indices = [site.layer_idx for site in sites]
+        made, remedy = "the statistics were taken from", "calibrate this model"
+        self.base.check_same(survey.base, made, remedy)
+        where = f"{made} {self.base.name or 'a model'}"
+        indices = [site.layer_idx for site in survey.sites]
         if indices != sorted(self.layers):
-            raise AdapterError(
-                f"{where} for layers {sorted(self.layers)}, this one has {indices}; calibrate this model"
-            )
-        for site in sites:
+            raise AdapterError(f"{where} for layers {sorted(self.layers)}, this one has {indices}; {remedy}")
+        for site in survey.sites:
+            expected = {**dict.fromkeys(HIDDEN_SIZED, site.hidden_size), **dict.fromkeys(KV_SIZED, site.kv_dim)}
             for name, tensor in self.layers[site.layer_idx].items():
-                expected = {**dict.fromkeys(HIDDEN_SIZED, site.hidden_size), **dict.fromkeys(KV_SIZED, site.kv_dim)}
                 if tensor.shape[-1] != expected.get(name, tensor.shape[-1]):
                     raise AdapterError(
                         f"{where}: {name} of layer {site.layer_idx} has {tensor.shape[-1]} channels, this model has "
-                        f"{expected[name]}; calibrate this model"
+                        f"{expected[name]}; {remedy}"
                     )
+        self.base.check_weights(survey.base, made, remedy)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically.
 
         Raises:
-            CSKVError: the folder cannot be written.
+            CSKVError: the file cannot be written; one that is there stays.
         """
         tensors = {f"layers.{i}.{name}": tensor for i, layer in self.layers.items() for name, tensor in layer.items()}
         facts = {"base": asdict(self.base), "tokens": self.tokens, "source": self.source, "seed": self.seed}
@@ -139,9 +127,9 @@ class Statistics:
             for key, tensor in tensors.items():
                 _, index, name = key.split(".", 2)
                 layers.setdefault(int(index), {})[name] = tensor
-            base = BaseModelInfo(**facts.pop("base"))
+            base = BaseModelInfo.from_dict(facts.pop("base"))
             statistics = cls({i: layers[i] for i in sorted(layers)}, base, **facts)
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error}); calibrate again") from error
         statistics.check_finite()
         return statistics

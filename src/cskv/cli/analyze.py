@@ -108,15 +108,14 @@ def compare(model: PreTrainedModel, adapter: str, samples: TokenSamples, folder:
         AdapterError: the adapter is damaged, or belongs to another model.
     """
     from cskv.adapter.adapter import CSKVAdapter
-    from cskv.adapter.base_model import BaseModelInfo
     from cskv.compression.initialise import initialise
     from cskv.evaluation.reconstruction import reconstruction_losses
     from cskv.files import write_text
-    from cskv.models.sites import find_sites
+    from cskv.models.survey import survey
     from cskv.plots import plot_losses, plot_ranks
 
     loaded = CSKVAdapter.from_pretrained(adapter)
-    loaded.check_fits(BaseModelInfo.from_model(model), find_sites(model))
+    loaded.check_fits(survey(model))
     ranks = {i: (loaded.factors(i).k.rank, loaded.factors(i).v.rank) for i in loaded.layer_indices}
     statistics = take_statistics(model, samples, covariance=True)
     methods = {"this adapter": loaded}

@@ -97,7 +97,7 @@ class AdapterChoice:
         explicit = self.adapter or (self.model_path if self._model_path_is_adapter() else None)
         adapter = CSKVAdapter.from_pretrained(explicit or self._folder_under_root())
         if explicit and self.window_given:
-            adapter.config = dataclasses.replace(adapter.config, window=self.settings.window, group=self.settings.group)
+            adapter = adapter.with_settings(window=self.settings.window, group=self.settings.group)
         base = adapter.base.name if self.model_path is None or explicit == self.model_path else self.model_path
         if not base:
             raise AdapterError("the adapter does not name its base model; give it with --model-path")

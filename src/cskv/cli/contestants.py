@@ -13,7 +13,6 @@ from cskv.errors import AdapterError, CSKVError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cskv.adapter.adapter import CSKVAdapter
     from cskv.methods.method import Method
 
 
@@ -73,12 +72,13 @@ class Contestants:
         from cskv.calibration.statistics import Statistics
         from cskv.methods.method import compressed, uncompressed
         from cskv.methods.specification import method_of, needs_statistics
+        from cskv.models.survey import survey
 
         found = [uncompressed()] if self.uncompressed else []
         for text in self.adapters:
             name, path = _name_and_path(text)
             adapter = CSKVAdapter.from_pretrained(path)
-            _check(adapter, model)
+            adapter.check_fits(survey(model))
             found.append(compressed(adapter, name, source=path))
         statistics = None
         if any(map(needs_statistics, self.baselines)):
@@ -93,10 +93,3 @@ class Contestants:
 def _name_and_path(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     return (name, path) if equals else (Path(text).name, text)
-
-
-def _check(adapter: CSKVAdapter, model: PreTrainedModel) -> None:
-    from cskv.adapter.base_model import BaseModelInfo
-    from cskv.models.sites import find_sites
-
-    adapter.check_fits(BaseModelInfo.from_model(model), find_sites(model))

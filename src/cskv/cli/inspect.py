@@ -64,7 +64,7 @@ def report_of(adapter: CSKVAdapter, folder: Path, tokens: int) -> dict[str, Any]
         "parameters": sum(parameter.numel() for parameter in adapter.parameters()),
         "cache": adapter_report(adapter, tokens).to_dict(),
         "metrics": description["metrics"],
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+        "files": {path.name: path.stat().st_size for path in sorted(folder.glob("[!.]*")) if path.is_file()},
     }
 
 
@@ -75,6 +75,8 @@ def describe(report: dict[str, Any]) -> list[str]:
         f"adapter     {report['adapter']}",
         f"base model  {base['name'] or '(unnamed)'} ({base['model_type']}, {base['num_layers']} layers, "
         f"hidden size {base['hidden_size']})",
+        f"weights     {'known' if base['signature'] else 'not known, made by an older cskv'}: "
+        f"{'an' if base['signature'] else 'no'} other model of equal shapes is refused",
         f"settings    {', '.join(f'{name} {value}' for name, value in sorted(settings.items()))}",
         f"parameters  {report['parameters']:,}",
         "",

@@ -74,7 +74,7 @@ class Factorisation:
                     f"init {config.init!r} needs calibration statistics, got none; calibrate first, or choose init "
                     "'svd'"
                 )
-            statistics.check_fits(surveyed.base, surveyed.sites)
+            statistics.check_fits(surveyed)
         recipes = surveyed.recipes if "pca" in config.init else {}
         self._surveyed, self._config = surveyed, config
         self._layers = [_Layer(site, config, statistics, recipes.get(site.layer_idx)) for site in surveyed.sites]

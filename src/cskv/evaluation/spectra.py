@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.statistics import Statistics
 from cskv.errors import DataError
 from cskv.files import write_text
 from cskv.models.sites import find_sites
+from cskv.models.survey import survey
 
 ENERGY_SHARES = (0.90, 0.95, 0.99)
 COLUMNS = ("layer", "projection", "source", "index", "value", "normalised", "cumulative_energy")
@@ -103,11 +103,11 @@ def calibrated_spectra(model: nn.Module, statistics: Statistics) -> list[Spectru
         DataError: the statistics hold no second moments, or they are not finite.
         AdapterError: the statistics belong to another model.
     """
-    sites = find_sites(model)
-    statistics.check_fits(BaseModelInfo.from_model(model), sites)
+    found = survey(model)
+    statistics.check_fits(found)
     return [
         moment_spectrum(statistics.get(site.layer_idx, f"{projection}.moment"), site.layer_idx, projection)
-        for site in sites
+        for site in found.sites
         for projection in ("k", "v")
     ]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -105,18 +103,14 @@ def find_compressor(
             "no adapter was given; expected adapter=FOLDER_OR_HUB_ID in --model_args, or adapter=none with "
             "pretrained=MODEL for the uncompressed model read in the same way"
         )
-    changes: dict[str, Any] = {
-        name: value for name, value in (("window", window), ("group", group)) if value is not None
-    }
     if adapter is None or (isinstance(adapter, str) and adapter.lower() == NONE):
         if pretrained is None:
             raise ConfigError("adapter=none names no base model; give it with pretrained=MODEL")
-        sizes = CSKVConfig(**changes)
+        given = {name: value for name, value in (("window", window), ("group", group)) if value is not None}
+        sizes = CSKVConfig(**given)  # type: ignore[arg-type]
         return Compressor(None, NONE, pretrained, revision or "main", sizes.window, sizes.group)
     found = adapter if isinstance(adapter, CSKVAdapter) else CSKVAdapter.from_pretrained(str(adapter))
-    if changes:
-        found = copy.copy(found)  # the factors are shared, the settings are not
-        found.config = dataclasses.replace(found.config, **changes)
+    found = found.with_settings(window=window, group=group)
     name = "a loaded adapter" if isinstance(adapter, CSKVAdapter) else str(adapter)
     own = found.base.revision if pretrained is None else None
     base = found.base.name if pretrained is None else pretrained

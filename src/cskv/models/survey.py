@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from torch import nn
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.errors import CSKVError
 from cskv.models.probe import SiteRecipe, probe
+from cskv.models.signature import take_signature
 from cskv.models.sites import AttentionSite, find_sites
 
 
@@ -19,13 +21,18 @@ class Survey:
 
     Attributes:
         model: the model.
-        base: the facts that adapters and statistics record of it.
         sites: its full-attention layers, in cache order.
     """
 
     model: nn.Module
-    base: BaseModelInfo
     sites: list[AttentionSite]
+
+    @cached_property
+    def base(self) -> BaseModelInfo:
+        """The facts that are remembered of it. Its projections are run for the signature when first asked for."""
+        return dataclasses.replace(
+            BaseModelInfo.from_model(self.model), signature=take_signature(self.model, self.sites)
+        )
 
     @cached_property
     def recipes(self) -> dict[int, SiteRecipe]:
@@ -48,4 +55,4 @@ def survey(model: nn.Module) -> Survey:
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     if any(hasattr(hook, "attachment") for hook in hooks):
         raise CSKVError("a compressor is attached to this model; call cskv.detach(model) first")
-    return Survey(model, BaseModelInfo.from_model(model), find_sites(model))
+    return Survey(model, find_sites(model))

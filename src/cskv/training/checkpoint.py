@@ -6,15 +6,19 @@
         state.json              the step, tokens and seconds so far, the last losses, and what the run was started with
 
 A checkpoint is written under a hidden name, flushed, and renamed; only then are older ones removed. There is no random
-state: samples are a function of the step, and nothing else is drawn.
+state: samples are a function of the step, and nothing else is drawn. A second run in the same folder would mix its log
+and checkpoints with the first one's, so a run holds a lock, which the system takes back when the process ends.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +28,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cskv.adapter.base_model import BaseModelInfo
 from cskv.errors import CSKVError
-from cskv.files import write_tensors, write_text
+from cskv.files import tensors_writer, text_writer, unwritable, write_folder
 
 FOLDER = "checkpoints"
 FACTORS_FILE = "factors.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+LOCK_FILE = ".train.lock"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run has come.
+class TrainingState:
+    """The progress of a run.
 
     Attributes:
         step: optimiser steps done.
@@ -58,59 +64,74 @@ class Checkpoints:
     Args:
         output: the run's folder.
         facts: what the run is started with; a checkpoint of other facts is not continued.
+        base: the model that it is run on; a checkpoint of other weights is not continued.
     """
 
-    def __init__(self, output: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, output: Path, facts: dict[str, Any], base: BaseModelInfo) -> None:
+        self.output = output
         self.folder = output / FOLDER
         self.facts = facts
+        self.base = base
 
-    def prepare(self) -> None:
-        """Make the folder and clear what an interrupted write left.
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Make the folder, clear what an interrupted write left, and keep other runs out of it inside the block.
 
         Raises:
-            CSKVError: the folder cannot be written.
+            CSKVError: the folder cannot be written, or another run is at work in it.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".step-*"):
-                shutil.rmtree(leftover)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
+            lock = (self.output / LOCK_FILE).open("ab")
         except OSError as error:
+            raise unwritable(self.folder, error) from error
+        with lock:
+            self._lock(lock.fileno())
+            try:
+                for leftover in self.folder.glob(".step-*"):
+                    shutil.rmtree(leftover)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
+            except OSError as error:
+                raise unwritable(self.folder, error) from error
+            yield
+
+    def _lock(self, handle: int) -> None:
+        try:
+            _lock_exclusively(handle)
+        except (BlockingIOError, PermissionError) as error:
             raise CSKVError(
-                f"cannot write {self.folder}: {error.strerror or error}; choose a writable folder"
+                f"another training run is at work in {self.output}; wait for its end, or choose another output folder"
             ) from error
+        except OSError as error:
+            warnings.warn(f"{self.output} cannot be locked ({error}): start no second run there", stacklevel=2)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, or None."""
+        """Return the newest checkpoint, or None."""
         return max(self.folder.glob("step-*"), default=None)
 
-    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
         """Write a checkpoint, then remove the older ones.
 
         Raises:
-            CSKVError: the folder cannot be written.
+            CSKVError: the folder cannot be written; the older checkpoint stays.
         """
-        target = self.folder / f"step-{progress.step:08d}"
+        target = self.folder / f"step-{state.step:08d}"
         if target.exists():
             return
-        try:
-            temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{target.name}."))
-            write_tensors(temporary / FACTORS_FILE, dict(module.named_parameters()))
-            write_tensors(temporary / OPTIMIZER_FILE, optimizer_tensors(module, optimizer))
-            write_text(
-                temporary / STATE_FILE, json.dumps({"progress": asdict(progress), "facts": self.facts}, indent=2)
-            )
-            _flush_folder(temporary)
-            temporary.rename(target)
-            _flush_folder(self.folder)
-            for older in self.folder.glob("step-*"):
-                if older != target:
-                    shutil.rmtree(older)
-        except OSError as error:
-            raise CSKVError(f"cannot write checkpoint {target}: {error.strerror or error}; free space there") from error
+        described = {"progress": asdict(state), "facts": self.facts, "base": asdict(self.base)}
 
-    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        def fill(folder: Path) -> None:
+            tensors_writer(dict(module.named_parameters()))(folder / FACTORS_FILE)
+            tensors_writer(optimizer_tensors(module, optimizer))(folder / OPTIMIZER_FILE)
+            text_writer(json.dumps(described, indent=2))(folder / STATE_FILE)
+
+        write_folder(target, fill)
+        for older in self.folder.glob("step-*"):
+            if older != target:
+                shutil.rmtree(older, ignore_errors=True)
+
+    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Load the newest checkpoint into a run, or nothing where there is none.
 
         Raises:
@@ -118,19 +139,23 @@ class Checkpoints:
         """
         path = self.latest()
         if path is None:
-            return Progress()
+            return TrainingState()
         try:
-            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+            described = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
             factors, moments = load_file(path / FACTORS_FILE), load_file(path / OPTIMIZER_FILE)
-            progress = Progress(**state["progress"])
-            self._refuse_other_facts(path, state["facts"])
+            state = TrainingState(**described["progress"])
+            self._refuse_other_facts(path, described["facts"])
+            if "base" in described:  # not in checkpoints of an older cskv
+                BaseModelInfo.from_dict(described["base"]).check_weights(
+                    self.base, f"checkpoint {path} was written for", f"load that, or delete {self.folder}"
+                )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if isinstance(error, CSKVError):
                 raise
             raise CSKVError(f"checkpoint {path} is damaged ({error}); delete it to start again") from error
         _load_factors(module, factors, path)
         load_optimizer_tensors(module, optimizer, moments)
-        return progress
+        return state
 
     def _refuse_other_facts(self, path: Path, theirs: dict[str, Any]) -> None:
         names = sorted(set(theirs) | set(self.facts))
@@ -147,7 +172,7 @@ class Checkpoints:
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's per-parameter state as named tensors."""
+    """Return an optimiser's per-parameter state as named tensors."""
     return {
         f"{name}.{key}": torch.as_tensor(value)
         for name, parameter in module.named_parameters()
@@ -156,7 +181,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, for an optimiser over the module's parameters in their order."""
+    """Invert `optimizer_tensors`, for an optimiser over the module's parameters in their order."""
     index = {name: i for i, (name, _) in enumerate(module.named_parameters())}
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -174,11 +199,16 @@ def _load_factors(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
             parameter.copy_(tensors[name])
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power cut, where the system can do that."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+if sys.platform == "win32":
+
+    def _lock_exclusively(handle: int) -> None:
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+
+else:
+
+    def _lock_exclusively(handle: int) -> None:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

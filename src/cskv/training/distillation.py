@@ -22,7 +22,7 @@ from cskv.models.survey import survey
 
 
 class WholeTexts:
-    """What distillation is fed with: the token ids themselves. The counterpart of `Teacher`.
+    """The input of distillation: the token ids themselves. The counterpart of `Teacher`.
 
     Args:
         model: the base model, with its language-model head.
@@ -33,7 +33,7 @@ class WholeTexts:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """No weight of the base collects a gradient inside the block."""
+        """Keep the weights of the base from collecting gradients inside the block."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -44,7 +44,7 @@ class WholeTexts:
                 parameter.requires_grad_(True)
 
     def observe(self, input_ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
-        """The tokens where the model takes them."""
+        """Return the tokens on the device where the model takes them."""
         return input_ids.to(device_of(self.model))
 
 
@@ -66,5 +66,5 @@ class Distillation(nn.Module):
         self._divergence = Divergence(survey(model))
 
     def forward(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, " 1"]:
-        """KL(uncompressed || compressed), in nats per token."""
+        """Return KL(uncompressed || compressed), in nats per token."""
         return self._divergence.kl(self.adapter, input_ids, checkpointed=self._checkpointed)[None]

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from cskv.errors import CSKVError
-from cskv.files import write_text
+from cskv.files import unwritable, write_text
 
 FILE = "train_log.jsonl"
 
@@ -52,22 +52,30 @@ class TrainingLog:
         try:
             self._file: IO[str] = self.path.open("a", encoding="utf-8")
         except OSError as error:
-            raise CSKVError(f"cannot write {self.path}: {error.strerror}; choose a writable folder") from error
+            raise unwritable(self.path, error) from error
 
     def append(self, record: StepRecord) -> None:
-        """Write one line, at once: a person may be watching."""
-        self._file.write(json.dumps(asdict(record)) + "\n")
-        self._file.flush()
+        """Write one line, at once: a person may be watching.
+
+        Raises:
+            CSKVError: the disk is full, for instance.
+        """
+        try:
+            self._file.write(json.dumps(asdict(record)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
     def __enter__(self) -> TrainingLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+        with suppress(OSError):  # it tries again to write what `append` could not, and said so
+            self._file.close()
 
 
 def read_log(path: str | Path) -> list[StepRecord]:
-    """The records of a log file. A last line that a killed run left unfinished is skipped."""
+    """Read the records of a log file. A last line that a killed run left unfinished is skipped."""
     return [StepRecord(**json.loads(line)) for line in _whole_lines(Path(path))]
 
 

@@ -38,7 +38,7 @@ class Reconstruction(nn.Module):
         self.bf16 = bf16
 
     def forward(self, observations: Mapping[int, Observation]) -> Float[Tensor, " 2"]:
-        """The key loss and the value loss, each summed over layers; each layer's is a mean over tokens and channels."""
+        """Return the key and the value loss, summed over layers; each layer's is a mean over tokens and channels."""
         k_losses, v_losses = [], []
         for layer_idx, (x, k, v) in observations.items():
             factors = self.adapter.factors(layer_idx)

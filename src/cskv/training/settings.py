@@ -1,4 +1,4 @@
-"""How a compressor is trained: one frozen, validated dataclass."""
+"""The settings of training: one frozen, validated dataclass."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from cskv.config import is_number
 from cskv.errors import ConfigError
 
 SCHEDULES = ("constant", "cosine")
@@ -62,13 +63,13 @@ class TrainingSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number, at least {smallest}")
-        if not _is_number(self.learning_rate) or self.learning_rate <= 0:
+        if not is_number(self.learning_rate) or self.learning_rate <= 0:
             raise ConfigError(
                 f"learning_rate is {self.learning_rate!r}; expected a number above 0, the paper's is 5e-5"
             )
-        if not _is_number(self.weight_decay) or self.weight_decay < 0:
+        if not is_number(self.weight_decay) or self.weight_decay < 0:
             raise ConfigError(f"weight_decay is {self.weight_decay!r}; expected a number, at least 0")
-        if self.max_grad_norm is not None and (not _is_number(self.max_grad_norm) or self.max_grad_norm <= 0):
+        if self.max_grad_norm is not None and (not is_number(self.max_grad_norm) or self.max_grad_norm <= 0):
             raise ConfigError(f"max_grad_norm is {self.max_grad_norm!r}; expected a number above 0, or None")
         known = (("objective", OBJECTIVES), ("schedule", SCHEDULES), ("mixed_precision", PRECISIONS))
         for name, choices in known:
@@ -80,7 +81,7 @@ class TrainingSettings:
             raise ConfigError("gradient_checkpointing is for distillation; reconstruction keeps no activations anyway")
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """The rate of optimiser step `step`, counted from 0, of a run of `total_steps`."""
+        """Return the learning rate of optimiser step `step`, counted from 0, of a run of `total_steps`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
@@ -89,9 +90,5 @@ class TrainingSettings:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready values."""
+        """Return the settings as JSON-ready values."""
         return dataclasses.asdict(self)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Which samples an optimiser step of one process sees, as a function of the step alone.
+"""The samples of an optimiser step of one process, as a function of the step alone.
 
 Step t uses samples [t * n, (t + 1) * n) of the epochs laid end to end, n = processes * accumulation * batch_size,
 dealt out to forwards first and to processes within a forward. So p processes see the same samples per step as one
@@ -59,7 +59,7 @@ class SampleStream:
             self.total_steps = min(self.total_steps, settings.max_steps)
 
     def batches(self, start_step: int) -> Iterator[Int[Tensor, "batch tokens"]]:
-        """This process's batches from a step on, `accumulation` of them per step, without end."""
+        """Yield this process's batches from a step on, `accumulation` of them per step, without end."""
         order = self._order(start_step)
         while True:
             group = list(islice(order, self.group))
@@ -69,7 +69,7 @@ class SampleStream:
             yield torch.stack(mine)
 
     def fingerprint(self) -> str:
-        """Tells this set of samples from another one: their number and the first one's tokens."""
+        """Hash the number of samples and the first one's tokens: what tells this set from another one."""
         first = next(iter(self.samples))
         digest = hashlib.sha256(first.cpu().to(torch.int64).numpy().tobytes())
         digest.update(str(len(self.samples)).encode())

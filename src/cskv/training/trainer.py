@@ -2,8 +2,8 @@
 
 With the paper's objective (section 3.2), each step runs the base model once without gradients, takes every layer's
 input and exact keys and values, and does one forward and backward of the compressor; with distillation, the gradient
-comes through the model. AdamW; fp32 master weights. On several processes (torchrun, accelerate launch)
-each one has the whole base and its own samples, and gradients are averaged.
+comes through the model. AdamW; fp32 master weights. On several processes (torchrun, accelerate launch) each one has
+the whole base and its own samples, and gradients are averaged.
 
 The minimum of the paper's loss over all factors of a rank has a closed form (PCA of the keys and values); training gets
 there step by step from SVD or ASVD, and is what the paper does.
@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.hooks import Teacher, device_of
 from cskv.errors import ConfigError, CSKVError
-from cskv.models.sites import find_sites
-from cskv.training.checkpoint import Checkpoints, Progress
+from cskv.models.survey import survey
+from cskv.training.checkpoint import Checkpoints, TrainingState
 from cskv.training.distillation import Distillation, WholeTexts
 from cskv.training.interruption import Interruption
 from cskv.training.log import StepRecord, TrainingLog
@@ -40,22 +39,19 @@ OnStep = Callable[[StepRecord], None]
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """What a run came to. The adapter itself was trained in place.
+class TrainingResult(TrainingState):
+    """The outcome of a run. The adapter itself was trained in place.
 
     Attributes:
-        steps, tokens, seconds: in all, over every session of the run.
-        loss, k_loss, v_loss: of the last step; the latter two are None in distillation.
         resumed_from: the step that this session began at.
     """
 
-    steps: int
-    tokens: int
-    seconds: float
-    loss: float
-    k_loss: float | None
-    v_loss: float | None
     resumed_from: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in all."""
+        return self.step
 
 
 def train(
@@ -88,8 +84,8 @@ def train(
         AdapterError: the adapter belongs to another model.
         ConfigError: reconstruction of commuting key factors.
         DataError: too few samples, or samples of unequal length in one batch.
-        CSKVError: the loss is not finite (checkpoints stay as they were), the folder cannot be written, or it holds a
-            run with other settings.
+        CSKVError: the loss is not finite (checkpoints stay as they were), or the output folder cannot be written, holds
+            a run with other settings, or has another run at work in it.
     """
     run = _Run(model, adapter, samples, settings or TrainingSettings(), None if output is None else Path(output))
     return run.execute(show_progress, on_step)
@@ -101,8 +97,8 @@ class _Run:
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        sites = find_sites(model)
-        adapter.check_fits(BaseModelInfo.from_model(model), sites)
+        found = survey(model)
+        adapter.check_fits(found)
         if settings.objective == "reconstruction" and adapter.config.key_factors == "commuting":
             raise ConfigError(
                 "commuting key factors are not trained by reconstruction, whose minimum they are already; "
@@ -115,7 +111,7 @@ class _Run:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         distilling = settings.objective == "distillation"
-        self.teacher = WholeTexts(model) if distilling else Teacher(model, sites)
+        self.teacher = WholeTexts(model) if distilling else Teacher(model, found.sites)
         self.stream = SampleStream(samples, settings, self.accelerator.process_index, self.accelerator.num_processes)
         adapter.to(self.accelerator.device, torch.float32)
         for parameter in adapter.parameters():
@@ -129,12 +125,12 @@ class _Run:
             else Reconstruction(adapter, bf16=settings.mixed_precision == "bf16")
         )
         self.module = self.accelerator.prepare(self.objective)
-        self.checkpoints = None if output is None else Checkpoints(output, self._facts())
+        self.checkpoints = None if output is None else Checkpoints(output, self._facts(), found.base)
 
     def execute(self, show_progress: bool, on_step: OnStep | None) -> TrainingResult:
-        start = progress = self._restore()
         total = self.stream.total_steps
         with ExitStack() as stack:
+            start = state = self._restore(stack)
             callbacks = [] if on_step is None or not self.is_writer else [on_step]
             if self.output is not None and self.is_writer:
                 callbacks.append(stack.enter_context(TrainingLog(self.output, start.step)).append)
@@ -145,20 +141,19 @@ class _Run:
             batches = self.stream.batches(start.step)
             began = time.perf_counter() - start.seconds
             for step in range(start.step, total):
-                record = self._step(step, batches, progress.tokens, began)
-                progress = Progress(
-                    record.step, record.tokens, record.seconds, record.loss, record.k_loss, record.v_loss
-                )
+                record = self._step(step, batches, state.tokens, began)
+                losses = (record.loss, record.k_loss, record.v_loss)
+                state = TrainingState(record.step, record.tokens, record.seconds, *losses)
                 for callback in callbacks:
                     callback(record)
                 stopping = self._any_process(interruption.signal is not None)
                 if stopping or record.step % self.settings.checkpoint_every == 0 or record.step == total:
-                    self._save(progress)
+                    self._save(state)
                 if stopping:
                     stack.close()
                     interruption.deliver()
                     raise KeyboardInterrupt(f"another process was stopped at step {record.step}")
-        return self._result(progress, start.step)
+        return self._result(state, start.step)
 
     @property
     def is_writer(self) -> bool:
@@ -211,31 +206,30 @@ class _Run:
         )
 
     def _facts(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be continued: all that has a say in the numbers."""
+        """Collect what must be equal for a checkpoint to be continued: all that has a say in the numbers."""
         base = asdict(self.adapter.base)
         facts = {**self.settings.to_dict(), **self.adapter.config.to_dict()}
         del facts["checkpoint_every"]
         facts |= {name: base[name] for name in ("model_type", "hidden_size", "num_layers")}
         return facts | {"samples": self.stream.fingerprint(), "processes": self.accelerator.num_processes}
 
-    def _restore(self) -> Progress:
+    def _restore(self, stack: ExitStack) -> TrainingState:
         if self.checkpoints is None:
-            return Progress()
+            return TrainingState()
         if self.is_writer:
-            self.checkpoints.prepare()
+            stack.enter_context(self.checkpoints.prepared())
         self.accelerator.wait_for_everyone()
         return self.checkpoints.restore(self.adapter, self.optimizer)
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, state: TrainingState) -> None:
         if self.checkpoints is not None and self.is_writer:
-            self.checkpoints.save(self.adapter, self.optimizer, progress)
+            self.checkpoints.save(self.adapter, self.optimizer, state)
 
     def _fusable(self) -> bool:
         return self.accelerator.device.type in ("cpu", "cuda")
 
-    def _result(self, progress: Progress, resumed_from: int) -> TrainingResult:
+    def _result(self, state: TrainingState, resumed_from: int) -> TrainingResult:
         self.accelerator.wait_for_everyone()
-        if progress.loss is None:
+        if state.loss is None:
             raise CSKVError("the run has no steps; give at least one")
-        losses = (progress.loss, progress.k_loss, progress.v_loss)
-        return TrainingResult(progress.step, progress.tokens, progress.seconds, *losses, resumed_from)
+        return TrainingResult(**asdict(state), resumed_from=resumed_from)

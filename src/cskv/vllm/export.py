@@ -25,6 +25,7 @@ from cskv.adapter.folder import CONFIG_FILE
 from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
 from cskv.files import write_folder, write_text
 from cskv.latents.pages import PageLayout
+from cskv.models.signature import read_signature
 from cskv.vllm.architectures import PREFIX
 from cskv.vllm.source import SUBFOLDER, BaseConfig, BaseFiles, is_exported, list_files, read_config
 
@@ -100,9 +101,9 @@ def export(
     """
     check_place(out, base, overwrite=overwrite)
     config = read_config(base)
-    _check_layers(adapter, config, base)
-    adapter = _with_settings(adapter, window, group)
     files = list_files(base)
+    _check_layers(adapter, config, base, files)
+    adapter = adapter.with_settings(window=window, group=group)
     linked: list[str] = []
     write_folder(
         out, lambda folder: linked.extend(_fill(folder, adapter, base, config, files, copy)), replace=overwrite
@@ -163,14 +164,21 @@ def served_dtype(config: BaseConfig) -> torch.dtype:
 
 
 class _Layer(NamedTuple):
-    """An attention layer as the config describes it (`cskv.adapter.adapter.LayerShape`)."""
+    """An attention layer as the config describes it (`cskv.adapter.base_model.LayerShape`)."""
 
     layer_idx: int
     kv_dim: int
     hidden_size: int
 
 
-def _check_layers(adapter: CSKVAdapter, config: BaseConfig, base: Path) -> None:
+class _Described(NamedTuple):
+    """A model as its config describes it (`cskv.adapter.base_model.Surveyed`)."""
+
+    base: BaseModelInfo
+    sites: list[_Layer]
+
+
+def _check_layers(adapter: CSKVAdapter, config: BaseConfig, base: Path, files: BaseFiles) -> None:
     text = config.text
     heads = getattr(text, "num_attention_heads", None)
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -191,7 +199,9 @@ def _check_layers(adapter: CSKVAdapter, config: BaseConfig, base: Path) -> None:
             f"the adapter compresses layers {adapter.layer_indices} of {len(layers)}; with vLLM all or none are: train "
             "one for every layer"
         )
-    adapter.check_fits(info, [_Layer(index, kv_heads * head_dim, text.hidden_size) for index in layers])
+    sites = [_Layer(index, kv_heads * head_dim, text.hidden_size) for index in layers]
+    signature = read_signature([base / name for name in files.weights], sites)
+    adapter.check_fits(_Described(dataclasses.replace(info, signature=signature), sites))
 
 
 def _layer_kinds(config: BaseConfig) -> list[str]:
@@ -200,14 +210,6 @@ def _layer_kinds(config: BaseConfig) -> list[str]:
         return list(kinds)
     slides = getattr(config.text, "sliding_window", None) is not None
     return ["sliding_attention"] if slides and getattr(config.text, "use_sliding_window", True) else []
-
-
-def _with_settings(adapter: CSKVAdapter, window: int | None, group: int | None) -> CSKVAdapter:
-    """Replace the window or the group; the factors are shared."""
-    given = {name: value for name, value in (("window", window), ("group", group)) if value is not None}
-    layers = {index: adapter.factors(index) for index in adapter.layer_indices}
-    settings = dataclasses.replace(adapter.config, **given)  # type: ignore[arg-type]
-    return CSKVAdapter(settings, layers, adapter.base, adapter.metrics, adapter.widths)
 
 
 def _fill(

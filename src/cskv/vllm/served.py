@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-
-from cskv.adapter.folder import Settings, download, read_settings
+from cskv.adapter.folder import Settings, download_adapter, read_settings
+from cskv.adapter.hub import download
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError
 
@@ -87,18 +85,11 @@ def _folder(model: str, revision: str | None, adapter: str) -> Path:
         return outside
     if not outside.is_absolute():
         if not Path(model).is_dir():
-            folder = _in_repository(model, revision, adapter)
+            refusal = f"cannot look for adapter folder {adapter!r} in {model!r} on the hub"
+            patterns = [f"{adapter}/*"]
+            folder = download(model, refusal, AdapterError, revision=revision, allow_patterns=patterns) / adapter
             if folder.is_dir():
                 return folder
         if "/" in adapter:
-            return download(adapter)
+            return download_adapter(adapter)
     raise AdapterError(f"adapter folder {adapter!r} is neither in {model} nor here; export the adapter again")
-
-
-def _in_repository(model: str, revision: str | None, adapter: str) -> Path:
-    """Fetch an adapter from the model's repository on the hub. The folder is absent if the repository has none."""
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=[f"{adapter}/*"])) / adapter
-    except (OSError, HFValidationError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise AdapterError(f"cannot look for adapter folder {adapter!r} in {model!r} on the hub: {reason}") from error

@@ -13,12 +13,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PretrainedConfig
 
 from cskv.adapter.folder import CONFIG_FILE, MODEL_TYPE
-from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
+from cskv.adapter.hub import download
+from cskv.errors import AdapterError, CSKVError, UnsupportedModelError, first_line
 from cskv.vllm.architectures import PREFIX
 
 SUBFOLDER = "cskv"  # of the checkpoint, where the adapter is
@@ -73,11 +72,8 @@ def download_base(model_id: str, revision: str | None = None) -> Path:
         CSKVError: the hub has no such repository, or cannot be reached.
     """
     ignored = [*OTHER_WEIGHTS, "*/*.safetensors", ".*"]
-    try:
-        return Path(snapshot_download(model_id, revision=revision, ignore_patterns=ignored))
-    except (OSError, HFValidationError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CSKVError(f"no model folder {model_id!r} here, and the hub gave none: {reason}") from error
+    refusal = f"no model folder {model_id!r} here, and the hub gave none"
+    return download(model_id, refusal, revision=revision, ignore_patterns=ignored)
 
 
 def read_config(base: Path) -> BaseConfig:
@@ -110,8 +106,7 @@ def read_config(base: Path) -> BaseConfig:
     try:
         text = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config(decoder=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UnsupportedModelError(f"transformers cannot read {path}: {reason}") from error
+        raise UnsupportedModelError(f"transformers cannot read {path}: {first_line(error)}") from error
     return BaseConfig(values, text, architectures[0])
 
 
