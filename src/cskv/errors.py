@@ -27,3 +27,8 @@ class CacheError(CSKVError):
 
 class DataError(CSKVError):
     """Text or statistics that cannot be used: empty, too short, or not finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, or the name of the error where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from cskv.errors import AdapterError
+
 
 @dataclass(frozen=True)
 class BaseModelInfo:
@@ -24,6 +26,19 @@ class BaseModelInfo:
     hidden_size: int
     num_layers: int
     revision: str | None = None
+
+    def path(self, given: str | None = None) -> str:
+        """Return the folder or hub id to load: the given one, or else the recorded name.
+
+        Raises:
+            AdapterError: neither is there.
+        """
+        if not (given or self.name):
+            raise AdapterError(
+                "the adapter does not name its base model; give it with --model-path (pretrained= in the harness), or "
+                "load it and call cskv.attach"
+            )
+        return given or self.name
 
     @classmethod
     def from_model(cls, model: nn.Module) -> BaseModelInfo:

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from huggingface_hub import snapshot_download
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.config import CSKVConfig
-from cskv.errors import AdapterError, ConfigError
+from cskv.errors import AdapterError, ConfigError, first_line
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.quantization.grid import Grid
 
@@ -63,8 +63,18 @@ def download(model_id: str, **kwargs: Any) -> Path:
     try:
         return Path(snapshot_download(model_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE], **kwargs))
     except (OSError, HFValidationError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise AdapterError(f"no adapter folder {model_id!r} here, and the hub gave none: {first_line}") from error
+        raise AdapterError(
+            f"no adapter folder {model_id!r} here, and the hub gave none: {first_line(error)}"
+        ) from error
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Return whether this is a local adapter folder."""
+    try:
+        read_description(Path(path).expanduser())
+    except AdapterError:
+        return False
+    return True
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
@@ -78,14 +88,15 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"{folder} has no {CONFIG_FILE}; expected a folder that `cskv train` wrote") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"cannot read {path}: {error}") from error
     if not isinstance(description, dict) or description.get("model_type") != MODEL_TYPE:
         raise AdapterError(f"{folder} is not a cskv adapter: its {CONFIG_FILE} does not say model_type {MODEL_TYPE!r}")
-    if description.get("format_version", 0) > FORMAT_VERSION:
-        raise AdapterError(
-            f"{folder} has adapter format {description['format_version']}, this cskv reads {FORMAT_VERSION}; upgrade"
-        )
+    version = description.get("format_version", 0)
+    if type(version) is not int:
+        raise AdapterError(f"{path} has format_version {version!r}; expected a whole number, at most {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise AdapterError(f"{folder} has adapter format {version}, this cskv reads {FORMAT_VERSION}; upgrade")
     return description
 
 
@@ -101,12 +112,12 @@ def read_settings(folder: Path) -> Settings:
             config=CSKVConfig.from_dict(description["compression"]),
             base=_base_from_dict(description["base_model"]),
             ranks={
-                int(index): {name: int(values[name]) for name in ("k", "v", "kv_dim")}
+                int(index): {name: _whole(values[name]) for name in ("k", "v", "kv_dim")}
                 for index, values in description["ranks"].items()
             },
-            metrics=description.get("metrics", {}),
+            metrics=_checked("metrics", description.get("metrics", {}), dict),
             widths={
-                (int(index), kind): tuple((int(bits), int(channels)) for bits, channels in runs)
+                (int(index), kind): tuple((_whole(bits), _whole(channels)) for bits, channels in runs)
                 for index, kinds in description.get("widths", {}).items()
                 for kind, runs in kinds.items()
             },
@@ -187,7 +198,25 @@ def _base_from_dict(values: dict[str, Any]) -> BaseModelInfo:
     unknown = sorted(set(values) - known)
     if unknown:
         warnings.warn(f"ignoring unknown facts on the base model {unknown}: written by a newer cskv?", stacklevel=5)
-    return BaseModelInfo(**{key: value for key, value in values.items() if key in known})
+    facts = BaseModelInfo(**{key: value for key, value in values.items() if key in known})
+    for name, kind in get_type_hints(BaseModelInfo).items():
+        _checked(f"the base model's {name}", getattr(facts, name), kind)
+    return facts
+
+
+def _whole(value: object) -> int:
+    return _checked("the number", value, int)
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """Return a value of `config.json`, found to be of a type.
+
+    Raises:
+        TypeError: it is of another one.
+    """
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} {value!r} (expected {getattr(kind, '__name__', kind)})")
+    return value
 
 
 def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:

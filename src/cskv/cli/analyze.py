@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cskv.cli import options as opt
-from cskv.cli.calibrate import check_writable, take_statistics
+from cskv.cli.calibrate import take_statistics
 from cskv.cli.common import command, emit, say, set_logging
+from cskv.cli.groups import LoadingOptions
+from cskv.cli.outputs import check_writable
 from cskv.cli.settings import model_name
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
     from cskv.calibration.statistics import Statistics
     from cskv.data.samples import TokenSamples
+
+FILES = ("spectra.csv", "spectra.png")
+ADAPTER_FILES = ("ranks.png", "losses.png", "losses.csv")
 
 Output = Annotated[
     Path | None,
@@ -43,6 +48,7 @@ MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens per sample
 @command
 def analyze(
     model_path: opt.ModelPath,
+    loading: LoadingOptions,
     model_id: opt.ModelId = None,
     statistics: opt.Statistics = None,
     training_dataset: opt.TrainingDataset = "offline",
@@ -51,10 +57,6 @@ def analyze(
     weights_only: WeightsOnly = False,
     adapter: Adapter = None,
     output: Output = None,
-    attn_impl: opt.AttnImpl = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
     seed: opt.Seed = 0,
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
@@ -74,14 +76,14 @@ def analyze(
     * `cskv analyze --model-path my-model --statistics outputs/calibration/my-model/statistics.safetensors`
     """
     set_logging(logging_level)
-    from cskv.cli.loading import load_model, load_samples, load_tokenizer
+    from cskv.cli.loading import load_samples, load_tokenizer
     from cskv.evaluation.spectra import calibrated_spectra, summary_rows, weight_spectra, write_csv
 
     name = model_name(model_path, model_id)
     folder = output or Path("outputs/analysis") / name
-    check_writable(folder / "spectra.csv")
+    check_writable(*(folder / file for file in (*FILES, *(ADAPTER_FILES if adapter else ()))))
     plot = _plotter()
-    model = load_model(model_path, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
+    model = loading.model(model_path)
     spectra = weight_spectra(model)
     if not weights_only:
         known = _statistics(model, model_path, statistics, training_dataset, num_samples, max_seq_len, seed)
@@ -131,7 +133,7 @@ def compare(model: PreTrainedModel, adapter: str, samples: TokenSamples, folder:
     write_text(folder / "losses.csv", "\n".join(["method,layer,k_loss,v_loss", *lines]) + "\n")
     plot_ranks(ranks, folder / "ranks.png")
     plot_losses(losses, folder / "losses.png")
-    return [str(folder / name) for name in ("ranks.png", "losses.png", "losses.csv")]
+    return [str(folder / name) for name in ADAPTER_FILES]
 
 
 def _plotter() -> Any:

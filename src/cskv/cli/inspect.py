@@ -16,13 +16,15 @@ from cskv.errors import AdapterError
 if TYPE_CHECKING:
     from cskv.adapter.adapter import CSKVAdapter
 
-DEFAULT_TOKENS = 16_384
+DEFAULT_TOKENS, MOST_TOKENS = 16_384, 10**9
 
 
 @command
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder, as `cskv train` writes it.", show_default=False)],
-    tokens: Annotated[int, typer.Option("--tokens", help="Length of the sequence.", min=1)] = DEFAULT_TOKENS,
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Length of the sequence.", min=1, max=MOST_TOKENS)
+    ] = DEFAULT_TOKENS,
 ) -> None:
     """Print an adapter's settings, ranks, figures and files, and the bytes of a cache, after checking that it is whole.
 

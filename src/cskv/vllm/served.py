@@ -22,7 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from cskv.adapter.folder import Settings, download, read_layer, read_settings
 from cskv.cache.ring import Ring
 from cskv.config import CSKVConfig
-from cskv.errors import AdapterError, ConfigError
+from cskv.errors import AdapterError, ConfigError, first_line
 from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import PageLayout
 from cskv.quantization.grid import Grid
@@ -145,5 +145,5 @@ def _in_repository(model: str, revision: str | None, adapter: str) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=[f"{adapter}/*"])) / adapter
     except (OSError, HFValidationError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise AdapterError(f"cannot look for adapter folder {adapter!r} in {model!r} on the hub: {reason}") from error
+        message = f"cannot look for adapter folder {adapter!r} in {model!r} on the hub: {first_line(error)}"
+        raise AdapterError(message) from error

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PretrainedConfig
 
 from cskv.adapter.folder import CONFIG_FILE, MODEL_TYPE
-from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
+from cskv.errors import AdapterError, CSKVError, UnsupportedModelError, first_line
 from cskv.vllm.architectures import PREFIX
 
 SUBFOLDER = "cskv"  # of the checkpoint, where the adapter is
@@ -76,8 +76,7 @@ def download_base(model_id: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(model_id, revision=revision, ignore_patterns=ignored))
     except (OSError, HFValidationError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CSKVError(f"no model folder {model_id!r} here, and the hub gave none: {reason}") from error
+        raise CSKVError(f"no model folder {model_id!r} here, and the hub gave none: {first_line(error)}") from error
 
 
 def read_config(base: Path) -> BaseConfig:
@@ -110,8 +109,7 @@ def read_config(base: Path) -> BaseConfig:
     try:
         text = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config(decoder=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UnsupportedModelError(f"transformers cannot read {path}: {reason}") from error
+        raise UnsupportedModelError(f"transformers cannot read {path}: {first_line(error)}") from error
     return BaseConfig(values, text, architectures[0])
 
 
