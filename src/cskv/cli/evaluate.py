@@ -15,7 +15,7 @@ from cskv.cli import options as opt
 from cskv.cli.common import Interrupted, command, console, emit, progress, say, set_logging
 from cskv.cli.contestants import Contestants
 from cskv.cli.groups import LoadingOptions
-from cskv.cli.lists import numbers, words
+from cskv.cli.lists import MOST_LINES, numbers, words
 from cskv.cli.outputs import check_writable
 from cskv.cli.settings import model_name
 
@@ -137,7 +137,7 @@ def evaluate(
 
     settings = EvaluationSettings(
         tasks=words(task),
-        lines=_sizes_of(lines_file) or numbers("--lines", lines, int),
+        lines=_sizes_of(lines_file) or numbers("--lines", lines, int, MOST_LINES + 1),
         lines_files=tuple(map(str, lines_file or ())),
         tokens=numbers("--tokens", tokens, int),
         depths=numbers("--depths", depths, float),

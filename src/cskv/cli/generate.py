@@ -15,6 +15,7 @@ from cskv.cli import options as opt
 from cskv.cli.choose import AdapterChoice
 from cskv.cli.common import command, emit, say, set_logging
 from cskv.cli.groups import CompressionOptions, LoadingOptions
+from cskv.cli.lists import MOST_LINES
 from cskv.cli.sizes import cache_lines
 from cskv.errors import CSKVError, DataError, first_line
 
@@ -76,6 +77,7 @@ class DecodingOptions:
         Raises:
             CSKVError: a number is out of range, or there is no such cache or attention, or not with latents.
         """
+        import torch
         from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
         if self.max_new_tokens < 1 or not (self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE):
@@ -83,7 +85,9 @@ class DecodingOptions:
                 f"max-new-tokens is {self.max_new_tokens} and temperature {self.temperature}; expected at least 1, and "
                 f"0 or at least {LEAST_TEMPERATURE}"
             )
-        known = ("dynamic",) if compressed else sorted({"dynamic", *ALL_CACHE_IMPLEMENTATIONS} - {"paged"})
+        # Streaming is not for paged caches, and offloading is from a GPU.
+        here = {name for name in ALL_CACHE_IMPLEMENTATIONS if torch.cuda.is_available() or "offloaded" not in name}
+        known = ["dynamic"] if compressed else sorted({"dynamic", *here} - {"paged"})
         if self.cache_implementation not in (None, *known):
             reason = ", which cannot hold compressed tokens" if compressed else ""
             raise CSKVError(
@@ -164,8 +168,8 @@ def _prompt(prompt: str | None, prompt_file: Path | None, lines: int) -> tuple[s
 def _record(lines: int) -> LinesCase:
     from cskv.data.lines import make_case
 
-    if lines < 1:
-        raise DataError(f"lines is {lines}; expected a record of at least 1 line")
+    if not 1 <= lines <= MOST_LINES:
+        raise DataError(f"lines is {lines}; expected a record of at least 1 line and at most {MOST_LINES}")
     try:
         return make_case(lines, seed=0)
     except ImportError as error:

@@ -57,14 +57,14 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
-def check_number(option: str, value: object) -> None:
+def check_number(option: str, value: object, below: int = GREATEST) -> None:
     """Refuse a number that no option takes: not finite, or so large that it must be a slip.
 
     Raises:
         ConfigError: it is one.
     """
-    if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) < GREATEST):
-        raise ConfigError(f"{option} is {value}; expected a number below {GREATEST}")
+    if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) < below):
+        raise ConfigError(f"{option} is {value}; expected a number below {below}")
 
 
 @dataclass(frozen=True)
