@@ -75,7 +75,7 @@ def export(
 
     Examples:
 
-    * `cskv export outputs/adapters/my-model/k0.2-v0.2-asvd-window32-group32 --out served`
+    * `cskv export outputs/adapters/my-model/k0.2-v0.2-weighted-pca-window32-group32 --out served`
     * `cskv export ADAPTER --out served --window 0 --group 1`
     """
     from cskv.adapter.adapter import CSKVAdapter
