@@ -18,7 +18,6 @@ from cskv.cli.settings import model_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cskv.calibration.statistics import Statistics
     from cskv.data.samples import TokenSamples
 
 FILES = ("spectra.csv", "spectra.png")
@@ -76,6 +75,7 @@ def analyze(
     * `cskv analyze --model-path my-model --statistics outputs/calibration/my-model/statistics.safetensors`
     """
     set_logging(logging_level)
+    from cskv.calibration.statistics import Statistics
     from cskv.cli.loading import load_samples, load_tokenizer
     from cskv.evaluation.spectra import calibrated_spectra, summary_rows, weight_spectra, write_csv
 
@@ -85,12 +85,14 @@ def analyze(
     plot = _plotter()
     model = loading.model(model_path)
     spectra = weight_spectra(model)
+    samples: Any = None
+    if adapter is not None or not (weights_only or statistics):
+        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
     if not weights_only:
-        known = _statistics(model, model_path, statistics, training_dataset, num_samples, max_seq_len, seed)
+        known = Statistics.load(statistics) if statistics else take_statistics(model, samples, covariance=True)
         spectra += calibrated_spectra(model, known)
     drawn = []
     if adapter is not None:
-        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
         drawn = compare(model, adapter, samples, folder)
         say(", ".join(drawn))
     table = write_csv(spectra, folder / "spectra.csv")
@@ -110,15 +112,15 @@ def compare(model: PreTrainedModel, adapter: str, samples: TokenSamples, folder:
         AdapterError: the adapter is damaged, or belongs to another model.
     """
     from cskv.adapter.adapter import CSKVAdapter
-    from cskv.adapter.base_model import BaseModelInfo
     from cskv.compression.initialise import initialise
     from cskv.evaluation.reconstruction import reconstruction_losses
     from cskv.files import write_text
-    from cskv.models.sites import find_sites
+    from cskv.models.survey import survey
     from cskv.plots import plot_losses, plot_ranks
 
     loaded = CSKVAdapter.from_pretrained(adapter)
-    loaded.check_fits(BaseModelInfo.from_model(model), find_sites(model))
+    found = survey(model)
+    loaded.check_fits(found.base, found.sites)
     ranks = {i: (loaded.factors(i).k.rank, loaded.factors(i).v.rank) for i in loaded.layer_indices}
     statistics = take_statistics(model, samples, covariance=True)
     methods = {"this adapter": loaded}
@@ -146,25 +148,6 @@ def _plotter() -> Any:
     except ImportError as error:
         raise CSKVError("drawing needs matplotlib: pip install 'cskv[plots]'") from error
     return plot_spectra
-
-
-def _statistics(
-    model: PreTrainedModel,
-    model_path: str,
-    statistics: Path | None,
-    dataset: str,
-    num_samples: int,
-    max_seq_len: int,
-    seed: int,
-) -> Statistics:
-    """Saved statistics, or those of a short calibration now, with second moments."""
-    from cskv.calibration.statistics import Statistics
-    from cskv.cli.loading import load_samples, load_tokenizer
-
-    if statistics is not None:
-        return Statistics.load(statistics)
-    samples = load_samples(dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
-    return take_statistics(model, samples, covariance=True)
 
 
 def describe(rows: list[dict[str, Any]]) -> list[str]:

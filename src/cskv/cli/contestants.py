@@ -16,7 +16,6 @@ from cskv.errors import CSKVError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cskv.adapter.adapter import CSKVAdapter
     from cskv.methods.method import Method
 
 
@@ -90,12 +89,14 @@ class Contestants:
         from cskv.calibration.statistics import Statistics
         from cskv.methods.method import compressed, uncompressed
         from cskv.methods.specification import method_of, needs_statistics
+        from cskv.models.survey import survey
 
         found = [uncompressed()] if self.uncompressed else []
         for text in self.adapter or ():
             name, path = _name_and_path(text)
             adapter = CSKVAdapter.from_pretrained(path)
-            _check(adapter, model)
+            facts = survey(model)
+            adapter.check_fits(facts.base, facts.sites)
             found.append(compressed(adapter, name, source=path))
         statistics = None
         if any(map(needs_statistics, (self.baseline or ()))):
@@ -110,10 +111,3 @@ class Contestants:
 def _name_and_path(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     return (name, path) if equals else (Path(text).name, text)
-
-
-def _check(adapter: CSKVAdapter, model: PreTrainedModel) -> None:
-    from cskv.adapter.base_model import BaseModelInfo
-    from cskv.models.sites import find_sites
-
-    adapter.check_fits(BaseModelInfo.from_model(model), find_sites(model))

@@ -116,18 +116,10 @@ class CompressionOptions:
         Raises:
             ConfigError: one is out of range, or something was given in two ways.
         """
-        window, group = window_and_group(self.use_window, self.q_window_size, self.window, self.group)
-        return CSKVConfig(
-            k_density=self.k_density,
-            v_density=self.v_density,
-            window=window,
-            group=group,
-            init=init_of(self.init, self.use_asvd),
-            key_factors=self.key_factors,
-            head_groups=self.head_groups,
-            k_bits=self.k_bits,
-            v_bits=self.v_bits,
-            mixed_widths=mixed_widths,
-            k_block=block_of("--k-block", self.k_block),
-            v_block=block_of("--v-block", self.v_block),
+        given: dict[str, Any] = dict(vars(self))
+        window, group = window_and_group(
+            *(given.pop(name) for name in ("use_window", "q_window_size", "window", "group"))
         )
+        init = init_of(given.pop("init"), given.pop("use_asvd"))
+        given |= {f"{kind}_block": block_of(f"--{kind}-block", given[f"{kind}_block"]) for kind in ("k", "v")}
+        return CSKVConfig(window=window, group=group, init=init, mixed_widths=mixed_widths, **given)

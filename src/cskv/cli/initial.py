@@ -39,7 +39,7 @@ def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path
 def requantised_adapter(
     model: PreTrainedModel, adapter: CSKVAdapter, config: CSKVConfig, statistics: Path
 ) -> CSKVAdapter:
-    """The factors of an adapter for latents of other widths, centred where there are statistics.
+    """Return the factors of an adapter for latents of other widths, centred where there are statistics.
 
     Args:
         model: the base model.
@@ -51,18 +51,17 @@ def requantised_adapter(
         AdapterError: the adapter or the statistics belong to another model.
         ConfigError: its latents are in few bits already.
     """
-    from cskv.adapter.base_model import BaseModelInfo
     from cskv.calibration.statistics import Statistics
     from cskv.compression.initialise import in_few_bits
-    from cskv.models.sites import find_sites
+    from cskv.models.survey import survey
 
-    sites = find_sites(model)
-    adapter.check_fits(BaseModelInfo.from_model(model), sites)
+    facts = survey(model)
+    adapter.check_fits(facts.base, facts.sites)
     found = Statistics.load(statistics) if statistics.exists() else None
     if found is None:
         say(f"note: no calibration statistics at {statistics}, so latents are not centred")
     else:
-        found.check_fits(BaseModelInfo.from_model(model), sites)
+        found.check_fits(facts.base, facts.sites)
     return in_few_bits(adapter, config, found)
 
 
