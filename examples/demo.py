@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from cskv.cli.common import command, emit, progress
+from cskv.cli.outputs import check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +32,7 @@ def main(
 
     from cskv.cli.loading import load_model, load_tokenizer
 
+    check_writable(out / "results.json")
     settings = DemoSettings(num_lines=lines, cases=cases, seed=seed)
     loaded = load_model(model, dtype=fast_dtype())
     emit(summary(run_demo(loaded, load_tokenizer(model), out, settings, progress("{task.fields[note]}")), out))

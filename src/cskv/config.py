@@ -86,8 +86,10 @@ class CSKVConfig:
             raise ConfigError(f"asvd_alpha is {self.asvd_alpha!r}; expected a number in [0, 1], the paper's is 0.5")
         for name in ("k_bits", "v_bits"):
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in BITS:
+            if type(value) is not int or value not in BITS:
                 raise ConfigError(f"{name} is {value!r}; expected 2 to 8, or 16 for latents that are not quantised")
+        if not isinstance(self.mixed_widths, bool):
+            raise ConfigError(f"mixed_widths is {self.mixed_widths!r}; expected true or false")
         if self.mixed_widths and (self.k_bits, self.v_bits) != (16, 16):
             raise ConfigError(
                 f"k_bits {self.k_bits} and v_bits {self.v_bits} are one width for all, mixed_widths one for every "
@@ -140,7 +142,13 @@ class CSKVConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CSKVConfig:
-        """Invert `to_dict`. Keys that this version does not know are dropped with a warning."""
+        """Read what `to_dict` gives. Keys that this version does not know are dropped with a warning.
+
+        Raises:
+            ConfigError: these are no settings, or one is out of range.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"got {type(values).__name__} in place of settings; expected a JSON object of them")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -68,7 +68,7 @@ def test_running_out_of_gpu_memory_is_one_line(run: Run, monkeypatch: pytest.Mon
 
 
 def test_other_runtime_errors_are_bugs_and_stay_loud(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def find(_self: object) -> None:
+    def find(*_args: object) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("cskv.cli.choose.AdapterChoice.find", find)

@@ -87,6 +87,7 @@ def test_agreement_is_pooled_over_tokens_and_by_stretch():
         ({"cells": [3]}, "cells of PCA on lines are no list of objects"),
         ({"cells": [{"depth": 0.0, "n": 1}]}, "score of PCA on lines is None"),
         ({"method": ["PCA"]}, r"a row has method \['PCA'\]"),
+        ({"protocol": []}, r"a row has .* protocol \[\]"),
         ({"size": "200"}, "size '200'"),
         ({"cache": 3}, "a cache that is an object"),
         ({"cache": {"ratio": "half"}}, "ratio of PCA on lines is 'half'"),

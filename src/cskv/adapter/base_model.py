@@ -108,6 +108,19 @@ class BaseModelInfo:
     revision: str | None = None
     signature: Signature | None = field(default=None, compare=False, repr=False)
 
+    def path(self, given: str | None = None) -> str:
+        """Return the folder or hub id to load: the given one, or else the recorded name.
+
+        Raises:
+            AdapterError: neither is there.
+        """
+        if not (given or self.name):
+            raise AdapterError(
+                "the adapter does not name its base model; give it with --model-path (pretrained= in the harness), or "
+                "load it and call cskv.attach"
+            )
+        return given or self.name
+
     @classmethod
     def from_model(cls, model: nn.Module) -> BaseModelInfo:
         """Read the facts from a loaded transformers model, without the signature (see `cskv.models.survey`)."""

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -88,6 +88,15 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], description: Mapp
     write_together(folder, files | {CARD_FILE: text_writer(card)})
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Return whether this is a local adapter folder."""
+    try:
+        read_description(Path(path).expanduser())
+    except AdapterError:
+        return False
+    return True
+
+
 def read_description(folder: str | Path) -> dict[str, Any]:
     """Read an adapter folder's `config.json`, or what its weights say in its place, and check that it is one of ours.
 
@@ -99,15 +108,16 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"{folder} has no {CONFIG_FILE}; expected a folder that `cskv train` wrote") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"cannot read {path}: {error}") from error
     if not isinstance(description, dict) or description.get("model_type") != MODEL_TYPE:
         raise AdapterError(f"{folder} is not a cskv adapter: its {CONFIG_FILE} does not say model_type {MODEL_TYPE!r}")
     description = _newest(description, Path(folder))
-    if description.get("format_version", 0) > FORMAT_VERSION:
-        raise AdapterError(
-            f"{folder} has adapter format {description['format_version']}, this cskv reads {FORMAT_VERSION}; upgrade"
-        )
+    version = description.get("format_version", 0)
+    if type(version) is not int:
+        raise AdapterError(f"{path} has format_version {version!r}; expected a whole number, at most {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise AdapterError(f"{folder} has adapter format {version}, this cskv reads {FORMAT_VERSION}; upgrade")
     return description
 
 
@@ -147,14 +157,14 @@ def read_settings(folder: Path) -> Settings:
     try:
         settings = Settings(
             config=CSKVConfig.from_dict(description["compression"]),
-            base=BaseModelInfo.from_dict(description["base_model"]),
+            base=_base(description["base_model"]),
             ranks={
-                int(index): {name: int(values[name]) for name in ("k", "v", "kv_dim")}
+                int(index): {name: _whole(values[name]) for name in ("k", "v", "kv_dim")}
                 for index, values in description["ranks"].items()
             },
-            metrics=description.get("metrics", {}),
+            metrics=_checked("metrics", description.get("metrics", {}), dict),
             widths={
-                (int(index), kind): tuple((int(bits), int(channels)) for bits, channels in runs)
+                (int(index), kind): tuple((_whole(bits), _whole(channels)) for bits, channels in runs)
                 for index, kinds in description.get("widths", {}).items()
                 for kind, runs in kinds.items()
             },
@@ -228,6 +238,28 @@ def _check_ranks(folder: Path, index: int, layer: LayerFactors, settings: Settin
         raise AdapterError(
             f"{folder}: layer {index} has ranks {got} in {WEIGHTS_FILE}, {settings.ranks[index]} in {CONFIG_FILE}"
         )
+
+
+def _base(values: dict[str, Any]) -> BaseModelInfo:
+    facts = BaseModelInfo.from_dict(values)
+    for name, kind in get_type_hints(BaseModelInfo).items():
+        _checked(f"the base model's {name}", getattr(facts, name), kind)
+    return facts
+
+
+def _whole(value: object) -> int:
+    return _checked("the number", value, int)
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """Return a value of `config.json`, found to be of a type.
+
+    Raises:
+        TypeError: it is of another one.
+    """
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} {value!r} (expected {getattr(kind, '__name__', kind)})")
+    return value
 
 
 def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:

@@ -1,19 +1,20 @@
 """`AutoModelForCausalLM.from_pretrained(adapter_folder)`: the base model with its compressor attached.
 
-The classes are registered with transformers by `import cskv`; they are shells, and no model is ever of their type.
+The classes are registered with transformers by `import cskv` (`registration`); they are shells, and no model is ever of
+their type. transformers is in the middle of its own imports when this module is imported, so that little may be needed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
 
-from cskv.adapter.adapter import CSKVAdapter
 from cskv.adapter.folder import MODEL_TYPE
-from cskv.attachment.attach import attach
-from cskv.errors import AdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HUB_KEYS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
@@ -24,13 +25,13 @@ class CSKVAdapterConfig(PretrainedConfig):
     model_type = MODEL_TYPE
 
 
-class CSKVForCausalLM(PreTrainedModel):
+class CSKVForCausalLM:
     """What `AutoModelForCausalLM` finds for an adapter folder. Its `from_pretrained` returns the base model instead."""
 
     config_class = CSKVAdapterConfig
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *model_args: Any, config: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         """Load the base model that the adapter names, and attach the adapter to it.
@@ -45,24 +46,33 @@ class CSKVForCausalLM(PreTrainedModel):
         Raises:
             AdapterError: the adapter is damaged, or names no base model.
         """
+        from transformers import AutoModelForCausalLM
+
+        from cskv.adapter.adapter import CSKVAdapter
+        from cskv.attachment.attach import attach
+
         kwargs.pop("adapter_kwargs", None)
         hub = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
         kwargs.pop("revision", None)
         if getattr(config, "dtype", None) is not None:
             kwargs.setdefault("dtype", config.dtype)
         adapter = CSKVAdapter.from_pretrained(pretrained_model_name_or_path, **hub)
-        if not adapter.base.name:
-            raise AdapterError(
-                f"{pretrained_model_name_or_path} does not name its base model; load the base and call cskv.attach"
-            )
         model = AutoModelForCausalLM.from_pretrained(
-            adapter.base.name, *model_args, revision=adapter.base.revision or "main", **kwargs
+            adapter.base.path(), *model_args, revision=adapter.base.revision or "main", **kwargs
         )
         attach(model, adapter)
         return model
 
 
-def register() -> None:
-    """Tell transformers' auto classes about adapter folders. Doing it twice does nothing more."""
+def register_config() -> None:
+    """Tell transformers' `AutoConfig` about adapter folders. Doing it twice does nothing more."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
     AutoConfig.register(MODEL_TYPE, CSKVAdapterConfig, exist_ok=True)
+
+
+def register_model() -> None:
+    """Tell transformers' `AutoModelForCausalLM` about adapter folders. Doing it twice does nothing more."""
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
     AutoModelForCausalLM.register(CSKVAdapterConfig, CSKVForCausalLM, exist_ok=True)

@@ -91,7 +91,7 @@ def cache_report(cache: Cache, model: nn.Module) -> CacheReport:
             uncompressed += elements * layer.dtype.itemsize
     latents = sum((layer.store.latent_nbytes() for layer in ours), LatentBytes())
     return CacheReport(
-        tokens=cache.get_seq_length(),
+        tokens=int(cache.get_seq_length()),  # a tensor in static caches
         batch=_batch(ours, others),
         payload_bytes=latents.payload,
         scale_bytes=latents.scales,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
     """Run `cskv`."""
-    from cskv.cli.app import app
+    try:
+        from cskv.cli.app import app
 
-    app()
+        app()
+    except KeyboardInterrupt:  # before there is a command that could say more
+        sys.stderr.write("error: interrupted\n")
+        sys.exit(130)

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cskv.cli import options as opt
-from cskv.cli.calibrate import check_writable, take_statistics
+from cskv.cli.calibrate import take_statistics
 from cskv.cli.common import command, emit, say, set_logging
+from cskv.cli.groups import LoadingOptions
+from cskv.cli.outputs import check_writable
 from cskv.cli.settings import model_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cskv.calibration.statistics import Statistics
     from cskv.data.samples import TokenSamples
+
+FILES = ("spectra.csv", "spectra.png")
+ADAPTER_FILES = ("ranks.png", "losses.png", "losses.csv")
 
 Output = Annotated[
     Path | None,
@@ -43,6 +47,7 @@ MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens per sample
 @command
 def analyze(
     model_path: opt.ModelPath,
+    loading: LoadingOptions,
     model_id: opt.ModelId = None,
     statistics: opt.Statistics = None,
     training_dataset: opt.TrainingDataset = "offline",
@@ -51,10 +56,6 @@ def analyze(
     weights_only: WeightsOnly = False,
     adapter: Adapter = None,
     output: Output = None,
-    attn_impl: opt.AttnImpl = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
     seed: opt.Seed = 0,
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
@@ -70,25 +71,28 @@ def analyze(
 
     * `cskv analyze --model-path my-model`
     * `cskv analyze --model-path my-model --weights-only --output spectra`
-    * `cskv analyze --model-path my-model --adapter outputs/adapters/my-model/k0.2-v0.2-pca-window0-group32`
+    * `cskv analyze --model-path my-model --adapter outputs/adapters/my-model/k0.2-v0.2-weighted-pca-window32-group32`
     * `cskv analyze --model-path my-model --statistics outputs/calibration/my-model/statistics.safetensors`
     """
     set_logging(logging_level)
-    from cskv.cli.loading import load_model, load_samples, load_tokenizer
+    from cskv.calibration.statistics import Statistics
+    from cskv.cli.loading import load_samples, load_tokenizer
     from cskv.evaluation.spectra import calibrated_spectra, summary_rows, weight_spectra, write_csv
 
     name = model_name(model_path, model_id)
     folder = output or Path("outputs/analysis") / name
-    check_writable(folder / "spectra.csv")
+    check_writable(*(folder / file for file in (*FILES, *(ADAPTER_FILES if adapter else ()))))
     plot = _plotter()
-    model = load_model(model_path, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
+    model = loading.model(model_path)
     spectra = weight_spectra(model)
+    samples: Any = None
+    if adapter is not None or not (weights_only or statistics):
+        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
     if not weights_only:
-        known = _statistics(model, model_path, statistics, training_dataset, num_samples, max_seq_len, seed)
+        known = Statistics.load(statistics) if statistics else take_statistics(model, samples, covariance=True)
         spectra += calibrated_spectra(model, known)
     drawn = []
     if adapter is not None:
-        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
         drawn = compare(model, adapter, samples, folder)
         say(", ".join(drawn))
     table = write_csv(spectra, folder / "spectra.csv")
@@ -130,7 +134,7 @@ def compare(model: PreTrainedModel, adapter: str, samples: TokenSamples, folder:
     write_text(folder / "losses.csv", "\n".join(["method,layer,k_loss,v_loss", *lines]) + "\n")
     plot_ranks(ranks, folder / "ranks.png")
     plot_losses(losses, folder / "losses.png")
-    return [str(folder / name) for name in ("ranks.png", "losses.png", "losses.csv")]
+    return [str(folder / name) for name in ADAPTER_FILES]
 
 
 def _plotter() -> Any:
@@ -143,25 +147,6 @@ def _plotter() -> Any:
     except ImportError as error:
         raise CSKVError("drawing needs matplotlib: pip install 'cskv[plots]'") from error
     return plot_spectra
-
-
-def _statistics(
-    model: PreTrainedModel,
-    model_path: str,
-    statistics: Path | None,
-    dataset: str,
-    num_samples: int,
-    max_seq_len: int,
-    seed: int,
-) -> Statistics:
-    """Saved statistics, or those of a short calibration now, with second moments."""
-    from cskv.calibration.statistics import Statistics
-    from cskv.cli.loading import load_samples, load_tokenizer
-
-    if statistics is not None:
-        return Statistics.load(statistics)
-    samples = load_samples(dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
-    return take_statistics(model, samples, covariance=True)
 
 
 def describe(rows: list[dict[str, Any]]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+import cskv
 from cskv.cli.analyze import analyze
 from cskv.cli.calibrate import calibrate
+from cskv.cli.common import Commands
 from cskv.cli.doctor import doctor
 from cskv.cli.evaluate import evaluate
 from cskv.cli.export import export
@@ -26,6 +27,7 @@ def dashes(token: str) -> str:
 
 app = typer.Typer(
     name="cskv",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -39,12 +41,12 @@ app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"cskv {version('cskv')}")
+        typer.echo(f"cskv {cskv.__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def cskv(
+def main(
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
     ] = False,

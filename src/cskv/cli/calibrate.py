@@ -1,4 +1,4 @@
-"""`cskv calibrate`: one streaming pass over text that takes the statistics which ASVD and PCA need."""
+"""`cskv calibrate`: one streaming pass over text that takes the statistics which PCA and ASVD need."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import typer
 
 from cskv.cli import options as opt
 from cskv.cli.common import Interrupted, command, emit, progress, say, set_logging
+from cskv.cli.groups import LoadingOptions
+from cskv.cli.outputs import check_writable
 from cskv.cli.settings import model_name, statistics_path
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ Covariance = Annotated[
 @command
 def calibrate(
     model_path: opt.ModelPath,
+    loading: LoadingOptions,
     model_id: opt.ModelId = None,
     training_dataset: opt.TrainingDataset = "offline",
     num_samples: NumSamples = 256,
@@ -43,14 +46,10 @@ def calibrate(
     covariance: Covariance = True,
     output: Output = None,
     asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT,
-    attn_impl: opt.AttnImpl = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
     seed: opt.Seed = 0,
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
-    """Take statistics of a model's layers over text, for ASVD and PCA.
+    """Take statistics of a model's layers over text, for PCA and ASVD.
 
     Writes one safetensors file. Memory does not grow with the number of samples.
 
@@ -61,13 +60,12 @@ def calibrate(
     * `cskv calibrate --model_path lmsys/longchat-7b-v1.5-32k --training_dataset pile_subset --device-map auto`
     """
     set_logging(logging_level)
-    from cskv.cli.loading import load_model, load_samples, load_tokenizer
+    from cskv.cli.loading import load_samples, load_tokenizer
 
     target = output or statistics_path(asvd_calib_root, model_name(model_path, model_id))
-    tokenizer = load_tokenizer(model_path)
-    samples = load_samples(training_dataset, tokenizer, num_samples, max_seq_len, seed)
     check_writable(target)
-    model = load_model(model_path, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
+    samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
+    model = loading.model(model_path)
     statistics = take_statistics(model, samples, covariance)
     statistics.save(target)
     say(f"statistics of {statistics.tokens:,} tokens of {statistics.source}: {target}")
@@ -96,16 +94,3 @@ def take_statistics(model: PreTrainedModel, samples: TokenSamples, covariance: b
             )
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted: no statistics were written; start again") from error
-
-
-def check_writable(target: Path) -> None:
-    """Find out before the work, not after it, that the result cannot be written.
-
-    Raises:
-        CSKVError: the folder cannot be made or written.
-    """
-    from cskv.files import write_text
-
-    probe = target.with_name(f".{target.name}.writable")
-    write_text(probe, "")
-    probe.unlink(missing_ok=True)  # several processes may be looking at once

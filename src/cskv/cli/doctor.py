@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from typing import Any
 
 import typer
@@ -36,6 +35,8 @@ def doctor() -> None:
     * `cskv doctor`
     * `cskv doctor | tail -n 1 | python -m json.tool`
     """
+    from importlib import metadata
+
     required = required_packages()
     report: dict[str, Any] = {
         "command": "doctor",
@@ -55,6 +56,8 @@ def doctor() -> None:
 
 def installed_version(package: str) -> str | None:
     """The version of an installed distribution or of its CPU build, or None."""
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -63,6 +66,8 @@ def installed_version(package: str) -> str | None:
 
 def required_packages() -> dict[str, dict[str, Any]]:
     """Installed version, supported range and whether they agree, for every package that cskv requires."""
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
     packages = {}

@@ -14,39 +14,18 @@ import typer
 from cskv.cli import options as opt
 from cskv.cli.common import Interrupted, command, console, emit, progress, say, set_logging
 from cskv.cli.contestants import Contestants
-from cskv.cli.lists import numbers, words
+from cskv.cli.groups import LoadingOptions
+from cskv.cli.lists import MOST_LINES, numbers, words
+from cskv.cli.outputs import check_writable
 from cskv.cli.settings import model_name
 
 if TYPE_CHECKING:
     from cskv.evaluation.results import Run
     from cskv.evaluation.settings import EvaluationSettings
 
-METHODS, QUESTIONS, TEXT = "Methods", "Questions", "Text"
+QUESTIONS, TEXT = "Questions", "Text"
 DEFAULT_ROOT = Path("outputs/evaluation")
 
-Adapters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter", "-a",
-        help="Adapter folder or hub id, as [NAME=]PATH; again for more. The name is its series in figures.",
-        show_default=False, rich_help_panel=METHODS,
-    ),
-]  # fmt: skip
-Baselines = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--baseline", "-b",
-        help="svd@0.2, asvd@0.2, pca@0.2, weighted-pca@0.2 (untrained factors), quantized@4 (bits; needs cskv[peers]), "
-        "streaming@0.2, h2o@0.2 or any press of kvpress, which needs an environment of its own; again for more.",
-        show_default=False, rich_help_panel=METHODS,
-    ),
-]  # fmt: skip
-Uncompressed = Annotated[
-    bool,
-    typer.Option(
-        "--uncompressed/--no-uncompressed", help="Measure the model's own cache, too.", rich_help_panel=METHODS
-    ),
-]
 Tasks = Annotated[
     list[str],
     typer.Option(
@@ -117,11 +96,8 @@ Outputs = Annotated[
 
 @command
 def evaluate(
-    model_path: opt.OptionalModelPath = None,
-    model_id: opt.ModelId = None,
-    adapter: Adapters = None,
-    baseline: Baselines = None,
-    uncompressed: Uncompressed = True,
+    contestants: Contestants,
+    loading: LoadingOptions,
     task: Tasks = ["lines", "perplexity"],  # noqa: B006 (typer copies it)
     lines: Lines = ["200"],  # noqa: B006
     lines_file: LinesFiles = None,
@@ -137,16 +113,8 @@ def evaluate(
     texts: Texts = 8,
     text_tokens: TextTokens = ["1024"],  # noqa: B006
     continued: Continued = 256,
-    window: opt.Window = None,
-    group: opt.Group = None,
-    asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT,
-    statistics: opt.Statistics = None,
     output: Output = None,
     outputs: Outputs = True,
-    attn_impl: opt.AttnImpl = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
     batch_size: BatchSize = 4,
     seed: Seeds = ["0"],  # noqa: B006
     logging_level: opt.LoggingLevel = "WARNING",
@@ -169,7 +137,7 @@ def evaluate(
 
     settings = EvaluationSettings(
         tasks=words(task),
-        lines=_sizes_of(lines_file) or numbers("--lines", lines, int),
+        lines=_sizes_of(lines_file) or numbers("--lines", lines, int, MOST_LINES + 1),
         lines_files=tuple(map(str, lines_file or ())),
         tokens=numbers("--tokens", tokens, int),
         depths=numbers("--depths", depths, float),
@@ -186,10 +154,7 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
-    contestants = Contestants(
-        model_path, model_id, adapter or [], baseline or [], uncompressed, window, group, statistics, asvd_calib_root
-    )
-    run = _measure(contestants, settings, output, outputs, attn_impl, dtype, device, device_map)
+    run = _measure(contestants, settings, loading, output, outputs)
     _tell(run)
     emit({"command": "evaluate", "results": str(run.path), "rows": len(run.rows), "methods": sorted(run.methods)})
 
@@ -197,15 +162,12 @@ def evaluate(
 def _measure(
     contestants: Contestants,
     settings: EvaluationSettings,
+    loading: LoadingOptions,
     output: Path | None,
     keep_outputs: bool,
-    attn_impl: str | None,
-    dtype: str,
-    device: str,
-    device_map: str | None,
 ) -> Run:
     """Load, measure what the result file lacks, and return its run."""
-    from cskv.cli.loading import load_model, load_tokenizer
+    from cskv.cli.loading import load_tokenizer
     from cskv.evaluation.environment import environment
     from cskv.evaluation.identity import model_facts
     from cskv.evaluation.results import open_run
@@ -213,8 +175,9 @@ def _measure(
     from cskv.evaluation.runner import todo
 
     base = contestants.base()
+    check_writable(output or DEFAULT_ROOT / model_name(base, contestants.model_id) / "results.json")
     tokenizer = load_tokenizer(base)
-    model = load_model(base, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
+    model = loading.model(base)
     methods = contestants.methods(model, base)
     facts, where = model_facts(model), environment().to_dict()
     names = [method.label for method in methods]

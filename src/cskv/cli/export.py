@@ -11,7 +11,7 @@ import typer
 from cskv.cli.common import command, emit
 from cskv.cli.loading import check_folder
 from cskv.cli.options import FILES, WINDOW, OptionalModelPath
-from cskv.errors import AdapterError
+from cskv.cli.outputs import check_writable
 
 if TYPE_CHECKING:
     from cskv.adapter.adapter import CSKVAdapter
@@ -75,7 +75,7 @@ def export(
 
     Examples:
 
-    * `cskv export outputs/adapters/my-model/k0.2-v0.2-asvd-window32-group32 --out served`
+    * `cskv export outputs/adapters/my-model/k0.2-v0.2-weighted-pca-window32-group32 --out served`
     * `cskv export ADAPTER --out served --window 0 --group 1`
     """
     from cskv.adapter.adapter import CSKVAdapter
@@ -84,8 +84,8 @@ def export(
 
     out = out.expanduser()
     folder = Path(adapter).expanduser()
-    if folder.is_dir():
-        check_place(out, folder, overwrite=overwrite)
+    check_place(out, *([folder] if folder.is_dir() else []), overwrite=overwrite)
+    check_writable(out / "config.json")
     loaded = CSKVAdapter.from_pretrained(folder if folder.is_dir() else adapter)
     base = find_base(loaded, model_path)
     report = write(loaded, base, out, window=window, group=group, copy=copy, overwrite=overwrite)
@@ -102,9 +102,7 @@ def find_base(adapter: CSKVAdapter, model_path: str | None) -> Path:
     """
     from cskv.vllm.source import download_base
 
-    name = model_path or adapter.base.name
-    if not name:
-        raise AdapterError("the adapter does not name its base model; give it with --model-path")
+    name = adapter.base.path(model_path)
     check_folder(name)
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import cskv
 from cskv.cli import options as opt
+from cskv.cli.choose import AdapterChoice
 from cskv.cli.common import command, emit, say, set_logging
+from cskv.cli.groups import CompressionOptions, LoadingOptions
+from cskv.cli.lists import MOST_LINES
 from cskv.cli.sizes import cache_lines
-from cskv.errors import CSKVError, DataError
+from cskv.errors import CSKVError, DataError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
     from cskv.data.lines import LinesCase
 
 INPUT, SAMPLING = "Input", "Decoding"
+LEAST_TEMPERATURE = 1e-6  # below it, logits divided by it leave fp32
+
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt itself.", rich_help_panel=INPUT)]
 PromptFile = Annotated[
     Path | None, typer.Option("--prompt-file", help="A UTF-8 text file; - is standard input.", rich_help_panel=INPUT)
@@ -30,10 +37,6 @@ Lines = Annotated[
     typer.Option("--lines", help="Without a prompt: ask a LongEval record of this many lines.", rich_help_panel=INPUT),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the chat template.", rich_help_panel=INPUT)]
-Adapter = Annotated[
-    str | None,
-    typer.Option("--adapter", "-a", help="Adapter folder or hub id, instead of a root.", rich_help_panel=opt.FILES),
-]
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate.", rich_help_panel=SAMPLING)
 ]
@@ -56,55 +59,61 @@ Attention = Annotated[
         rich_help_panel=SAMPLING,
     ),
 ]
-UseOrigin = Annotated[
-    bool,
-    typer.Option("--use-origin-model", help="The uncompressed baseline.", rich_help_panel=opt.COMPRESSION),
-]
-UseInit = Annotated[
-    bool,
-    typer.Option(
-        "--use-init-params", help="Untrained SVD or ASVD factors, made now.", rich_help_panel=opt.COMPRESSION
-    ),
-]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How text is generated."""
+
+    max_new_tokens: MaxNewTokens = 100
+    temperature: Temperature = 0.0
+    cache_implementation: CacheImplementation = None
+    attention: Attention = "auto"
+    seed: opt.Seed = 0
+
+    def check(self, compressed: bool) -> None:
+        """Find out before the model is loaded that it cannot generate so.
+
+        Raises:
+            CSKVError: a number is out of range, or there is no such cache or attention, or not with latents.
+        """
+        import torch
+        from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
+
+        if self.max_new_tokens < 1 or not (self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE):
+            raise CSKVError(
+                f"max-new-tokens is {self.max_new_tokens} and temperature {self.temperature}; expected at least 1, and "
+                f"0 or at least {LEAST_TEMPERATURE}"
+            )
+        # Streaming is not for paged caches, and offloading is from a GPU.
+        here = {name for name in ALL_CACHE_IMPLEMENTATIONS if torch.cuda.is_available() or "offloaded" not in name}
+        known = ["dynamic"] if compressed else sorted({"dynamic", *here} - {"paged"})
+        if self.cache_implementation not in (None, *known):
+            reason = ", which cannot hold compressed tokens" if compressed else ""
+            raise CSKVError(
+                f"cache implementation is {self.cache_implementation!r}{reason}; expected {', '.join(known)}"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them as arguments of transformers' `generate`."""
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            arguments["temperature"] = self.temperature
+        else:
+            arguments |= {"temperature": None, "top_p": None, "top_k": None}
+        return arguments | ({"cache_implementation": self.cache_implementation} if self.cache_implementation else {})
 
 
 @command
 def generate(
-    model_path: opt.OptionalModelPath = None,
-    model_id: opt.ModelId = None,
-    adapter: Adapter = None,
+    choice: AdapterChoice,
+    compression: CompressionOptions,
+    decoding: DecodingOptions,
+    loading: LoadingOptions,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     lines: Lines = 100,
     chat: Chat = False,
-    max_new_tokens: MaxNewTokens = 100,
-    temperature: Temperature = 0.0,
-    cache_implementation: CacheImplementation = None,
-    attention: Attention = "auto",
-    k_density: opt.KDensity = 0.2,
-    v_density: opt.VDensity = 0.2,
-    use_asvd: opt.UseAsvd = None,
-    init: opt.Init = None,
-    key_factors: opt.KeyFactors = "joint",
-    head_groups: opt.HeadGroups = 1,
-    k_bits: opt.KBits = 16,
-    v_bits: opt.VBits = 16,
-    k_block: opt.KBlock = None,
-    v_block: opt.VBlock = None,
-    use_origin_model: UseOrigin = False,
-    use_init_params: UseInit = False,
-    use_window: opt.UseWindow = None,
-    q_window_size: opt.QWindowSize = 32,
-    window: opt.Window = None,
-    group: opt.Group = None,
-    kv_ckpt_root_path: opt.AdapterRoot = opt.DEFAULT_ADAPTER_ROOT,
-    asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT,
-    statistics: opt.Statistics = None,
-    attn_impl: opt.AttnImpl = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    seed: opt.Seed = 0,
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
     """Generate text from a compressed cache and print its real bytes beside the uncompressed ones.
@@ -114,54 +123,26 @@ def generate(
 
     Examples:
 
-    * `cskv generate --adapter outputs/adapters/my-model/k0.2-v0.2-asvd-window32-group32 --prompt "Once upon a time"`
+    * `cskv generate --adapter outputs/adapters/my-model/k0.2-v0.2-weighted-pca-window32-group32 -p "Once upon a time"`
     * `cskv generate --model_path my-model --k_density 0.2 --v_density 0.2 --use_asvd --use_window --lines 200`
     * `cskv generate --model_path my-model --use_init_params --k_density 0.5 --v_density 0.5 --prompt-file book.txt`
     * `cskv generate --model_path my-model --use_origin_model --prompt "The uncompressed baseline"`
     """
     set_logging(logging_level)
-    from cskv.cli import choose
-    from cskv.cli.loading import load_model, load_tokenizer
+    from cskv.cli.loading import load_tokenizer
 
     text, expected = _prompt(prompt, prompt_file, lines)
-    wanted = choose.AdapterChoice(
-        model_path=model_path,
-        model_id=model_id,
-        adapter=adapter,
-        origin=use_origin_model,
-        init_only=use_init_params,
-        settings=choose.settings_from(
-            k_density=k_density,
-            v_density=v_density,
-            use_asvd=use_asvd,
-            init=init,
-            key_factors=key_factors,
-            head_groups=head_groups,
-            k_bits=k_bits,
-            v_bits=v_bits,
-            k_block=k_block,
-            v_block=v_block,
-            use_window=use_window,
-            q_window_size=q_window_size,
-            window=window,
-            group=group,
-        ),
-        window_given=(use_window, window, group) != (None, None, None),
-        root=kv_ckpt_root_path,
-        statistics=statistics,
-        calibration_root=asvd_calib_root,
-    )
-    compressor, base = wanted.find()
+    compressor, base = choice.find(compression)
+    untrained = choice.use_init_params and not choice.use_origin_model
+    decoding.check(compressed=untrained or compressor is not None)
     tokenizer = load_tokenizer(base)
     input_ids = _encode(tokenizer, text, chat)
-    model = load_model(base, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
-    if use_init_params and not use_origin_model:
-        compressor = wanted.initial(model, base)
+    model = loading.model(base)
+    if untrained:
+        compressor = choice.initial(model, base, compression.config())
     if compressor is not None:
-        import cskv
-
-        cskv.attach(model, compressor, attention=attention)
-    result = _run(model, tokenizer, input_ids, max_new_tokens, temperature, cache_implementation, seed)
+        cskv.attach(model, compressor, attention=decoding.attention)
+    result = _run(model, tokenizer, input_ids, decoding)
     if expected is not None:
         from cskv.data.lines import score
 
@@ -187,8 +168,8 @@ def _prompt(prompt: str | None, prompt_file: Path | None, lines: int) -> tuple[s
 def _record(lines: int) -> LinesCase:
     from cskv.data.lines import make_case
 
-    if lines < 1:
-        raise DataError(f"lines is {lines}; expected a record of at least 1 line")
+    if not 1 <= lines <= MOST_LINES:
+        raise DataError(f"lines is {lines}; expected a record of at least 1 line and at most {MOST_LINES}")
     try:
         return make_case(lines, seed=0)
     except ImportError as error:
@@ -214,40 +195,28 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> torch.Tensor:
 
 
 def _run(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    input_ids: torch.Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    cache_implementation: str | None,
-    seed: int,
+    model: Any, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor, decoding: DecodingOptions
 ) -> dict[str, Any]:
     """Stream the continuation to standard output and return it with the cache's sizes, JSON-ready."""
     import torch
     from transformers import TextStreamer, set_seed
 
-    import cskv
     from cskv.models.compat import output_cache
 
-    if max_new_tokens < 1 or temperature < 0:
-        raise CSKVError(
-            f"max-new-tokens is {max_new_tokens} and temperature {temperature}; expected at least 1 and at least 0"
-        )
-    set_seed(seed)
-    kwargs: dict[str, Any] = {"do_sample": temperature > 0}
-    kwargs |= {"temperature": temperature} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}
-    kwargs |= {"cache_implementation": cache_implementation} if cache_implementation else {}
+    set_seed(decoding.seed)
     input_ids = input_ids.to(model.device)
     start = time.perf_counter()
-    outputs = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        return_dict_in_generate=True,
-        **kwargs,
-    )
+    try:
+        outputs = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            return_dict_in_generate=True,
+            **decoding.arguments(),
+        )
+    except ImportError as error:  # of a package behind one of transformers' caches
+        raise CSKVError(f"cannot generate with this cache or attention: {first_line(error)}") from error
     seconds = time.perf_counter() - start
     new = outputs.sequences[0, input_ids.shape[1] :]
     cache = output_cache(outputs)

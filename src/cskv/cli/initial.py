@@ -39,7 +39,7 @@ def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path
 def requantised_adapter(
     model: PreTrainedModel, adapter: CSKVAdapter, config: CSKVConfig, statistics: Path
 ) -> CSKVAdapter:
-    """The factors of an adapter for latents of other widths, centred where there are statistics.
+    """Return the factors of an adapter for latents of other widths, centred where there are statistics.
 
     Args:
         model: the base model.

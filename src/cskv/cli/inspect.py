@@ -16,22 +16,24 @@ from cskv.errors import AdapterError
 if TYPE_CHECKING:
     from cskv.adapter.adapter import CSKVAdapter
 
-DEFAULT_TOKENS = 16_384
+DEFAULT_TOKENS, MOST_TOKENS = 16_384, 10**9
 
 
 @command
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder, as `cskv train` writes it.", show_default=False)],
-    tokens: Annotated[int, typer.Option("--tokens", help="Length of the sequence.", min=1)] = DEFAULT_TOKENS,
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Length of the sequence.", min=1, max=MOST_TOKENS)
+    ] = DEFAULT_TOKENS,
 ) -> None:
     """Print an adapter's settings, ranks, figures and files, and the bytes of a cache, after checking that it is whole.
 
-    Bytes are those that are allocated for one sequence of `--tokens` tokens of a 16-bit model, prefilled at once: a
-    store of every layer's shape is filled and measured. `cskv generate` prints those of a real cache.
+    Bytes are those of one sequence of `--tokens` tokens of a 16-bit model, prefilled at once. `cskv generate` prints
+    those of a real cache.
 
     Examples:
 
-    * `cskv inspect outputs/adapters/my-model/k0.2-v0.2-asvd-window32-group32`
+    * `cskv inspect outputs/adapters/my-model/k0.2-v0.2-weighted-pca-window32-group32`
     * `cskv inspect ADAPTER --tokens 131072 | tail -n 1 | python -m json.tool`
     """
     from cskv.adapter.adapter import CSKVAdapter

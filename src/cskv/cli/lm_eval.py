@@ -6,8 +6,7 @@ from typing import Any
 
 import typer
 
-from cskv.cli.common import EXIT_INTERRUPTED, EXIT_MISTAKE, fail
-from cskv.errors import CSKVError
+from cskv.cli.common import command
 
 # Everything is the harness's, `--help` and the order of what is given too.
 PASS_ON: dict[str, Any] = {
@@ -18,6 +17,7 @@ PASS_ON: dict[str, Any] = {
 }
 
 
+@command
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness (`lm-eval`) with the model `cskv`. All options are its own; `--help` shows them.
 
@@ -28,9 +28,4 @@ def lm_eval(context: typer.Context) -> None:
     """
     from cskv.harness import run
 
-    try:
-        run(context.args)
-    except CSKVError as error:
-        fail(str(error), EXIT_MISTAKE)
-    except KeyboardInterrupt:
-        fail("interrupted", EXIT_INTERRUPTED)
+    run(context.args)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cskv.errors import CSKVError
+from cskv.errors import CSKVError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cskv.data.samples import TokenSamples
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def load_model(
@@ -27,16 +28,20 @@ def load_model(
         attn_impl: transformers' `attn_implementation`, or None for its default.
         dtype: one of `DTYPES`; "auto" is the checkpoint's own.
         device: where all of it goes; "auto" is a GPU if there is one. Ignored when `device_map` is given.
-        device_map: Accelerate's placement over several devices, for instance "auto".
+        device_map: Accelerate's placement over several devices, one of `DEVICE_MAPS`, or the name of a device.
 
     Raises:
-        CSKVError: no such model, a damaged or unsupported one, or an unknown dtype or device.
+        CSKVError: no such model, a damaged or unsupported one, an adapter, or an unknown dtype or device.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from cskv.adapter.folder import MODEL_TYPE
 
     if dtype not in DTYPES:
         raise CSKVError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if device_map is not None and device_map not in DEVICE_MAPS:
+        find_device(device_map)
     target = None if device_map else find_device(device)
     check_folder(path)
     model: Any
@@ -44,11 +49,15 @@ def load_model(
     kwargs |= {"attn_implementation": attn_impl} if attn_impl else {}
     kwargs |= {"device_map": device_map} if device_map else {}
     try:
+        if AutoConfig.from_pretrained(os.path.expanduser(path)).model_type == MODEL_TYPE:
+            raise CSKVError(f"{path} is an adapter; give the model that it was made for")
         model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(path), **kwargs)
+    except CSKVError:
+        raise
     except SafetensorError as error:
         raise CSKVError(f"the weights of {path} are truncated or corrupted: {error}") from error
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise CSKVError(f"cannot load the model {path}: {_first_line(error)}") from error
+    except Exception as error:  # what a damaged config or a missing package raises somewhere inside transformers
+        raise CSKVError(f"cannot load the model {path}: {first_line(error)}") from error
     if target is not None:
         model = model.to(target)
     return model.eval()
@@ -66,7 +75,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(path))
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
-        raise CSKVError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from error
+        raise CSKVError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
 
 
 def load_samples(
@@ -86,7 +95,7 @@ def load_samples(
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is this process's GPU, where there is none the CPU.
+    """Return the device of that name; "auto" is this process's GPU, where there is none the CPU.
 
     Raises:
         CSKVError: no such device here.
@@ -99,8 +108,10 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise CSKVError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch built without CUDA asserts
+        raise CSKVError(f"device {name!r} cannot be used here: {first_line(error)}") from error
+    if device.type == "meta":
+        raise CSKVError("device 'meta' holds no data; expected auto, cpu, cuda, cuda:1, mps, ...")
     return device
 
 
@@ -117,7 +128,3 @@ def check_folder(path: str) -> None:
             raise CSKVError(f"{path} has no config.json; expected a model folder in Hugging Face format")
     elif folder.exists() or is_local:
         raise CSKVError(f"model folder {path!r} does not exist; give a folder in Hugging Face format or a hub id")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

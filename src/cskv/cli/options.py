@@ -197,7 +197,10 @@ AdapterRoot = Annotated[
         rich_help_panel=FILES,
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.", rich_help_panel=RUNNING)]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", help="Seed of every random choice.", min=0, max=2**32 - 1, rich_help_panel=RUNNING),
+]
 LoggingLevel = Annotated[
     str,
     typer.Option("--logging-level", help="DEBUG, INFO, WARNING, ERROR or CRITICAL.", rich_help_panel=RUNNING),

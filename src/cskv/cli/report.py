@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cskv.cli.common import command, emit, say
+from cskv.cli.outputs import check_writable
 
 Results = Annotated[
     list[Path],
@@ -36,6 +37,7 @@ def report(results: Results, out: Out, title: Title = None) -> None:
     from cskv.report.page import check_installed
 
     check_installed()
+    check_writable(out / "index.html", out / "summary.csv")
     sources = gather(results)
     for path in sources.passed_over:
         say(f"{path} holds no results; passed over")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cskv.cli import options as opt
-from cskv.cli.calibrate import check_writable
-from cskv.cli.choose import settings_from, widths_of
+from cskv.cli.choose import widths_of
 from cskv.cli.common import Interrupted, command, emit, is_main_process, say, set_logging
+from cskv.cli.groups import CompressionOptions, LoadingOptions
+from cskv.cli.outputs import check_writable
 from cskv.cli.settings import adapter_name, model_name, statistics_path
+from cskv.config import CSKVConfig
 from cskv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,49 +100,76 @@ UseInit = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How factors are trained: the fields of `TrainingSettings` that have options."""
+
+    epochs: Epochs = 1
+    warmup_steps: WarmupSteps = 0
+    learning_rate: LearningRate = 5e-5
+    objective: Objective = "reconstruction"
+    schedule: Schedule = "constant"
+    batch_size: BatchSize = 1
+    accumulation: Accumulation = 1
+    mixed_precision: MixedPrecision = "no"
+    gradient_checkpointing: GradientCheckpointing = False
+    checkpoint_every: CheckpointEvery = 200
+
+
+@dataclass(frozen=True)
+class InitialOptions:
+    """What training begins with."""
+
+    target_ratio: opt.TargetRatio = None
+    mixed_widths: opt.MixedWidths = False
+    from_adapter: FromAdapter = None
+    use_init_params: UseInit = False
+
+    def settings(self, compression: CompressionOptions) -> tuple[CSKVConfig, CSKVAdapter | None]:
+        """Return the settings of the adapter to make, and the adapter whose factors it takes, if any.
+
+        Raises:
+            CSKVError: options are out of range or contradict each other, or there is no such adapter.
+        """
+        from cskv.adapter.adapter import CSKVAdapter
+
+        settings = compression.config(mixed_widths=self.mixed_widths)
+        if self.from_adapter is not None:
+            if self.target_ratio is not None or self.mixed_widths:
+                raise ConfigError(
+                    "--from-adapter has its ranks already; give it without --target-ratio and --mixed-widths"
+                )
+            source = CSKVAdapter.from_pretrained(self.from_adapter)
+            return widths_of(source.config, settings, compression.window_given), source
+        if self.target_ratio is not None:
+            return dataclasses.replace(settings, k_density=self.target_ratio, v_density=self.target_ratio), None
+        if self.mixed_widths:
+            raise ConfigError(
+                "--mixed-widths needs a budget; give --target-ratio, for instance 0.044 for 5 % with all told"
+            )
+        return settings, None
+
+    def folder_name(self, settings: CSKVConfig) -> str:
+        """Return the name of the adapter's folder under a root."""
+        allocated, untrained = self.target_ratio is not None, self.use_init_params
+        return adapter_name(settings) + ("-allocated" if allocated else "") + ("-untrained" if untrained else "")
+
+
 @command
 def train(
     model_path: opt.ModelPath,
+    compression: CompressionOptions,
+    initial: InitialOptions,
+    training: TrainingOptions,
+    loading: LoadingOptions,
     model_id: opt.ModelId = None,
-    k_density: opt.KDensity = 0.2,
-    v_density: opt.VDensity = 0.2,
-    use_asvd: opt.UseAsvd = None,
-    init: opt.Init = None,
-    key_factors: opt.KeyFactors = "joint",
-    head_groups: opt.HeadGroups = 1,
-    target_ratio: opt.TargetRatio = None,
-    k_bits: opt.KBits = 16,
-    v_bits: opt.VBits = 16,
-    k_block: opt.KBlock = None,
-    v_block: opt.VBlock = None,
-    mixed_widths: opt.MixedWidths = False,
-    from_adapter: FromAdapter = None,
-    use_window: opt.UseWindow = None,
-    q_window_size: opt.QWindowSize = 32,
-    window: opt.Window = None,
-    group: opt.Group = None,
-    use_init_params: UseInit = False,
     training_dataset: opt.TrainingDataset = "offline",
     num_samples: NumSamples = 2048,
     max_seq_len: MaxSeqLen = 1024,
-    epochs: Epochs = 1,
-    warmup_steps: WarmupSteps = 0,
-    learning_rate: LearningRate = 5e-5,
-    objective: Objective = "reconstruction",
-    schedule: Schedule = "constant",
-    batch_size: BatchSize = 1,
-    gradient_accumulation: Accumulation = 1,
-    mixed_precision: MixedPrecision = "no",
-    gradient_checkpointing: GradientCheckpointing = False,
-    checkpoint_every: CheckpointEvery = 200,
     output: Output = None,
     ckpt_save_path: opt.AdapterRoot = opt.DEFAULT_ADAPTER_ROOT,
     asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT,
     statistics: opt.Statistics = None,
-    attn_impl: opt.AttnImpl = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
     seed: opt.Seed = 0,
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
@@ -163,89 +193,56 @@ def train(
     * `torchrun --nproc-per-node 4 -m cskv.cli train --model-path my-model --use-asvd --use-window`
     """
     set_logging(logging_level)
-    from cskv.adapter.adapter import CSKVAdapter
-    from cskv.cli.initial import allocated_adapter, initial_adapter, requantised_adapter
-    from cskv.cli.loading import load_model, load_samples, load_tokenizer
+    from cskv.cli.loading import load_samples, load_tokenizer
     from cskv.training.settings import TrainingSettings
 
-    settings = settings_from(
-        k_density=k_density,
-        v_density=v_density,
-        use_asvd=use_asvd,
-        init=init,
-        key_factors=key_factors,
-        head_groups=head_groups,
-        k_bits=k_bits,
-        v_bits=v_bits,
-        k_block=k_block,
-        v_block=v_block,
-        mixed_widths=mixed_widths,
-        use_window=use_window,
-        q_window_size=q_window_size,
-        window=window,
-        group=group,
-    )
-    schedule_settings = TrainingSettings(
-        objective=objective,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        schedule=schedule,
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulation=gradient_accumulation,
-        mixed_precision=mixed_precision,
-        gradient_checkpointing=gradient_checkpointing,
-        checkpoint_every=checkpoint_every,
-    )
+    settings, source = initial.settings(compression)
+    training_settings = TrainingSettings(**vars(training))
     name = model_name(model_path, model_id)
-    source = None
-    if from_adapter is not None:
-        if target_ratio is not None or mixed_widths:
-            raise ConfigError("--from-adapter has its ranks already; give it without --target-ratio and --mixed-widths")
-        source = CSKVAdapter.from_pretrained(from_adapter)
-        settings = widths_of(source.config, settings, (use_window, window, group) != (None, None, None))
-    if target_ratio is not None:
-        settings = dataclasses.replace(settings, k_density=target_ratio, v_density=target_ratio)
-    elif mixed_widths:
-        raise ConfigError(
-            "--mixed-widths needs a budget; give --target-ratio, for instance 0.044 for 5 % with all told"
-        )
-    suffix = ("-allocated" if target_ratio is not None else "") + ("-untrained" if use_init_params else "")
-    folder = output or ckpt_save_path / name / (adapter_name(settings) + suffix)
-    samples = None
-    if not use_init_params or target_ratio is not None:
-        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
+    folder = output or ckpt_save_path / name / initial.folder_name(settings)
     check_writable(folder / "config.json")
+    samples = None
+    if not initial.use_init_params or initial.target_ratio is not None:
+        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
     if settings.window + settings.group == 1:
         say("note: no exact window, every token is compressed at once; --use-window keeps the newest exact")
-    model = load_model(model_path, attn_impl=attn_impl, dtype=dtype, device=device, device_map=device_map)
+    model = loading.model(model_path)
     known = statistics or statistics_path(asvd_calib_root, name)
-    if target_ratio is not None and samples is not None:
-        adapter = allocated_adapter(model, settings, known, samples, target_ratio)
-    elif source is not None:
-        adapter = requantised_adapter(model, source, settings, known)
-    else:
-        adapter = initial_adapter(model, settings, known)
-    if samples is not None and not use_init_params:
-        adapter.metrics |= reconstruct(model, adapter, samples, schedule_settings, folder)
+    adapter = _initial_adapter(model, settings, known, source, samples, initial.target_ratio)
+    if samples is not None and not initial.use_init_params:
+        adapter.metrics |= reconstruct(model, adapter, samples, training_settings, folder)
     if is_main_process():
         adapter.save_pretrained(folder)
         say(f"adapter: {folder}")
-    emit(
-        {
-            "command": "train",
-            "model": model_path,
-            "adapter": str(folder),
-            "settings": adapter.config.to_dict(),
-            **adapter.metrics,
-        }
-    )
+    facts = {"command": "train", "model": model_path, "adapter": str(folder), "settings": adapter.config.to_dict()}
+    emit({**facts, **adapter.metrics})
+
+
+def _initial_adapter(
+    model: PreTrainedModel,
+    settings: CSKVConfig,
+    statistics: Path,
+    source: CSKVAdapter | None,
+    samples: TokenSamples | None,
+    target_ratio: float | None,
+) -> CSKVAdapter:
+    """Make the factors that training begins with."""
+    from cskv.cli.initial import allocated_adapter, initial_adapter, requantised_adapter
+
+    if target_ratio is not None and samples is not None:
+        return allocated_adapter(model, settings, statistics, samples, target_ratio)
+    if source is not None:
+        return requantised_adapter(model, source, settings, statistics)
+    return initial_adapter(model, settings, statistics)
 
 
 def reconstruct(
     model: PreTrainedModel, adapter: CSKVAdapter, samples: TokenSamples, settings: TrainingSettings, folder: Path
 ) -> dict[str, Any]:
-    """Train an adapter in place, with checkpoints and a log in its folder; the figures to keep, JSON-ready."""
+    """Train an adapter in place, with checkpoints and a log in its folder, and return the figures to keep, JSON-ready.
+
+    The losses before the first step are left out where the log of that step is gone.
+    """
     from cskv.training.log import FILE, read_log
     from cskv.training.trainer import train as run
 
@@ -255,17 +252,17 @@ def reconstruct(
         raise Interrupted(
             f"interrupted: the last checkpoint is kept in {folder}; run the same command again to continue"
         ) from error
-    first = read_log(folder / FILE)[0]
-    parts = {name: getattr(first, name) for name in ("k_loss", "v_loss") if getattr(first, name) is not None}
+    names = ["loss", *(name for name in ("k_loss", "v_loss") if getattr(result, name) is not None)]
+    first = next((record for record in read_log(folder / FILE) if record.step == 1), None)
+    if first is None:
+        say(f"note: {folder / FILE} lacks the first step, so initial losses are not recorded")
     return {
         "objective": settings.objective,
         "steps": result.steps,
         "tokens": result.tokens,
         "seconds": round(result.seconds, 3),
-        "initial_loss": first.loss,
-        "loss": result.loss,
-        **{f"initial_{name}": value for name, value in parts.items()},
-        **{name: getattr(result, name) for name in parts},
+        **({f"initial_{name}": getattr(first, name) for name in names} if first else {}),
+        **{name: getattr(result, name) for name in names},
         "learning_rate": settings.learning_rate,
         "dataset": samples.source.name,
         "sample_tokens": samples.sample_len,

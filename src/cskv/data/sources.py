@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cskv.data import offline
-from cskv.errors import DataError
+from cskv.errors import DataError, first_line
 
 Split = Literal["train", "heldout"]
 
@@ -134,9 +134,8 @@ def _dataset_texts(name: str, split: str, hub: HubText, seed: int) -> Iterator[s
         raise
     # The library and the network below it raise dozens of unrelated types; each means the text cannot be had.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"cannot read split {split!r} of dataset {name} ({hub.path}): {reason}; "
+            f"cannot read split {split!r} of dataset {name} ({hub.path}): {first_line(error)}; "
             "without a network, give a text file or 'offline'"
         ) from error
 

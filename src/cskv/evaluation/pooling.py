@@ -179,7 +179,7 @@ def _cache_mean(rows: Sequence[Row], name: str) -> float | None:
 
 
 def _check_key(row: Row) -> None:
-    texts = [row["method"], row["task"], row["protocol"] or ""]
+    texts = [row["method"], row["task"], "" if row["protocol"] is None else row["protocol"]]
     numbers = [row["size"], *(0 if row[name] is None else row[name] for name in ("seed", "budget"))]
     right = all(isinstance(text, str) for text in texts) and all(_is_number(number) for number in numbers)
     cache = row.get("cache")

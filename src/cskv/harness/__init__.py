@@ -13,9 +13,8 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
-from cskv.adapter.folder import read_description
+from cskv.adapter.folder import is_adapter
 from cskv.errors import AdapterError, CSKVError
 
 MODEL = "cskv"
@@ -51,17 +50,6 @@ def run(args: Sequence[str]) -> None:
         cli_evaluate()
     finally:
         sys.argv = before
-
-
-def is_adapter(path: str) -> bool:
-    """Tell whether this is a local adapter folder."""
-    if not Path(path).expanduser().is_dir():
-        return False
-    try:
-        read_description(Path(path).expanduser())
-    except AdapterError:
-        return False
-    return True
 
 
 def _refuse_adapter_as_pretrained(args: Sequence[str]) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cskv.adapter.adapter import CSKVAdapter
+from cskv.adapter.folder import is_adapter
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError
 from cskv.evaluation.decoding import IN_PREFILL, PROTOCOLS
-from cskv.harness import is_adapter
 
 NONE = "none"  # the uncompressed model, read in the same way
 MISSING: Any = object()  # a string of arguments gives None for "none"
@@ -113,10 +113,8 @@ def find_compressor(
     found = found.with_settings(window=window, group=group)
     name = "a loaded adapter" if isinstance(adapter, CSKVAdapter) else str(adapter)
     own = found.base.revision if pretrained is None else None
-    base = found.base.name if pretrained is None else pretrained
-    if not isinstance(base, str) or base:
-        return Compressor(found, name, base, revision or own or "main", found.config.window, found.config.group)
-    raise AdapterError(f"{name} does not name its base model; give it with pretrained=MODEL")
+    base = found.base.path() if pretrained is None else pretrained
+    return Compressor(found, name, base, revision or own or "main", found.config.window, found.config.group)
 
 
 def check_arguments(given: Mapping[str, Any], known: Collection[str], reading: str = CHUNKS) -> None:

@@ -20,7 +20,7 @@ from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.attach import attach
 from cskv.attachment.cache_bytes import adapter_report
 from cskv.compression.reading import check_readable
-from cskv.errors import ConfigError, CSKVError, UnsupportedModelError
+from cskv.errors import ConfigError, CSKVError, UnsupportedModelError, first_line
 from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL
 from cskv.evaluation.forward import forward
 from cskv.harness import MODEL
@@ -106,8 +106,7 @@ class CSKVLM(HFLM):
             raise
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, AssertionError) as error:
             name = base if isinstance(base, str) else type(base).__name__
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CSKVError(f"cannot load the model {name}: {line}") from error
+            raise CSKVError(f"cannot load the model {name}: {first_line(error)}") from error
 
     def _get_backend(self, *args: Any, **kwargs: Any) -> None:
         super()._get_backend(*args, **kwargs)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from cskv.errors import CSKVError
 from cskv.files import unwritable, write_text
 
 FILE = "train_log.jsonl"
@@ -75,15 +76,30 @@ class TrainingLog:
 
 
 def read_log(path: str | Path) -> list[StepRecord]:
-    """Read the records of a log file. A last line that a killed run left unfinished is skipped."""
-    return [StepRecord(**json.loads(line)) for line in _whole_lines(Path(path))]
+    """Read the records of a log file; none where it is absent. A last line left unfinished by a kill is skipped.
+
+    Raises:
+        CSKVError: a line is no record.
+    """
+    return [_record(Path(path), line) for line in _whole_lines(Path(path))]
+
+
+def _record(path: Path, line: str) -> StepRecord:
+    try:
+        record = StepRecord(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise CSKVError(f"{path} has a line that is no record of a step ({error}); delete the file") from error
+    if type(record.step) is not int:
+        raise CSKVError(f"{path} has step {record.step!r}; expected a whole number: delete the file")
+    return record
 
 
 def _lines_until(path: Path, last_step: int) -> list[str]:
-    return [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
+    return [line for line in _whole_lines(path) if _record(path, line).step <= last_step]
 
 
 def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
