@@ -83,7 +83,7 @@ class Positions:
 
     def make(self, length: int) -> tuple[Tensor, Tensor]:
         """Cos and sin of the first tokens, made anew."""
-        return self._rope.cos_sin(self._table.read(length), self._like)
+        return self._rope.cos_sin(self._table.read(0, length), self._like)
 
     def rope(self, sealed: int) -> Rotation:
         """Return the rotation of keys that were rebuilt from latents."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,7 +62,7 @@ class Workshop:
                 output=self.workspace.path("training", variant.key),
                 on_step=lambda record: on_step(record.step, record.loss),
             )
-            adapter.metrics |= {name: asdict(result)[name] for name in ("steps", "tokens", "k_loss", "v_loss")}
+            adapter.metrics |= {name: getattr(result, name) for name in ("steps", "tokens", "k_loss", "v_loss")}
         adapter.save_pretrained(folder)
 
     def load(self, key: str) -> CSKVAdapter:

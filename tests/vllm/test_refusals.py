@@ -55,7 +55,7 @@ def test_what_fits_is_served(adapter: Served) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ({"model_type": "qwen2"}, "made for someone/base with model_type llama, this model has qwen2; serve the base"),
+        ({"model_type": "qwen2"}, "made for someone/base with model_type llama, this model has qwen2: serve the base"),
         ({"hidden_size": 64}, "with hidden_size 24, this model has 64"),
         ({"num_hidden_layers": 3}, "with num_layers 2, this model has 3"),
         ({"num_key_value_heads": 2}, "layer 0 has 32 channels, this model 16; serve the base model that it names"),

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from cskv.adapter.base_model import LayerShape, Signature
-from cskv.errors import CSKVError
+from cskv.errors import CSKVError, UnsupportedModelError
 from cskv.models.evaluation_mode import evaluation_mode
-from cskv.models.sites import AttentionSite, Projection
+from cskv.models.placement import plain_arithmetic
+from cskv.models.projection import Projection
+from cskv.models.sites import AttentionSite
 
 IN_FILES = re.compile(r"^(?!.*(vision|visual|audio)).*\.(?P<layer>\d+)\.self_attn\.(?P<kind>k|v|qkv)_proj\.weight$")
 NUMBERS = 4  # of every projection
@@ -42,7 +44,7 @@ def take_signature(model: nn.Module, sites: Sequence[AttentionSite]) -> Signatur
     layers = {}
     with evaluation_mode(model):
         for site in sites:
-            found = {kind: _numbers(model, part, site.hidden_size) for kind, part in (("k", site.k), ("v", site.v))}
+            found = {"k": _numbers(site.k), "v": _numbers(site.v)}
             if not (found["k"] and found["v"]):
                 warnings.warn(
                     f"the key and value weights of {site.name} are not at hand: whether an adapter or statistics "
@@ -94,20 +96,16 @@ def _parts(weight: Tensor, kind: str, site: LayerShape) -> dict[str, list[float]
     return {name: _contracted(linear(inputs.to(part), part)) for name, part in wanted.items()}
 
 
-def _numbers(model: nn.Module, projection: Projection, hidden_size: int) -> list[float]:
+def _numbers(projection: Projection) -> list[float]:
     """Return s^T W r for pairs of vectors, to 5 digits; none where there is nothing to run."""
-    module, inputs = projection.linear, _signs("r", hidden_size)
-    tensors = [*module.parameters(), *module.buffers()]
-    if any(tensor.is_meta for tensor in tensors) and not hasattr(module, "_hf_hook"):  # Accelerate's brings them
+    try:
+        device, inputs = projection.device, _signs("r", projection.in_features) * SCALE
+    except UnsupportedModelError:
         return []
-    device = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
-    if type(module) is nn.Linear and not _is_packed(module) and not module.weight.is_meta:
-        outputs = projection.select(linear(inputs.to(module.weight), module.weight))
-    else:
-        both = torch.cat([inputs, -inputs])[None].to(device, getattr(model, "dtype", torch.float32)) * SCALE
-        plus, minus = projection.select(module(both))[0].float().chunk(2)
-        outputs = (plus - minus) / (2 * SCALE)
-    return _contracted(outputs)
+    with plain_arithmetic(device):
+        both = torch.cat([inputs, -inputs])[None].to(device, projection.dtype)
+        plus, minus = projection.select(projection.linear(both))[0].float().chunk(2)
+    return _contracted((plus - minus) / (2 * SCALE))
 
 
 def _contracted(outputs: Tensor) -> list[float]:
