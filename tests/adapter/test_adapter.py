@@ -123,7 +123,7 @@ def edit_config(folder: Path, **changes) -> None:
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "not a cskv adapter"),
-        ({"format_version": 99}, "adapter format 99, this cskv reads 1; upgrade"),
+        ({"format_version": 99}, "adapter format 99, this cskv reads 2; upgrade"),
         ({"ranks": None}, "damaged"),
         ({"compression": {"k_density": 3.0}}, "k_density is 3.0"),
     ],

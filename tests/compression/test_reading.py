@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 import cskv
-from cskv import CSKVConfig
+from cskv import CSKVConfig, LayerFactors
 from cskv.compression.divergence import Divergence
 from cskv.compression.reading import compressed_reading
 from cskv.models.compat import cache_kwarg
@@ -54,6 +58,40 @@ def test_commuting_keys_are_read_likewise() -> None:
     with compressed_reading(survey(model), adapter), torch.no_grad():
         got = model(TOKENS, use_cache=False).logits
     assert (got - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("bias", [0.0, 600.0])
+def test_a_bias_of_keys_is_left_out_of_commuting_latents(bias: float) -> None:
+    """As in Qwen2, whose biases are hundreds: in 4 bits they would take the whole grid."""
+    from cskv.compression.initialise import initialise
+
+    model = tiny_model("qwen2")
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data[[1, 5, 17, 30]] = torch.tensor([bias, -bias, bias, -bias])
+    statistics, divergence = statistics_of(model), Divergence(survey(model))
+    kl = {}
+    for factors, bits in product(("joint", "commuting"), (16, 4)):
+        config = CSKVConfig(1.0, 1.0, window=0, group=8, key_factors=factors, k_bits=bits)
+        kl[factors, bits] = divergence.kl(initialise(model, config, statistics), TOKENS).item()
+    assert max(kl["joint", 16], kl["commuting", 16]) < 1e-3
+    assert kl["commuting", 4] < 3 * kl["joint", 4]
+
+
+def test_commuting_factors_without_a_bias_are_read_as_before(tmp_path: Path) -> None:
+    """Those of models without one, and of older adapters of models with one."""
+    from cskv.compression.initialise import initialise
+
+    config = CSKVConfig(1.0, 1.0, window=0, group=4, key_factors="commuting")
+    for family, biased in (("llama", False), ("qwen2", True)):
+        model = tiny_model(family)
+        adapter = initialise(model, config, statistics_of(model))
+        layers = {i: adapter.factors(i) for i in adapter.layer_indices}
+        assert all((own.k.bias is not None) == biased for own in layers.values())
+        older = {i: LayerFactors(replace(own.k, bias=None).clone(), own.v.clone()) for i, own in layers.items()}
+        cskv.CSKVAdapter(config, older, adapter.base).save_pretrained(tmp_path / family)
+        loaded = cskv.CSKVAdapter.from_pretrained(tmp_path / family)
+        assert loaded.factors(0).k.bias is None
+        assert abs(Divergence(survey(model)).kl(loaded, TOKENS).item()) < 1e-3  # at full rank they lose nothing
 
 
 def test_parts_can_be_compressed_alone() -> None:

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cskv import ConfigError, DataError
+from cskv import ConfigError, DataError, Factors
 from cskv.factorization.commuting import RopePairs, commuting_components
+from cskv.factorization.pca import principal_components
+from cskv.quantization.fake import read_back
+from cskv.quantization.grid import Grid
 
 HEADS, HEAD_DIM = 4, 10
 
@@ -121,3 +124,65 @@ def test_bad_input_is_named() -> None:
         commuting_components(moment, interleaved()).truncated(1)
     with pytest.raises(DataError, match="NaN"):
         commuting_components(moment * float("nan"), interleaved()).truncated(4)
+
+
+def biased_problem(bias: float) -> tuple[Tensor, Tensor, Tensor, Tensor, RopePairs]:
+    """Layer inputs, a projection with the bias of Qwen2's keys (hundreds in a few channels), queries, and pairs."""
+    generator = torch.Generator().manual_seed(7)
+    x, weight = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((64, 24), (40, 24)))
+    offset = torch.zeros(40, dtype=torch.float64)
+    offset[[1, 5, 17, 30]] = torch.tensor([bias, -bias, bias, -bias], dtype=torch.float64)
+    queries = torch.randn(8, HEADS, HEAD_DIM, generator=generator, dtype=torch.float64)
+    return x, weight, offset, queries, half_split(8)
+
+
+def turned(keys: Tensor, pairs: RopePairs) -> Tensor:
+    return torch.cat([rotate(row[None], pairs, position) for position, row in enumerate(keys)])
+
+
+def scores(queries: Tensor, keys: Tensor) -> Tensor:
+    return torch.einsum("qhd,thd->hqt", queries, keys.unflatten(-1, (HEADS, HEAD_DIM)))
+
+
+def commuting_scores(
+    factors: Factors, queries: Tensor, keys: Tensor, pairs: RopePairs, grid: Grid | None
+) -> tuple[Tensor, Tensor]:
+    """Latents of rotated keys without their constant, and scores: the absorbed query's with them, and q . R_t mu."""
+    constant = turned(factors.bias.expand(len(keys), -1), pairs)
+    latents = (keys - constant) @ factors.down.T
+    absorbed = torch.einsum("qhd,hdr->hqr", queries, factors.up.unflatten(0, (HEADS, HEAD_DIM)))
+    return latents, absorbed @ read_back(latents[None], grid)[0].T + scores(queries, constant)
+
+
+def test_what_is_constant_is_left_out_of_latents_and_read_back_in_scores() -> None:
+    x, weight, offset, queries, pairs = biased_problem(600.0)
+    plain = x @ weight.T + offset
+    keys, mean = turned(plain, pairs), plain.mean(0)
+    components = commuting_components(plain.T @ plain / len(plain), pairs, mean=mean)
+    factors = components.truncated(40).to(dtype=torch.float64)
+    latents, found = commuting_scores(factors, queries, keys, pairs, None)
+    expected = scores(queries, keys)
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert latents.abs().max() < 10 * (plain - mean).std() * 40**0.5 < plain.abs().max()
+    assert float(components.spectrum.sum()) == pytest.approx(float((plain - mean).square().sum(1).mean()))
+    assert torch.equal(components.truncated(4).bias, mean.float())
+    assert commuting_components(plain.T @ plain, pairs).truncated(4).bias is None
+
+
+@pytest.mark.parametrize("bias", [0.0, 600.0])
+def test_in_few_bits_a_bias_hurts_no_more_than_it_hurts_joint_latents(bias: float) -> None:
+    x, weight, offset, queries, pairs = biased_problem(bias)
+    plain = x @ weight.T + offset
+    keys, mean, moment = turned(plain, pairs), plain.mean(0), plain.T @ plain / len(plain)
+    grid = Grid.uniform(40, 4, (32, 1))
+    joint = principal_components(weight, mean, moment, bias=offset).factors.to(dtype=torch.float64)
+    rebuilt = joint.expand(read_back(joint.latents(x)[None], grid)[0])
+    expected = scores(queries, keys)
+    of_joint = (scores(queries, turned(rebuilt, pairs)) - expected).square().mean().sqrt()
+    factors = commuting_components(moment, pairs, mean=mean).truncated(40).to(dtype=torch.float64)
+    of_commuting = (commuting_scores(factors, queries, keys, pairs, grid)[1] - expected).square().mean().sqrt()
+    assert of_commuting < 1.5 * of_joint
+    if bias:
+        kept = commuting_components(moment, pairs).truncated(40).to(dtype=torch.float64)
+        rebuilt = kept.expand(read_back(kept.latents(keys)[None], grid)[0])
+        assert (scores(queries, rebuilt) - expected).square().mean().sqrt() > 10 * of_joint

@@ -127,11 +127,15 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
                     )
         self.base.check_weights(survey.base, made, remedy)
 
+    def _leaves_out_constants(self) -> bool:
+        commuting = self.config.key_factors == "commuting"
+        return commuting and any(self.factors(index).k.bias is not None for index in self.layer_indices)
+
     def describe(self) -> dict[str, Any]:
         """Return what `config.json` holds, the fingerprint aside."""
         description = {
             "model_type": MODEL_TYPE,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self._leaves_out_constants() else 1,
             "base_model": dataclasses.asdict(self.base),
             "compression": self.config.to_dict(),
             "ranks": {

@@ -34,7 +34,7 @@ from cskv.quantization.grid import Grid
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of commuting keys with a bias, which older releases would add unrotated; all others are 1
 MODEL_TYPE = "cskv"
 Widths = tuple[tuple[int, int], ...]  # runs of (bits, channels)
 

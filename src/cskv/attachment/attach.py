@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.attachment.compressor import LayerCompressor, Setup
+from cskv.attachment.compressor import LayerCompressor, Setup, needs_positions
 from cskv.attachment.hook import GuessHook, SiteHook
 from cskv.attachment.step import PREFIX, ThreadState, attend
 from cskv.attention.dispatch import AUTO, check_backend
@@ -44,7 +44,8 @@ class Attachment:
         self._switch: Switch | None = None
         backend = None if attention == REBUILD else attention
         sites, recipes = found.sites, found.recipes
-        owners = _table_owners([] if adapter.config.key_factors == "commuting" else sites, recipes)
+        rotated = [site for site in sites if needs_positions(adapter, site.layer_idx)]
+        owners = _table_owners(rotated, recipes)
         setup = Setup(adapter, adapter.fingerprint(), owners, backend, capacity)
         if backend is not None:
             _say_what_is_rebuilt({site.name: recipes[site.layer_idx].attention.why_rebuild for site in sites})

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from cskv.adapter.adapter import CSKVAdapter
+from cskv.attachment.compressor import needs_positions
 from cskv.attachment.layer import CSKVLayer
-from cskv.cache.bibranch import BiBranchStore
-from cskv.cache.latents import LatentBytes
-from cskv.cache.positions import PositionTable
-from cskv.config import CSKVConfig
+from cskv.cache.buffer import grown
+from cskv.cache.latents import LatentBytes, bytes_of_filled
+from cskv.cache.positions import POSITION_DTYPE
+from cskv.config import sealed_tokens
 from cskv.errors import ConfigError
 from cskv.models.sites import find_sites
 
-PIECE = 65_536  # tokens that `adapter_report` fills a store with at a time
 HELD = ("payload_bytes", "scale_bytes", "minimum_bytes", "window_bytes", "position_bytes", "slack_bytes", "other_bytes")
 
 
@@ -35,7 +35,7 @@ class CacheReport:
         scale_bytes, minimum_bytes: of the blocks of packed latents.
         window_bytes: exact keys and values of the newest tokens, in compressed layers, and their latents to come.
         position_bytes: what RoPE needs to rotate rebuilt keys.
-        slack_bytes: room for latents of tokens yet to come.
+        slack_bytes: spare capacity for latents.
         other_bytes: layers that are not compressed (sliding windows, or all layers of an ordinary cache).
         uncompressed_bytes: what an ordinary cache holds of the same tokens.
     """
@@ -73,7 +73,7 @@ class CacheReport:
 
 
 def cache_report(cache: Cache, model: nn.Module) -> CacheReport:
-    """Measure a cache, compressed or not.
+    """Measure the bytes of a cache, compressed or not.
 
     Args:
         cache: what `generate` or a forward returned. Layers of other classes, transformers' quantised ones too, count
@@ -105,14 +105,14 @@ def cache_report(cache: Cache, model: nn.Module) -> CacheReport:
 
 
 def adapter_report(adapter: CSKVAdapter, tokens: int, dtype: torch.dtype = torch.bfloat16) -> CacheReport:
-    """The bytes of a cache that an adapter would fill, without its model: stores of its shapes are filled and measured.
+    """Compute the bytes of a cache that an adapter would fill, without its model and without allocating them.
 
     Layers of a model that are not compressed (sliding windows) are unknown here and left out. Positions count 4 bytes a
-    token, once for all layers, as for RoPE of fixed frequencies; commuting keys have none.
+    token, once for all layers, as for RoPE of fixed frequencies; commuting keys have some only where they have a bias.
 
     Args:
         adapter: any.
-        tokens: of one sequence, prefilled at once up to 65536 and piece by piece beyond; at least 1.
+        tokens: of one sequence, prefilled at once; at least 1.
         dtype: of the model.
 
     Raises:
@@ -120,18 +120,15 @@ def adapter_report(adapter: CSKVAdapter, tokens: int, dtype: torch.dtype = torch
     """
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ConfigError(f"tokens is {tokens!r}; expected a whole number, at least 1")
-    latents, window, uncompressed = LatentBytes(), 0, 0
-    measured: dict[object, tuple[LatentBytes, int, int]] = {}
+    config, latents, window, uncompressed = adapter.config, LatentBytes(), 0, 0
+    sealed = sealed_tokens(tokens, config.window, config.group)
     for index in adapter.layer_indices:
-        factors, grids = adapter.factors(index), adapter.grids(index)
-        shape = (factors.k.rank, factors.v.rank, factors.k.kv_dim, *grids)
-        if shape not in measured:
-            measured[shape] = _filled(adapter.config, shape, tokens, dtype)
-        own, exact, full = measured[shape]
-        latents, window, uncompressed = latents + own, window + exact, uncompressed + full
-    table = PositionTable()
-    if adapter.config.key_factors != "commuting":
-        table.append((torch.zeros(1, tokens, dtype=torch.int64),))
+        factors = adapter.factors(index)
+        for part, grid in zip((factors.k, factors.v), adapter.grids(index), strict=True):
+            latents += bytes_of_filled(sealed, part.rank, dtype, grid)
+            window += (tokens - sealed) * (part.kv_dim + part.rank) * dtype.itemsize
+            uncompressed += tokens * part.kv_dim * dtype.itemsize
+    has_positions = any(needs_positions(adapter, index) for index in adapter.layer_indices)
     return CacheReport(
         tokens=tokens,
         batch=1,
@@ -139,23 +136,11 @@ def adapter_report(adapter: CSKVAdapter, tokens: int, dtype: torch.dtype = torch
         scale_bytes=latents.scales,
         minimum_bytes=latents.minima,
         window_bytes=window,
-        position_bytes=table.nbytes(),
+        position_bytes=grown(tokens) * POSITION_DTYPE.itemsize if has_positions else 0,
         slack_bytes=latents.slack,
         other_bytes=0,
         uncompressed_bytes=uncompressed,
     )
-
-
-def _filled(config: CSKVConfig, shape: Any, tokens: int, dtype: torch.dtype) -> tuple[LatentBytes, int, int]:
-    """Latent, window and uncompressed bytes of one layer whose store was filled with zeros."""
-    k_rank, v_rank, kv_dim, k_grid, v_grid = shape
-    store = BiBranchStore(config.window, config.group, k_grid, v_grid)
-    for start in range(0, tokens, PIECE):  # exact keys of a million tokens need not exist at once
-        new = min(PIECE, tokens - start)
-        exact = torch.zeros((1, 1, new, kv_dim), dtype=dtype)
-        k_latents, v_latents = (torch.zeros((1, new, rank), dtype=dtype) for rank in (k_rank, v_rank))
-        store.append(k_latents, v_latents, exact, exact)
-    return store.latent_nbytes(), store.window_nbytes(), 2 * tokens * kv_dim * dtype.itemsize
 
 
 def _batch(ours: list[CSKVLayer], others: list[Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -12,9 +12,10 @@ from torch.nn.functional import linear
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.layer import CSKVLayer
-from cskv.attention.inputs import RMSNorm
+from cskv.attention.inputs import KeyOffset, RMSNorm, Rotation, split_heads
 from cskv.cache.positions import PositionTable
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.models.calls import AttentionCall
 from cskv.models.probe import SiteRecipe
 from cskv.models.recipe import NormStyle, RopeStyle
 from cskv.models.sites import AttentionSite
@@ -29,12 +30,14 @@ class _Placed(NamedTuple):
         factors: of keys and values.
         down, down_bias: the down-projections that read the layer's input, one below the other, and their biases. Those
             of `factors` are views of these.
+        constant: (kv_dim,) before RoPE, what latents of commuting keys and `factors` leave out; None for nothing.
         norm: of rebuilt keys, as a kernel can do it, or None.
     """
 
     factors: LayerFactors
     down: Tensor
     down_bias: Tensor | None
+    constant: Tensor | None
     norm: RMSNorm | None
 
 
@@ -91,21 +94,29 @@ class LayerCompressor:
                 placed = self._placed = self._place(like)
         return placed
 
-    def latents(self, placed: _Placed, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def latents(self, placed: _Placed, call: AttentionCall, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return the latents of keys and values, (batch, new, rank) each, in the factors' dtype.
 
         Args:
             placed: the factors.
-            x: the layer input, (batch, new, hidden).
+            call: what the attention module was called with.
             keys: (batch, kv_heads, new, head_dim), after norm and RoPE; commuting factors read these.
         """
         with torch.no_grad():
-            of_input = linear(x.to(placed.down.dtype), placed.down, placed.down_bias)
+            of_input = linear(call.x.to(placed.down.dtype), placed.down, placed.down_bias)
             if self.commuting:
+                if placed.constant is not None:  # in full precision: it may be hundreds of times what varies
+                    keys = keys.float() - self._rotated(placed.constant, call)
                 channels = keys.to(placed.down.dtype).transpose(1, 2).flatten(2)
                 return placed.factors.k.latents(channels), of_input
         rank = placed.factors.k.down.shape[0]
         return of_input[..., :rank], of_input[..., rank:]
+
+    def key_offset(self, placed: _Placed, cos: Tensor, sin: Tensor) -> KeyOffset | None:
+        """Return what commuting latents leave out of sealed keys, given cos and sin of these; None where nothing."""
+        if placed.constant is None:
+            return None
+        return KeyOffset(Rotation(cos, sin, self._turn, self.recipe.plain_rope), placed.constant)
 
     def new_layer(self, owner: CSKVLayer | None) -> CSKVLayer:
         """Make this layer's part of a new cache.
@@ -124,8 +135,21 @@ class LayerCompressor:
         """The layer that keeps the positions, by its index in the cache; None where keys are not rotated."""
         return self.setup.owners.get(self.layer_idx)
 
+    def _turn(self, channels: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """Apply RoPE alone: (batch, tokens, kv_dim) to (batch, kv_heads, tokens, head_dim)."""
+        return self.recipe.keys.rotated(split_heads(channels, self.recipe.keys.head_dim), cos, sin)
+
+    def _rotated(self, constant: Tensor, call: AttentionCall) -> Tensor:
+        """Rotate the constant as the new keys are, in fp32."""
+        tokens = constant.expand(*call.cos.shape[:2], -1)
+        return self._turn(tokens, call.cos.float(), call.sin.float())
+
     def _place(self, like: Tensor) -> _Placed:
+        constant = self._factors.k.bias if self.commuting else None
         factors = self._factors.to(like.device, like.dtype)
+        if constant is not None:
+            constant = constant.to(like.device, torch.float32)
+            factors = replace(factors, k=replace(factors.k, bias=None))
         read_input = [factors.v] if self.commuting else [factors.k, factors.v]
         down, bias = torch.cat([part.down for part in read_input]), None
         if any(part.down_bias is not None for part in read_input):
@@ -141,7 +165,12 @@ class LayerCompressor:
         norm = self.recipe.key_norm
         if norm is not None:
             norm = RMSNorm(norm.weight.to(like.device, like.dtype), norm.eps)
-        return _Placed(LayerFactors(keys, values), down, bias, norm)
+        return _Placed(LayerFactors(keys, values), down, bias, constant, norm)
+
+
+def needs_positions(adapter: CSKVAdapter, layer_idx: int) -> bool:
+    """Return whether old keys are rotated when they are read: commuting ones, only the constant that they leave out."""
+    return adapter.config.key_factors != "commuting" or adapter.factors(layer_idx).k.bias is not None
 
 
 def _or_zeros(bias: Tensor | None, factors: Factors) -> Tensor:

@@ -122,7 +122,7 @@ class Step:
         self.compressor, self.state = compressor, state
         self.attends = is_switched
         self.view: View | None = None
-        self._layer, self._x = layer, call.x
+        self._layer, self._call = layer, call
         self._positions: tuple[Tensor, ...] | None = None
         rope = compressor.recipe.rope
         if layer.owns_table and rope is not None:
@@ -139,9 +139,9 @@ class Step:
         Raises:
             CacheError: other tokens came than the layer saw, or gradients would have to flow through latents.
         """
-        layer, store, new = self._layer, self._layer.store, keys.shape[2]
-        if self._x.shape[1] != new:
-            raise CacheError(f"the layer saw {self._x.shape[1]} tokens, and {new} came to be cached; start a new cache")
+        layer, store, seen, new = self._layer, self._layer.store, self._call.x.shape[1], keys.shape[2]
+        if seen != new:
+            raise CacheError(f"the layer saw {seen} tokens, and {new} came to be cached; start a new cache")
         if store.cuts_gradients and keys.requires_grad and torch.is_grad_enabled():
             raise CacheError(
                 "gradients cannot flow back through the compressed tokens of this cache; fill it under "
@@ -150,7 +150,7 @@ class Step:
         if self._positions is not None:
             layer.table.append(self._positions)
         self._placed = placed = self.compressor.placed(values)
-        latents = self.compressor.latents(placed, self._x, keys)
+        latents = self.compressor.latents(placed, self._call, keys)
         self.view = view = store.append(*latents, keys, values, guessed=self.state.guessed)
         if view.k is None:
             self.attends = False
@@ -170,14 +170,15 @@ class Step:
         return attention(query, inputs, backend=self.compressor.setup.backend, scratch=self.state.scratch)
 
     def _inputs(self, logits: Logits, view: View) -> AttentionInputs:
-        compressor, placed = self.compressor, self._placed
-        rotation = None
+        compressor, placed, table = self.compressor, self._placed, self._layer.table
+        recipe, cos, sin, rotation, offset = compressor.recipe, None, None, None, None
+        if recipe.rope is not None and table is not None:
+            cos, sin = self.state.cos_sin.read(compressor.owner_idx, table, recipe.rope, view.sealed, view.values)
         if not compressor.is_linear:
-            recipe, table, cos, sin = compressor.recipe, self._layer.table, None, None
-            if recipe.rope is not None and table is not None:
-                cos, sin = self.state.cos_sin.read(compressor.owner_idx, table, recipe.rope, view.sealed, view.values)
             rotation = Rotation(cos, sin, recipe.keys.heads, recipe.plain_rope, placed.norm)
-        return AttentionInputs(view, placed.factors, rotation, logits, compressor.value_heads)
+        elif cos is not None:
+            offset = compressor.key_offset(placed, cos, sin)
+        return AttentionInputs(view, placed.factors, rotation, logits, compressor.value_heads, offset)
 
 
 def attend(

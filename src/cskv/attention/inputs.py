@@ -54,7 +54,7 @@ class Rotation:
         """Return the keys of sealed tokens from `start` on."""
         stop = start + channels.shape[1]
         cos, sin = (None if part is None else part[:, start:stop] for part in (self.cos, self.sin))
-        return self.heads(channels, cos, sin)
+        return self.heads(channels, cos, sin).to(channels.dtype)  # a norm may be in fp32, under autocast
 
     def rotated(
         self,

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.cache.buffer import TokenBuffer
+from cskv.cache.buffer import TokenBuffer, grown
 from cskv.latents.view import Latents, PackedLatents, PlainLatents
 from cskv.quantization.dispatch import quantise
-from cskv.quantization.grid import Grid
+from cskv.quantization.grid import PARAMETER_DTYPE, Grid
 
 GPU_ROW_BYTES = 32  # a sector of memory: rows of any rank are loaded 16 bytes at a time, and in whole sectors
 
@@ -195,3 +195,22 @@ class PackedStore:
 def latent_store(grid: Grid | None, capacity: int = 0) -> LatentStore:
     """Return an empty store: packed on the grid, or plain without one."""
     return PlainStore(capacity) if grid is None else PackedStore(grid, capacity)
+
+
+def bytes_of_filled(tokens: int, rank: int, dtype: torch.dtype, grid: Grid | None = None) -> LatentBytes:
+    """Compute the bytes of a store that `tokens` of one sequence were appended to at once, without making it.
+
+    Args:
+        tokens: any number.
+        rank: latents per token.
+        dtype: of plain latents.
+        grid: on which they are packed; None for plain ones.
+    """
+    if not tokens:
+        return LatentBytes()
+    row = rank * dtype.itemsize if grid is None else grid.row_bytes
+    payload, slack, parameters = tokens * row, (grown(tokens) - tokens) * row, 0
+    if grid is not None:
+        blocks, size = -(-tokens // grid.block_tokens), grid.channel_blocks * PARAMETER_DTYPE.itemsize
+        parameters, slack = blocks * size, slack + 2 * (grown(blocks) - blocks) * size
+    return LatentBytes(payload, parameters, parameters, slack)

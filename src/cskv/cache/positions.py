@@ -14,6 +14,8 @@ from torch import Tensor
 
 from cskv.cache.buffer import TokenBuffer
 
+POSITION_DTYPE = torch.int32
+
 
 class PositionTable:
     """Positions, or cos and sin, of every cached token.
@@ -44,7 +46,7 @@ class PositionTable:
         if not self._buffers:
             self._buffers = [TokenBuffer(self._capacity) for _ in rows]
         for buffer, row in zip(self._buffers, rows, strict=True):
-            row = row.to(torch.int32)[..., None] if not row.is_floating_point() else row
+            row = row.to(POSITION_DTYPE)[..., None] if not row.is_floating_point() else row
             if buffer.length and buffer.tokens.shape[0] != row.shape[0]:
                 row = self._match_batch(buffer, row)
             buffer.append(row)

@@ -201,8 +201,11 @@ class _Layer:
                 "its keys are not rotated: commuting factors are for keys with RoPE; use joint ones"
             )
         gain = self._key_gain() if self.config.init == "weighted-pca" else None
-        moment = self.statistics.key_moment(self.site.layer_idx)  # type: ignore[union-attr]
-        return commuting_components(moment, self.recipe.pairs, gain).to(self.site.k.weight.device)
+        moment, mean = self.statistics.key_moment(self.site.layer_idx), None  # type: ignore[union-attr]
+        if self.site.k.bias is not None:
+            # Only then: it takes the positions of old tokens, and a bias can be far larger than all else.
+            mean = self._statistic("k.mean" if self.recipe.keys.norm is None else "key.mean")
+        return commuting_components(moment, self.recipe.pairs, gain, mean).to(self.site.k.device)
 
     def _gain(self, kind: str) -> Tensor | None:
         if self.config.init != "weighted-pca":

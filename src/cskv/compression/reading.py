@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -143,17 +144,27 @@ class _ReadingHook:
 
     def _keys(self, call: AttentionCall, keys: Tensor) -> Tensor:
         if self._adapter.config.key_factors == "commuting":
-            channels = keys.transpose(1, 2).flatten(2)
-            return split_heads(self._rebuild("k", channels), self._site.head_dim)
+            constant = self._rotated_bias(call, keys)
+            rebuilt = self._rebuild("k", (keys - constant).transpose(1, 2).flatten(2), biased=False)
+            return (split_heads(rebuilt, self._site.head_dim) + constant).to(keys.dtype)
         return self._recipe.keys.heads(self._rebuild("k", call.x), call.cos, call.sin)
+
+    def _rotated_bias(self, call: AttentionCall, keys: Tensor) -> Tensor:
+        """Return what latents of commuting keys leave out, as it is at every position, in fp32; 0 if nothing."""
+        bias = self._adapter.factors(self._site.layer_idx).k.bias
+        if bias is None:
+            return keys.new_zeros(())
+        heads = bias.float().view(1, -1, 1, self._site.head_dim).expand(-1, -1, keys.shape[2], -1)
+        return self._recipe.keys.rotated(heads, call.cos.float(), call.sin.float())
 
     def _values(self, call: AttentionCall) -> Tensor:
         return self._recipe.values.heads(self._rebuild("v", call.x), None, None)
 
-    def _rebuild(self, kind: str, x: Tensor) -> Tensor:
+    def _rebuild(self, kind: str, x: Tensor, *, biased: bool = True) -> Tensor:
         """Encode and decode through the stored latents, in the factors' own dtype (fp32 while they train)."""
         factors: Factors = getattr(self._adapter.factors(self._site.layer_idx), kind)
         latents = factors.latents(x.to(factors.down.dtype))
+        factors = factors if biased else replace(factors, bias=None)
         return factors.expand(read_back(latents, self._adapter.grid(self._site.layer_idx, kind))).to(x.dtype)
 
 

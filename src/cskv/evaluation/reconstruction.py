@@ -71,8 +71,10 @@ def reconstruction_losses(
                 if commuting and recipes[layer].keys.norm_style is not NormStyle.NONE:
                     keys = recipes[layer].keys.normalised(keys)
                 k_grid, v_grid = adapter.grids(layer)
+                # Keys are compared before RoPE, where the bias of commuting factors is as it stands.
+                source = seen.x if not commuting else keys if factors.k.bias is None else keys - factors.k.bias.to(keys)
                 losses = (
-                    _loss(factors.k, k_grid, keys if commuting else seen.x, keys),
+                    _loss(factors.k, k_grid, source, keys),
                     _loss(factors.v, v_grid, seen.x, seen.v),
                 )
                 totals[layer] += torch.tensor(losses, dtype=torch.float64)

@@ -11,6 +11,10 @@ so that nothing is rotated when old keys are read, whatever the RoPE variant, an
 leaves C_j unchanged, so it may be taken before or after the rotation. Channels that RoPE leaves alone (partial
 rotary) take ordinary principal components across all heads. The ranks are dealt out over frequencies by eigenvalue.
 
+A constant mu that all keys share before RoPE, as the bias of Qwen2's projections, which is far larger than what varies,
+costs no cache: of a key at position t the latents are those of k - R_t mu, and R_t mu is added to what is rebuilt, or
+q . R_t mu to its score. It is the factors' bias.
+
 Compared with unconstrained PCA this gives up mixing between frequencies: more loss per latent, for a far
 cheaper decode.
 """
@@ -50,14 +54,20 @@ class RopePairs:
 
 
 def commuting_components(
-    moment: Float[Tensor, "kv_dim kv_dim"], pairs: RopePairs, gain: Float[Tensor, " kv_dim"] | None = None
+    moment: Float[Tensor, "kv_dim kv_dim"],
+    pairs: RopePairs,
+    gain: Float[Tensor, " kv_dim"] | None = None,
+    mean: Float[Tensor, " kv_dim"] | None = None,
 ) -> Components:
     """Find factors that act on keys, before or after RoPE alike, at every rank: keys ~= up @ (down @ keys).
+
+    With a mean, keys - R mean ~= up @ (down @ (keys - R mean)), R the rotation that the keys have had.
 
     Args:
         moment: E[k k^T] of the keys as RoPE gets them (after the norm where the family has one), heads laid end to end.
         pairs: the channels that RoPE turns together.
         gain: how much an error counts, by channel; equal within a pair. None counts all channels alike.
+        mean: E[k] of the same keys before RoPE, to be left out of the latents; it becomes the bias. None leaves it in.
 
     Returns:
         components on the CPU, `down` and `up` of (kv_dim, kv_dim). The latents of a pair share its eigenvalue evenly.
@@ -73,12 +83,17 @@ def commuting_components(
         raise ConfigError("commuting key factors mix kv heads, and this model has one: there is nothing to shrink")
     weights = torch.ones(kv_dim, dtype=torch.float64) if gain is None else gain.detach().double().cpu()
     weights = weights.clamp(min=LEAST_GAIN * float(weights.max()))
-    weighted = moment.detach().double().cpu() * torch.outer(weights, weights)
+    moment = moment.detach().double().cpu()
+    if mean is not None:
+        mean = mean.detach().double().cpu()
+        moment = moment - torch.outer(mean, mean)
+    weighted = moment * torch.outer(weights, weights)
     found = [*_pair_directions(weighted, pairs, heads), *_unrotated_directions(weighted, pairs, heads)]
     found.sort(key=lambda direction: direction[0], reverse=True)
     rows = torch.cat([own for _, own in found])
     shares = torch.tensor([value for value, own in found for _ in own], dtype=torch.float64)
-    factors = Factors((rows * weights).float().contiguous(), (rows / weights).T.float().contiguous())
+    bias = None if mean is None else mean.float()
+    factors = Factors((rows * weights).float().contiguous(), (rows / weights).T.float().contiguous(), bias)
     return Components(factors, shares, tuple(len(own) for _, own in found))
 
 

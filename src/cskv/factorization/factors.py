@@ -23,7 +23,8 @@ class Factors:
             in place of x, (rank, kv_dim).
         up: (kv_dim, rank / groups). Rebuilt channels, before any norm and RoPE, are `latents @ up.T + bias`; with
             groups, each group's channels come from its own `rank / groups` latents.
-        bias: (kv_dim,) or None: the projection's own bias and offset. It costs no cache, so it is kept exactly.
+        bias: (kv_dim,) or None: the projection's own bias and offset. It costs no cache, so it is kept exactly. Of
+            commuting keys it is before RoPE: rotated as the keys are, it is subtracted before `down`, added after `up`.
         down_bias: (rank,) or None: minus the latents' mean, so that latents are centred, which few bits suit.
     """
 
