@@ -39,7 +39,7 @@ class Scratch(threading.local):
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised tensor that may be written in any mode, also where it is made in inference mode."""
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return torch.empty(shape, dtype=dtype, device=device)
     return torch.empty(shape, dtype=dtype, device=device)

@@ -120,12 +120,29 @@ def test_the_workspace_does_not_grow_from_step_to_step() -> None:
     assert attachment.scratch.nbytes() == 0  # detached
 
 
-def test_a_step_compiles_as_one_graph() -> None:
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    """What a program without shape checks, which cannot be traced and are calls themselves, says of steps."""
     root = Path(__file__).resolve().parents[2]
-    program = [sys.executable, "-W", "ignore", "-m", "tests.attachment.compile_program"]
+    program = [sys.executable, "-W", "ignore", "-m", "tests.attachment.step_program"]
     done = subprocess.run(program, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name, outcome in json.loads(done.stdout.splitlines()[-1]).items():
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_step_of_a_layer_takes_few_python_calls(outcomes: dict[str, Any]) -> None:
+    """A count, not a time: what a reader has to follow, and what a CPU pays before it computes."""
+    assert 0 < outcomes["python"]["calls"] <= 80
+    assert 0 < outcomes["python"]["files"] <= 20
+
+
+def test_steps_compile_as_few_graphs(outcomes: dict[str, Any]) -> None:
+    growing = outcomes["growing"]
+    assert (growing["breaks"], growing["sealed"]) == (0, 72)
+    assert growing["graphs"] <= growing["limit"]  # or it would go on without compiling
+    assert growing["error"] < 1e-4
+    for name in SETTINGS:
+        outcome = outcomes[name]
         assert outcome["breaks"] == 0, name
         assert outcome["graphs"] <= 3, name  # lengths are constants at first, then symbols
         assert outcome["error"] < 1e-4, name

@@ -46,7 +46,7 @@ class Attachment:
         sites, recipes = found.sites, found.recipes
         rotated = [site for site in sites if needs_positions(adapter, site.layer_idx)]
         owners = _table_owners(rotated, recipes)
-        setup = Setup(adapter, adapter.fingerprint(), owners, backend, capacity)
+        setup = Setup(adapter, adapter.fingerprint(), owners, backend, sites[-1].layer_idx, capacity)
         if backend is not None:
             _say_what_is_rebuilt({site.name: recipes[site.layer_idx].attention.why_rebuild for site in sites})
         try:
@@ -54,9 +54,7 @@ class Attachment:
                 compressor = LayerCompressor(site, recipes[site.layer_idx], setup)
                 hook = SiteHook(site.module, compressor, self._state, self)
                 self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
-            guess = GuessHook(self._state)
-            self._handles.append(self.model.register_forward_pre_hook(guess.before, with_kwargs=True))
-            self._handles.append(self.model.register_forward_hook(guess.after, always_call=True))
+            self._handles.append(self.model.register_forward_pre_hook(GuessHook(self._state), with_kwargs=True))
             if backend is not None:
                 self._switch = Switch((site.module for site in sites), PREFIX, attend, only=UNDERSTOOD)
         except BaseException:

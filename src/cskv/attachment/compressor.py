@@ -50,6 +50,7 @@ class Setup:
         fingerprint: of the adapter's factors: a cache that was filled by others cannot be continued.
         owners: layer index -> the layer that keeps the positions for it, or None where keys are not rotated.
         backend: what attends to latents; None where old tokens are rebuilt.
+        last: the index of the last compressed layer.
         capacity: tokens to preallocate in new caches.
     """
 
@@ -57,6 +58,7 @@ class Setup:
     fingerprint: str
     owners: dict[int, int | None]
     backend: str | None
+    last: int
     capacity: int = 0
 
 

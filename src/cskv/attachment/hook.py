@@ -88,14 +88,10 @@ class GuessHook:
     def __init__(self, state: ThreadState) -> None:
         self._state = state
 
-    def before(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read it off `logits_to_keep`, which counts the token before the guess as well."""
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read it off `logits_to_keep`, which counts the token before the guess as well. The last layer forgets it."""
         wanted = kwargs.get("logits_to_keep", 0)
         self._state.guessed = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
-
-    def after(self, *_: Any) -> None:
-        """Forget it."""
-        self._state.guessed = 0
 
 
 def _refuse_paged(module: nn.Module) -> None:

@@ -152,6 +152,8 @@ class Step:
         self._placed = placed = self.compressor.placed(values)
         latents = self.compressor.latents(placed, self._call, keys)
         self.view = view = store.append(*latents, keys, values, guessed=self.state.guessed)
+        if self.compressor.layer_idx == self.compressor.setup.last:
+            self.state.guessed = 0
         if view.k is None:
             self.attends = False
             return view.keys, view.values

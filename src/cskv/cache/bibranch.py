@@ -51,7 +51,9 @@ class _Recent(NamedTuple):
     def tokens(self, start: int, count: int) -> _Recent:
         """Copy a range of tokens into storage of its own: a view would keep all the others alive."""
         parts = zip(self, DIMS, strict=True)
-        return _Recent(*(part.narrow(dim, start, count).clone() for part, dim in parts))
+        return _Recent(
+            *(part.narrow(dim, start, count).clone(memory_format=torch.contiguous_format) for part, dim in parts)
+        )
 
 
 DIMS = (2, 2, 1, 1)  # where the tokens are in keys, values and latents

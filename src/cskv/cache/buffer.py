@@ -80,6 +80,8 @@ class TokenBuffer:
     def _reallocate(self, capacity: int, like: Tensor) -> None:
         row = _row(self._channels, like.element_size(), self._gpu_row_bytes if like.is_cuda else 1)
         larger = allocate((like.shape[0], capacity, row), like.dtype, like.device)
+        if not torch.compiler.is_compiling():  # or torch.compile would make a graph for every capacity
+            torch._dynamo.maybe_mark_dynamic(larger, 1)
         if self._storage is not None:
             larger[:, : self.length] = self._storage[:, : self.length]
         self._storage = larger
