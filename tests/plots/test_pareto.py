@@ -4,7 +4,17 @@ import pytest
 
 from cskv.errors import DataError
 from cskv.evaluation.pooling import pool
-from cskv.plots import method_looks, plot_accuracy, plot_agreement, plot_perplexity, plot_positions
+from cskv.plots import (
+    method_looks,
+    plot_accuracy,
+    plot_agreement,
+    plot_demo,
+    plot_perplexity,
+    plot_positions,
+    plot_spectra,
+)
+from cskv.plots.pareto import _find_dots, pareto_front
+from cskv.plots.style import side_by_side
 from tests.plots.made_up import METHODS, rows_of
 from tests.plots.support import PNG
 
@@ -67,3 +77,47 @@ def test_several_tasks_in_one_figure_are_refused(tmp_path):
     with pytest.raises(DataError, match="a perplexity and its cache's bytes"):
         plot_perplexity(of(found, "lines", 200), tmp_path / "b.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_results_without_bytes_or_without_the_figure_are_no_dots():
+    rows = [row for row in rows_of("PCA", 0.1, 0) if (row["task"], row["size"]) == ("lines", 100)]
+    rows += [row | {"seed": 1, "method": name} for row in rows[:1] for name in ("no bytes", "null")]
+    del rows[-2]["cache"]
+    rows[-1]["cache"] = None
+    rows += [row for row in rows_of("PCA", 0.1, 0) if row["task"] == "perplexity"]
+    found = _find_dots(pool(rows), lambda point: point.score, "a score", 100.0)
+    assert {dot.of.method for dot in found} == {"PCA"}
+    assert found[0].y.mean == pytest.approx(100 * rows[0]["score"])
+
+
+def test_the_front_keeps_what_nothing_smaller_beats():
+    found = [(30.0, 80.0), (10.0, 20.0), (20.0, 10.0), (10.0, 5.0), (50.0, 80.0), (100.0, 100.0)]
+    assert pareto_front(found, "more") == [(10.0, 20.0), (30.0, 80.0), (100.0, 100.0), (100.0, 100.0)]
+    assert pareto_front(found, "less") == [(10.0, 5.0), (100.0, 5.0)]
+
+
+def demo_row(name: str, size: float, accuracy: float, perplexity: float) -> dict:
+    return {
+        "name": name,
+        "bytes_per_token": size,
+        "accuracy": accuracy,
+        "low": max(0.0, accuracy - 0.1),
+        "high": min(1.0, accuracy + 0.1),
+        "perplexity": perplexity,
+        "num_lines": 200,
+    }
+
+
+def test_the_demo_figure_is_drawn(tmp_path):
+    rows = [demo_row("uncompressed", 6144, 0.98, 6.0), demo_row("80 % SVD", 1229, 0.0, 900.0)]
+    assert plot_demo(rows, tmp_path / "demo.png").read_bytes().startswith(PNG)
+
+
+def test_nothing_to_draw_is_refused(tmp_path):
+    for draw in (plot_demo, plot_spectra):
+        with pytest.raises(DataError, match="at least one"):
+            draw([], tmp_path / "empty.png")
+
+
+def test_points_at_one_place_are_set_side_by_side_around_it():
+    assert side_by_side([100.0, 20.0, 20.0, 20.0], 2.0) == pytest.approx([100.0, 18.0, 20.0, 22.0])

@@ -1,15 +1,11 @@
 """Results and result files to figures."""
 
-from cskv.plots.demo import plot_demo
-from cskv.plots.heatmap import plot_needles
-from cskv.plots.losses import plot_losses
-from cskv.plots.pareto import plot_accuracy, plot_agreement, plot_perplexity
-from cskv.plots.positions import plot_positions
-from cskv.plots.ranks import plot_ranks
-from cskv.plots.series import method_looks
+from cskv.plots.heatmap import plot_needles, plot_ranks
+from cskv.plots.losses import plot_losses, plot_training
+from cskv.plots.pareto import plot_accuracy, plot_agreement, plot_demo, plot_perplexity
+from cskv.plots.series import method_looks, plot_positions
 from cskv.plots.spectra import plot_spectra
 from cskv.plots.style import COLOURS, MARKERS, STYLE
-from cskv.plots.training import plot_training
 
 __all__ = [
     "COLOURS",

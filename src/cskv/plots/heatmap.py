@@ -1,13 +1,13 @@
-"""Needle tasks as heat maps: depth of the needle over length of the text."""
+"""Heat maps: needles found by depth and length of the text, and ranks by layer."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cskv.errors import DataError
 from cskv.evaluation.pooling import Pooled
@@ -17,6 +17,7 @@ from cskv.plots.style import new_figure, save, styled
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 LETTER = 0.058  # inches, of the small print in cells and titles
 
@@ -45,14 +46,15 @@ def plot_needles(points: Iterable[Pooled], path: str | Path, title: str | None =
     depths = sorted({cell.depth for point in found for cell in point.cells})
     columns = min(_columns(maps), len(maps))
     least = 0.8 if len(maps) > columns else 1.4  # a single row has room
-    wide, high = (
-        max(1.75 if columns > 1 else 3.2, 0.35 * len(sizes)),
-        max(least, 0.19 * len(depths)),
-    )  # of a map, in inches
+    wide = max(1.75 if columns > 1 else 3.2, 0.35 * len(sizes))  # of a map, in inches
+    high = max(least, 0.19 * len(depths))
     headings = [_heading(method, budget, wide) for method, budget in maps]
     figure, axes = _grid(len(maps), columns, wide, high, max(heading.count("\n") for heading in headings) + 1)
     for ax, heading, own in zip(axes, headings, maps.values(), strict=True):
-        _draw_map(ax, own, sizes, depths)
+        scores = {(cell.depth, point.size): 100 * cell.score for point in own for cell in point.cells}
+        table = [[scores.get((depth, size), math.nan) for size in sizes] for depth in depths]
+        image = _draw_cells(ax, table, 100, fontsize=7)
+        ax.tick_params(length=2, labelsize=7.5)
         ax.set_title(heading, fontsize=8, pad=3)
     _label_outside(axes, columns, sizes, depths)
     width, height = figure.get_size_inches()
@@ -62,12 +64,50 @@ def plot_needles(points: Iterable[Pooled], path: str | Path, title: str | None =
     figure.suptitle(title, y=1 - 0.12 / height, va="top", fontsize=12)
     bar = min(height - 1.35, 4.0)
     place = (1 - 0.9 / width, 1 - (0.8 + bar) / height, 0.14 / width, bar / height)
-    figure.colorbar(axes[0].images[0], cax=figure.add_axes(place), label="found, %")
+    figure.colorbar(image, cax=figure.add_axes(place), label="found, %")
     return save(figure, path)
 
 
+@styled
+def plot_ranks(ranks: Mapping[int, tuple[int, int]], path: str | Path, title: str | None = None) -> Path:
+    """Draw the latents kept of each layer's keys and values as one map.
+
+    Args:
+        ranks: layer index -> (key rank, value rank).
+        path: the PNG (or PDF, SVG) to write.
+        title: above the map.
+
+    Raises:
+        DataError: no layers.
+        CSKVError: the file cannot be written.
+    """
+    if not ranks:
+        raise DataError("no ranks to draw; give those of at least one layer")
+    layers = sorted(ranks)
+    table = [[ranks[layer][row] for layer in layers] for row in range(2)]
+    figure = new_figure(max(5.6, 2.2 + 0.55 * len(layers)), 2.6)
+    ax = figure.subplots()
+    image = _draw_cells(ax, table, max(map(max, table)))
+    ax.set(xlabel="layer", xticks=range(len(layers)), xticklabels=layers, yticks=(0, 1), yticklabels=("keys", "values"))
+    figure.suptitle(title or "Latents kept per layer")  # of the figure: few layers make a narrow map
+    figure.colorbar(image, ax=ax, label="latents")
+    return save(figure, path)
+
+
+def _draw_cells(ax: Axes, table: Sequence[Sequence[float]], most: float, **font: Any) -> AxesImage:
+    """Draw numbers from 0 to `most` on colours, and a dash for what is not a number."""
+    ax.grid(False)
+    image = ax.imshow(table, cmap="cividis", aspect="auto", vmin=0, vmax=most)
+    for y, row in enumerate(table):
+        for x, value in enumerate(row):
+            missing = math.isnan(value)
+            colour = "#777777" if missing else "white" if value < 0.55 * most else "black"
+            ax.text(x, y, "–" if missing else f"{value:.0f}", ha="center", va="center", color=colour, **font)
+    return image
+
+
 def _grid(count: int, columns: int, wide: float, high: float, lines: int) -> tuple[Figure, list[Axes]]:
-    """Maps of one size in rows, placed by hand: a layout engine takes seconds over a hundred of them."""
+    """Place maps of one size in rows, by hand: a layout engine takes seconds over a hundred of them."""
     rows = -(-count // columns)
     across, down = 0.14, 0.12 + 0.135 * lines + 0.16 * (count % columns > 0)  # an unfinished row leaves ticks above it
     left, right, top, bottom = 0.75, 1.15, 0.5 + 0.135 * lines, 0.55
@@ -84,18 +124,14 @@ def _grid(count: int, columns: int, wide: float, high: float, lines: int) -> tup
 
 
 def _maps(points: Sequence[Pooled]) -> dict[tuple[str, float | None], list[Pooled]]:
-    """The points of each map: methods as they come, large budgets first, uncompressed ones last."""
+    """Group the points of each map: methods as they come, large budgets first, uncompressed ones last."""
     order = list(dict.fromkeys(point.method for point in points))
-
-    def place(point: Pooled) -> tuple[bool, int, float]:
-        return point.budget is None, order.index(point.method), -(point.budget or 0.0)
-
-    ordered = sorted(points, key=place)
+    ordered = sorted(points, key=lambda p: (p.budget is None, order.index(p.method), -(p.budget or 0.0)))
     return {key: list(own) for key, own in groupby(ordered, key=lambda point: (point.method, point.budget))}
 
 
 def _columns(maps: Collection[tuple[str, float | None]]) -> int:
-    """As many as most methods have budgets, so that a method is a row; else a row of few maps, a block of many."""
+    """Count the maps of a row: as many as most methods have budgets, else all of few, a block of many."""
     methods = [method for method, budget in maps if budget is not None]
     budgets = max((methods.count(method) for method in methods), default=1)
     if len(maps) <= 4:
@@ -103,27 +139,12 @@ def _columns(maps: Collection[tuple[str, float | None]]) -> int:
     return budgets if 3 <= budgets <= 7 else min(5, math.ceil(math.sqrt(len(maps))))
 
 
-def _draw_map(ax: Axes, points: Sequence[Pooled], sizes: Sequence[int], depths: Sequence[float]) -> None:
-    scores = {(cell.depth, point.size): 100 * cell.score for point in points for cell in point.cells}
-    table = [[scores.get((depth, size), math.nan) for size in sizes] for depth in depths]
-    ax.grid(False)
-    ax.imshow(table, cmap="cividis", aspect="auto", vmin=0, vmax=100)
-    for y, row in enumerate(table):
-        for x, value in enumerate(row):
-            missing = math.isnan(value)
-            colour = "#777777" if missing else "white" if value < 55 else "black"
-            ax.text(x, y, "–" if missing else f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
-    ax.tick_params(length=2, labelsize=7.5)
-
-
 def _label_outside(axes: Sequence[Axes], columns: int, sizes: Sequence[int], depths: Sequence[float]) -> None:
-    """Ticks on the first map of each row and on the last of each column, which an unfinished row leaves higher up."""
-    names = [f"{100 * depth:.0f}" for depth in depths]
+    """Put ticks on the first map of each row and the last of each column, which an unfinished row leaves higher up."""
     for index, ax in enumerate(axes):
-        ax.set_xticks(
-            range(len(sizes)), [_tokens(size) for size in sizes] if index + columns >= len(axes) else [""] * len(sizes)
-        )
-        ax.set_yticks(range(len(depths)), names if index % columns == 0 else [""] * len(depths))
+        lowest, first = index + columns >= len(axes), index % columns == 0
+        ax.set_xticks(range(len(sizes)), [_tokens(size) if lowest else "" for size in sizes])
+        ax.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" if first else "" for depth in depths])
 
 
 def _tokens(size: int) -> str:

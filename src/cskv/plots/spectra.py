@@ -49,7 +49,7 @@ def plot_spectra(spectra: Iterable[Spectrum], path: str | Path, title: str | Non
 
 
 def _layer_colours(figure: Figure, axes: Any, layers: Sequence[int]) -> dict[int, Any]:
-    """A colour per layer from a perceptually even scale, and the legend (few layers) or colour bar (many)."""
+    """Give each layer a colour of a perceptually even scale, and draw the legend (few layers) or colour bar (many)."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm

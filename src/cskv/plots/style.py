@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cskv.errors import DataError
 from cskv.files import write_atomically
@@ -29,31 +29,23 @@ STYLE: dict[Any, Any] = {
 }
 PROJECTIONS = {"k": "Keys", "v": "Values"}
 
-P = ParamSpec("P")
-T = TypeVar("T")
+
+@contextlib.contextmanager
+def _our_style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
 
 
-def styled(draw: Callable[P, T]) -> Callable[P, T]:
-    """Let a figure be drawn in our style without changing the caller's settings."""
-
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> T:
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
+styled = _our_style()  # decorates what draws a figure; the caller's settings stay
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure that belongs to no window: `Figure` with the Agg canvas leaves pyplot and the user's backend alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Return an empty figure of a size in inches; it belongs to no window, and leaves pyplot's backend alone."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -72,7 +64,7 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def plain(text: str) -> str:
-    """Text from a file, to be taken literally: matplotlib reads what stands between dollar signs as a formula."""
+    """Escape text from a file: matplotlib reads what stands between dollar signs as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -85,8 +77,9 @@ def side_by_side(xs: Sequence[float], step: float) -> list[float]:
     return result
 
 
-def readable_scale(ax: Axes, smallest: float, largest: float) -> None:
-    """Logarithmic, with plain numbers, where values differ much; linear otherwise."""
+def readable_scale(ax: Axes, values: Sequence[float]) -> None:
+    """Make the y axis logarithmic, with plain numbers, where values differ much; leave it linear otherwise."""
+    smallest, largest = min(values, default=0.0), max(values, default=0.0)
     if 0 < 4 * smallest < largest:
         ax.set_yscale("log")
         plain_log(ax.yaxis, smallest, largest)
@@ -95,7 +88,7 @@ def readable_scale(ax: Axes, smallest: float, largest: float) -> None:
 
 
 def plain_log(axis: Axis, smallest: float, largest: float) -> None:
-    """Plain numbers along a logarithmic axis: many in a short range, powers of ten in a long one."""
+    """Write plain numbers along a logarithmic axis: many in a short range, powers of ten in a long one."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     decades = math.log10(largest / smallest)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cskv.errors import CSKVError
-from cskv.evaluation.pooling import Pooled, pool
-from cskv.evaluation.results import Run
+from cskv.evaluation.pooling import pool
 from cskv.files import write_text
 from cskv.plots.series import method_names
-from cskv.report.figures import Section, draw_sections
-from cskv.report.sources import Replaced, Sources, newest_rows
+from cskv.report.figures import draw_sections
+from cskv.report.sources import Sources, newest_rows
 from cskv.report.summary import summarise, write_csv
 from cskv.report.text import budget_text, date_text
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PAGE, TABLE = "index.html", "summary.csv"
 
@@ -69,53 +71,38 @@ def write_report(sources: Sources, folder: str | Path, title: str | None = None)
     folder = Path(folder)
     rows, replaced = newest_rows(sources.runs)
     points = pool(rows)
-    sections = draw_sections(points, sources.spectra, folder)
+    figures = draw_sections(points, sources.spectra, folder)
     write_text(folder / TABLE, write_csv(points))
-    write_text(folder / PAGE, render(sources, points, sections, replaced, title))
-    figures = [figure.path for section in sections for figure in section.figures]
-    return Report(folder / PAGE, folder / TABLE, figures, len(rows), sum(entry.count for entry in replaced))
-
-
-def render(
-    sources: Sources,
-    points: Sequence[Pooled],
-    sections: Sequence[Section],
-    replaced: Sequence[Replaced],
-    title: str | None = None,
-) -> str:
-    """The page as HTML; whatever comes from files is escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = files("cskv.report").joinpath("template.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"budget": budget_text, "value": _value_text, "date": date_text}
     model = sources.runs[-1].model
-    return environment.from_string(template).render(
+    page = _template().render(
         title=title or f"KV-cache compression of {model.get('name') or 'a model'}",
         model=model,
         methods=method_names(points),
         tasks=list(dict.fromkeys(point.task for point in points)),
         seeds=sorted({seed for point in points for seed in point.seeds}),
-        sections=sections,
+        figures=figures,
         table=summarise(points),
         table_file=TABLE,
         replaced=replaced,
         passed_over=[path.name for path in sources.passed_over],
-        runs=[_run_facts(run) for run in reversed(sources.runs)],
+        runs=reversed(sources.runs),
     )
+    write_text(folder / PAGE, page)
+    drawn = [figure.path for section in figures.values() for figure in section]
+    return Report(folder / PAGE, folder / TABLE, drawn, len(rows), sum(entry.count for entry in replaced))
 
 
-def _run_facts(run: Run) -> dict[str, Any]:
-    """A run's provenance: a heading, and tables of names and values."""
-    seeds = sorted({row["seed"] for row in run.rows if row["seed"] is not None})
-    facts = {"rows": len(run.rows), "seeds": ", ".join(map(str, seeds)) or "none"}
-    tables = {"Run": facts, "Model": run.model, "Environment": run.environment, "Settings": run.settings}
-    when = date_text(run.environment.get("date"))
-    return {"name": run.path.name, "date": when, "tables": tables, "methods": run.methods}
+def _template() -> Template:
+    """Load the page's template; whatever comes from files is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"budget": budget_text, "value": _value_text, "date": date_text}
+    return environment.from_string(files("cskv.report").joinpath("template.html").read_text(encoding="utf-8"))
 
 
 def _value_text(value: object) -> str:
-    """A setting for a person: plain text and numbers as they are, anything else as JSON."""
+    """Write a setting for a person: plain text and numbers as they are, anything else as JSON."""
     if value is None:
         return "none"
     if isinstance(value, bool):

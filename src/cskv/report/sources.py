@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -57,14 +58,13 @@ def gather(paths: Iterable[str | Path]) -> Sources:
     runs = [read_run(path) for path in results]
     if not any(run.rows for run in runs):
         raise DataError("no result row to report; give JSON files that `cskv evaluate` wrote, or a folder of them")
-    _check_kinds(runs)
-    _check_one_model(runs)
-    runs.sort(key=lambda run: (run_date(run), str(run.path)))
+    _check(runs)
+    runs.sort(key=lambda run: (_date(run), str(run.path)))
     return Sources(runs, [spectrum for path in tables for spectrum in read_csv(path)], passed_over)
 
 
 def _files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path], list[Path]]:
-    """Result files, tables of spectra, and what was passed over in folders; every file once."""
+    """Find result files, tables of spectra, and what is passed over in folders; every file once."""
     results: dict[Path, Path] = {}
     tables: dict[Path, Path] = {}
     passed_over = []
@@ -90,13 +90,17 @@ def _is_result(path: Path) -> bool:
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
-def _check_one_model(runs: Sequence[Run]) -> None:
-    first = runs[0]
+def _check(runs: Sequence[Run]) -> None:
+    """Find out whether the heads of runs are whole and of one model."""
+    for run in runs:
+        for name in ("settings", "model", "environment", "methods"):
+            if not isinstance(getattr(run, name), dict):
+                raise DataError(f"{name} of {run.path} are no object; expected a file that `cskv evaluate` wrote")
     for run in runs[1:]:
-        if _identity(run) != _identity(first):
+        if _identity(run) != _identity(runs[0]):
             described = (
                 f"{entry.path} of {entry.model.get('name')} (fingerprint {entry.model.get('fingerprint')})"
-                for entry in (first, run)
+                for entry in (runs[0], run)
             )
             raise DataError(
                 f"results are of different models: {', '.join(described)}; a report compares methods on one model: "
@@ -105,20 +109,13 @@ def _check_one_model(runs: Sequence[Run]) -> None:
 
 
 def _identity(run: Run) -> tuple[Any, Any]:
-    """The model's fingerprint, whatever it is called; its name where there is none."""
+    """Return the model's fingerprint, whatever it is called; its name where there is none."""
     fingerprint = run.model.get("fingerprint")
     return fingerprint, None if fingerprint else run.model.get("name")
 
 
-def _check_kinds(runs: Sequence[Run]) -> None:
-    for run in runs:
-        for name in ("settings", "model", "environment", "methods"):
-            if not isinstance(getattr(run, name), dict):
-                raise DataError(f"{name} of {run.path} are no object; expected a file that `cskv evaluate` wrote")
-
-
-def run_date(run: Run) -> datetime:
-    """When a run was measured; the beginning of time where it does not say."""
+def _date(run: Run) -> datetime:
+    """Return when a run was measured; the beginning of time where it does not say."""
     try:
         date = datetime.fromisoformat(run.environment["date"])
     except (KeyError, TypeError, ValueError):
@@ -127,24 +124,20 @@ def run_date(run: Run) -> datetime:
 
 
 def newest_rows(runs: Sequence[Run]) -> tuple[list[Row], list[Replaced]]:
-    """The newest run's row of each key, in the order of the runs, and which rows gave way.
+    """Return the newest run's row of each key, in the order of the runs, and which rows gave way.
 
     Args:
         runs: oldest first.
     """
-    newest = {_key(row): run for run in runs for row in run.rows}
-    given_way: dict[tuple[int, int], int] = {}
+    newest = {_key(row): index for index, run in enumerate(runs) for row in run.rows}
+    given_way: Counter[tuple[int, int]] = Counter()
     rows: list[Row] = []
     for index, run in enumerate(runs):
         own = {_key(row): row for row in run.rows}  # the last of a run's own: it was added to mend an earlier one
-        for key, row in own.items():
-            if newest[key] is run:
-                rows.append(row)
-            else:
-                pair = (index, next(i for i, other in enumerate(runs) if other is newest[key]))
-                given_way[pair] = given_way.get(pair, 0) + 1
+        rows += [row for key, row in own.items() if newest[key] == index]
+        given_way.update((index, newest[key]) for key in own if newest[key] != index)
     return rows, [
-        Replaced(runs[older], runs[newer], count, _different(runs[older], runs[newer]))
+        Replaced(runs[older], runs[newer], count, _different(runs[older].settings, runs[newer].settings))
         for (older, newer), count in given_way.items()
     ]
 
@@ -153,6 +146,5 @@ def _key(row: Row) -> str:
     return json.dumps([row[name] for name in KEY])
 
 
-def _different(one: Run, other: Run) -> list[str]:
-    names = sorted(one.settings.keys() | other.settings.keys())
-    return [name for name in names if one.settings.get(name) != other.settings.get(name)]
+def _different(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from cskv.evaluation.pooling import Pooled, Value, pool_scores
 from cskv.evaluation.settings import CONTINUATION
@@ -24,7 +25,7 @@ class Column:
 
     title: str
     note: str
-    of: tuple[str, str | None, int | None]  # task, protocol, and the size where sizes are not pooled
+    points: list[Pooled]
     read: Callable[[Sequence[Pooled]], Value]
     write: Callable[[float], str]
     write_note: Callable[[float], str]
@@ -60,82 +61,38 @@ class Table:
 
 
 def summarise(points: Sequence[Pooled]) -> Table:
-    """The table of all results.
+    """Make the table of all results.
 
     Scores of several sizes of one task and protocol are pooled over all their cases. An entry that lacks sizes which
     others have says so, and is not compared with them.
     """
     columns = _columns(points)
     budgets = sorted({point.budget for point in points}, key=lambda budget: (budget is not None, -(budget or 0.0)))
-    groups = [_group([point for point in points if point.budget == budget], points, columns) for budget in budgets]
+    groups = [_group(budget, points, columns) for budget in budgets]
     return Table([(column.title, column.note) for column in columns], groups)
 
 
 def _columns(points: Sequence[Pooled]) -> list[Column]:
     columns = []
     for task, protocol in dict.fromkeys((p.task, p.protocol) for p in points if p.score is not None):
-        sizes = {p.size for p in points if (p.task, p.protocol) == (task, protocol)}
-        note = ", ".join([sizes_text(task, sizes), *([protocol] if protocol else [])])
-        columns.append(
-            Column(f"{task}, %", note, (task, protocol, None), _pooled_score, percent_text, whole_text, True)
-        )
+        own = [p for p in points if (p.task, p.protocol) == (task, protocol)]
+        note = ", ".join([sizes_text(task, _sizes(own)), *([protocol] if protocol else [])])
+        columns.append(Column(f"{task}, %", note, own, _pooled_score, percent_text, whole_text, True))
     for task, size in sorted({(p.task, p.size) for p in points if p.perplexity is not None}, reverse=True):
-        of, note, read = (task, None, size), _text_note(task, size), _figure("perplexity")
-        columns.append(Column("perplexity", note, of, read, perplexity_text, perplexity_text, False))
+        own, note = _of_text(points, task, size)
+        columns.append(Column("perplexity", note, own, _figure("perplexity"), perplexity_text, perplexity_text, False))
     for task, size in sorted({(p.task, p.size) for p in points if p.kl is not None}):
-        of, note = (task, None, size), _text_note(task, size)
-        columns.append(Column("same choice, %", note, of, _figure("top1"), percent_text, percent_text, True))
-        columns.append(Column("KL, nats", f"per token, {note}", of, _figure("kl"), kl_text, kl_text, False))
+        own, note = _of_text(points, task, size)
+        columns.append(Column("same choice, %", note, own, _figure("top1"), percent_text, percent_text, True))
+        columns.append(Column("KL, nats", f"per token, {note}", own, _figure("kl"), kl_text, kl_text, False))
     return columns
 
 
-def _text_note(task: str, size: int) -> str:
-    """Say whether a text was read from its beginning or continued, and its size."""
-    size_text = sizes_text(task, [size])
-    return f"{task} of {size_text}" if task == CONTINUATION else size_text
-
-
-def _group(points: Sequence[Pooled], everything: Sequence[Pooled], columns: Sequence[Column]) -> list[Line]:
-    """The rows of one budget, methods in the order of the whole table."""
-    methods = [name for name in method_names(everything) if any(point.method == name for point in points)]
-    found = [[_found(points, method, column) for column in columns] for method in methods]
-    sizes = [_sizes([point for point in everything if _is_of(point, column)]) for column in columns]
-    rows = []
-    for method, figures in zip(methods, found, strict=True):
-        entries = [_entry(figures[i], [row[i] for row in found], column, sizes[i]) for i, column in enumerate(columns)]
-        own = [point for point in points if point.method == method]
-        size = range_text([p.bytes_per_token for p in own if p.bytes_per_token is not None], count_text)
-        ratio = range_text([p.ratio for p in own if p.ratio is not None], percent_text)
-        rows.append(Line(method, own[0].budget, size, ratio, entries))
-    return rows
-
-
-def _entry(own: Sequence[Pooled], rivals: Sequence[Sequence[Pooled]], column: Column, sizes: set[int]) -> Entry:
-    if not own:
-        return Entry()
-    value = column.read(own)
-    bounds = [] if value.low is None or value.high is None else [value.low, value.high]
-    note = range_text(bounds, column.write_note) if bounds else ""
-    text = column.write(value.mean)
-    note = "" if note == text else note  # seeds that agree
-    if _sizes(own) != sizes:
-        return Entry(text, f"{note} ({len(own)} of {len(sizes)} sizes)".strip())
-    comparable = [column.read(rival).mean for rival in rivals if rival and _sizes(rival) == sizes]
-    best = max(comparable) if column.more_is_better else min(comparable)
-    return Entry(text, note, len(set(comparable)) > 1 and value.mean == best)
-
-
-def _found(points: Sequence[Pooled], method: str, column: Column) -> list[Pooled]:
-    return [point for point in points if point.method == method and _is_of(point, column)]
-
-
-def _is_of(point: Pooled, column: Column) -> bool:
-    task, protocol, size = column.of
-    return point.task == task and (size == point.size or (size is None and point.protocol == protocol))
-
-
-def _sizes(points: Sequence[Pooled]) -> set[int]:
-    return {point.size for point in points}
+def _of_text(points: Sequence[Pooled], task: str, size: int) -> tuple[list[Pooled], str]:
+    """Return the points of a text task, and a note on the text's size and on whether it was continued."""
+    note = sizes_text(task, [size])
+    own = [point for point in points if (point.task, point.size) == (task, size)]
+    return own, f"{task} of {note}" if task == CONTINUATION else note
 
 
 def _pooled_score(points: Sequence[Pooled]) -> Value:
@@ -144,41 +101,72 @@ def _pooled_score(points: Sequence[Pooled]) -> Value:
 
 
 def _figure(name: str) -> Callable[[Sequence[Pooled]], Value]:
-    """Reads one figure of what is of one task and size, and so at most one point."""
+    """Return what reads one figure of what is of one task and size, and so at most one point."""
     return lambda points: getattr(points[0], name)
 
 
+def _group(budget: float | None, points: Sequence[Pooled], columns: Sequence[Column]) -> list[Line]:
+    """Make the rows of one budget, methods in the order of the whole table."""
+    present = [point for point in points if point.budget == budget]
+    methods = [name for name in method_names(points) if any(point.method == name for point in present)]
+    entries = [_entries(column, budget, methods) for column in columns]
+    rows = []
+    for index, method in enumerate(methods):
+        own = [point for point in present if point.method == method]
+        size = range_text([p.bytes_per_token for p in own if p.bytes_per_token is not None], count_text)
+        ratio = range_text([p.ratio for p in own if p.ratio is not None], percent_text)
+        rows.append(Line(method, budget, size, ratio, [column[index] for column in entries]))
+    return rows
+
+
+def _entries(column: Column, budget: float | None, methods: Sequence[str]) -> list[Entry]:
+    """Write a figure of all methods at one budget, and mark the best of those that have all sizes."""
+    sizes = _sizes(column.points)
+    found = [[p for p in column.points if (p.method, p.budget) == (method, budget)] for method in methods]
+    comparable = {column.read(own).mean for own in found if _sizes(own) == sizes}
+    best = None if len(comparable) < 2 else max(comparable) if column.more_is_better else min(comparable)
+    entries = []
+    for own in found:
+        if not own:
+            entries.append(Entry())
+            continue
+        value = column.read(own)
+        text = column.write(value.mean)
+        bounds = [] if value.low is None or value.high is None else [value.low, value.high]
+        note = range_text(bounds, column.write_note) if bounds else ""
+        note = "" if note == text else note  # seeds that agree
+        if _sizes(own) == sizes:
+            entries.append(Entry(text, note, value.mean == best))
+        else:
+            entries.append(Entry(text, f"{note} ({len(own)} of {len(sizes)} sizes)".strip()))
+    return entries
+
+
+def _sizes(points: Sequence[Pooled]) -> set[int]:
+    return {point.size for point in points}
+
+
 def write_csv(points: Sequence[Pooled]) -> str:
-    """All pooled results as CSV text: a row per method, budget, task, size and protocol.
+    """Return all pooled results as CSV text: a row per method, budget, task, size and protocol.
 
     `best` is 1 where no other method of that budget is better, and some other is worse.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
+    kind = attrgetter("budget", "task", "size", "protocol")
     for point in points:
+        names = [point.method, point.budget, point.task, point.size, point.protocol, " ".join(map(str, point.seeds))]
         figures = [*_three(point.score), *_three(point.perplexity), _three(point.top1)[0], _three(point.kl)[0]]
-        names = [point.method, point.budget, point.task, point.size, point.protocol]
-        seeds = " ".join(map(str, point.seeds))
         numbers = [point.bytes_per_token, point.ratio, point.n, *figures]
-        writer.writerow([*names, seeds, *map(_number, numbers), int(_is_best(point, points))])
+        merits = {_merit(other) for other in points if kind(other) == kind(point)}
+        best = len(merits) > 1 and _merit(point) == max(merits)
+        writer.writerow([*names, *("" if number is None else f"{number:.9g}" for number in numbers), int(best)])
     return text.getvalue()
 
 
 def _three(value: Value | None) -> tuple[float | None, float | None, float | None]:
     return (None, None, None) if value is None else (value.mean, value.low, value.high)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.9g}"
-
-
-def _is_best(point: Pooled, points: Iterable[Pooled]) -> bool:
-    def kind(other: Pooled) -> tuple[object, ...]:
-        return other.budget, other.task, other.size, other.protocol
-
-    merits = [_merit(other) for other in points if kind(other) == kind(point)]
-    return len(set(merits)) > 1 and _merit(point) == max(merits)
 
 
 def _merit(point: Pooled) -> float:

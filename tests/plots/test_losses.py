@@ -6,7 +6,7 @@ import pytest
 
 from cskv.errors import DataError
 from cskv.plots import plot_training
-from cskv.plots.training import smoothed
+from cskv.plots.losses import smoothed
 from tests.plots.support import PNG
 
 pytest.importorskip("matplotlib")
