@@ -23,26 +23,6 @@ if TYPE_CHECKING:
 FILES = ("spectra.csv", "spectra.png")
 ADAPTER_FILES = ("ranks.png", "losses.png", "losses.csv")
 
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", help="Folder to write to. [default: outputs/analysis/MODEL_ID]", show_default=False,
-        rich_help_panel=opt.FILES,
-    ),
-]  # fmt: skip
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter", "-a", help="Also draw this adapter's ranks and losses.", show_default=False,
-        rich_help_panel=opt.FILES,
-    ),
-]  # fmt: skip
-WeightsOnly = Annotated[
-    bool, typer.Option("--weights-only", help="Spectra of the weights alone: no text.", rich_help_panel=opt.RUNNING)
-]
-NumSamples = Annotated[int, typer.Option("--num-samples", help="Samples of text.", rich_help_panel=opt.RUNNING)]
-MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens per sample.", rich_help_panel=opt.RUNNING)]
-
 
 @command
 def analyze(
@@ -51,11 +31,15 @@ def analyze(
     model_id: opt.ModelId = None,
     statistics: opt.Statistics = None,
     training_dataset: opt.TrainingDataset = "offline",
-    num_samples: NumSamples = 16,
-    max_seq_len: MaxSeqLen = 1024,
-    weights_only: WeightsOnly = False,
-    adapter: Adapter = None,
-    output: Output = None,
+    num_samples: opt.NumSamples = 16,
+    max_seq_len: opt.MaxSeqLen = 1024,
+    weights_only: Annotated[bool, opt.running("--weights-only", help="Spectra of the weights alone: no text.")] = False,
+    adapter: Annotated[
+        str | None, opt.files("--adapter", "-a", help="Also draw this adapter's ranks and losses.")
+    ] = None,
+    output: Annotated[
+        Path | None, opt.files("--output", "-o", help="Folder to write to. [default: outputs/analysis/MODEL_ID]")
+    ] = None,
     seed: opt.Seed = 0,
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
