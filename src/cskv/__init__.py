@@ -16,6 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 from cskv.attachment.registration import register
 
+_MODULES = {
+    "adapter.adapter": ("CSKVAdapter",),
+    "adapter.base_model": ("BaseModelInfo",),
+    "attachment.attach": ("Attachment", "attach", "detach"),
+    "attachment.cache_bytes": ("CacheReport", "cache_report"),
+    "calibration.calibrate": ("calibrate",),
+    "calibration.statistics": ("Statistics",),
+    "compression.initialise": ("initialise",),
+    "config": ("CSKVConfig",),
+    "data.samples": ("TokenSamples",),
+    "data.sources": ("open_source",),
+    "errors": ("AdapterError", "CSKVError", "CacheError", "ConfigError", "DataError", "UnsupportedModelError"),
+    "factorization.factors": ("Factors", "LayerFactors"),
+    "training.settings": ("TrainingSettings",),
+    "training.trainer": ("train",),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
 if TYPE_CHECKING:  # "as" is how type checkers know names that are public
     from cskv.adapter.adapter import CSKVAdapter as CSKVAdapter
     from cskv.adapter.base_model import BaseModelInfo as BaseModelInfo
@@ -42,25 +60,8 @@ if TYPE_CHECKING:  # "as" is how type checkers know names that are public
     from cskv.training.trainer import train as train
 
     __version__: str
-
-_MODULES = {
-    "adapter.adapter": ("CSKVAdapter",),
-    "adapter.base_model": ("BaseModelInfo",),
-    "attachment.attach": ("Attachment", "attach", "detach"),
-    "attachment.cache_bytes": ("CacheReport", "cache_report"),
-    "calibration.calibrate": ("calibrate",),
-    "calibration.statistics": ("Statistics",),
-    "compression.initialise": ("initialise",),
-    "config": ("CSKVConfig",),
-    "data.samples": ("TokenSamples",),
-    "data.sources": ("open_source",),
-    "errors": ("AdapterError", "CSKVError", "CacheError", "ConfigError", "DataError", "UnsupportedModelError"),
-    "factorization.factors": ("Factors", "LayerFactors"),
-    "training.settings": ("TrainingSettings",),
-    "training.trainer": ("train",),
-}
-_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
-__all__ = list(_MODULE_OF)
+else:  # type checkers read lists of names only where they are spelt out
+    __all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -106,7 +106,7 @@ class CSKVConfig:
 
     @property
     def is_quantised(self) -> bool:
-        """True if any latents are stored in fewer than 16 bits."""
+        """Return whether any latents are stored in fewer than 16 bits."""
         return self.mixed_widths or min(self.k_bits, self.v_bits) < 16
 
     def block(self, kind: str) -> tuple[int, int]:

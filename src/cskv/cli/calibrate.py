@@ -48,11 +48,11 @@ def calibrate(
     * `cskv calibrate --model_path lmsys/longchat-7b-v1.5-32k --training_dataset pile_subset --device-map auto`
     """
     set_logging(logging_level)
-    from cskv.cli.loading import load_samples, load_tokenizer
+    from cskv.cli.loading import load_samples
 
     target = statistics_path(output, asvd_calib_root, model_name(model_path, model_id))
     check_writable(target)
-    samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
+    samples = load_samples(training_dataset, model_path, num_samples, max_seq_len, seed)
     model = loading.model(model_path)
     statistics = take_statistics(model, samples, covariance)
     statistics.save(target)

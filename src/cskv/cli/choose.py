@@ -1,4 +1,4 @@
-"""Which compressor a command means: an explicit folder, one under a root named by its settings, or one made now."""
+"""The compressor that a command means: an explicit folder, one under a root named by its settings, or one made now."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cskv.cli import options as opt
 from cskv.cli.groups import CompressionOptions
+from cskv.cli.initial import initial_adapter
 from cskv.cli.settings import adapter_name, model_name, statistics_path
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, CSKVError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """Where the compressor of `cskv generate` comes from."""
+    """Options that choose the compressor of `cskv generate`."""
 
     model_path: opt.OptionalModelPath = None
     model_id: opt.ModelId = None
@@ -60,8 +61,6 @@ class AdapterChoice:
 
     def initial(self, model: PreTrainedModel, base: str, settings: CSKVConfig) -> CSKVAdapter:
         """Make untrained factors of a loaded model, with the statistics of its calibration where they are needed."""
-        from cskv.cli.initial import initial_adapter
-
         known = statistics_path(self.statistics, self.asvd_calib_root, model_name(base, self.model_id))
         return initial_adapter(model, settings, known)
 

@@ -22,7 +22,7 @@ method_option = opt.panel("Methods")
 
 @dataclass(frozen=True)
 class Contestants:
-    """The methods that the options name."""
+    """Options that name the methods to compare."""
 
     model_path: opt.OptionalModelPath = None
     model_id: opt.ModelId = None

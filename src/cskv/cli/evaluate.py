@@ -15,6 +15,7 @@ from cskv.cli.contestants import Contestants
 from cskv.cli.groups import LoadingOptions
 from cskv.cli.outputs import check_writable
 from cskv.cli.settings import MOST_LINES, model_name, numbers, words
+from cskv.cli.tables import results_table
 
 if TYPE_CHECKING:
     from cskv.evaluation.results import Run
@@ -113,7 +114,8 @@ def evaluate(
         max_new_tokens=max_new_tokens,
     )
     run = _measure(contestants, settings, loading, output, outputs)
-    _tell(run)
+    console().print(results_table(run))
+    say(f"results: {run.path}; `cskv report {run.path}` makes a page of them")
     emit({"command": "evaluate", "results": str(run.path), "rows": len(run.rows), "methods": sorted(run.methods)})
 
 
@@ -168,7 +170,7 @@ def _measure(
 
 
 def _sizes_of(files: list[Path] | None) -> tuple[int, ...]:
-    """The numbers of lines that published files ask about."""
+    """Return the numbers of lines that published files ask about."""
     from cskv.data.lines import read_official
 
     return tuple(sorted({read_official(path)[0].num_lines for path in files or ()}))
@@ -177,17 +179,9 @@ def _sizes_of(files: list[Path] | None) -> tuple[int, ...]:
 def _default_outputs(
     base: str, model_id: str | None, settings: EvaluationSettings, methods: list[str]
 ) -> Iterator[Path]:
-    """Files of these settings and methods: a complete one is kept, and the next is tried."""
+    """Yield files for these settings and methods: a complete one is kept, and the next is tried."""
     described = json.dumps([settings.to_dict(), methods], sort_keys=True)
     name = hashlib.sha256(described.encode()).hexdigest()[:8]
     folder = DEFAULT_ROOT / model_name(base, model_id)
     yield folder / f"{name}.json"
     yield from (folder / f"{name}-{number}.json" for number in itertools.count(2))
-
-
-def _tell(run: Run) -> None:
-    """The table, and where the results are."""
-    from cskv.cli.tables import results_table
-
-    console().print(results_table(run))
-    say(f"results: {run.path}; `cskv report {run.path}` makes a page of them")

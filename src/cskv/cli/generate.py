@@ -21,15 +21,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from cskv.data.lines import LinesCase
-
 input_option, decoding_option = opt.panel("Input"), opt.panel("Decoding")
 LEAST_TEMPERATURE = 1e-6  # below it, logits divided by it leave fp32
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How text is generated."""
+    """Options of text generation."""
 
     max_new_tokens: Annotated[int, decoding_option("--max-new-tokens", "-n", help="The most tokens to generate.")] = 100
     temperature: Annotated[float, decoding_option(help="0 decodes greedily; above, samples.")] = 0.0
@@ -126,28 +124,28 @@ def generate(
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None, lines: int) -> tuple[str, int | None]:
-    """The text to continue and, for a LongEval record, the number that is asked for."""
+    """Return the text to continue and, for a LongEval record, the number that is asked for."""
     if prompt is not None and prompt_file is not None:
         raise DataError("give either --prompt or --prompt-file, not both")
     if prompt_file is not None:
         prompt = _read(prompt_file)
     if prompt is None:
-        case = _record(lines)
-        return case.prompt, case.expected
+        return _record(lines)
     if not prompt.strip():
         raise DataError("the prompt is empty; give some text with --prompt or --prompt-file")
     return prompt, None
 
 
-def _record(lines: int) -> LinesCase:
+def _record(lines: int) -> tuple[str, int]:
     from cskv.data.lines import make_case
 
     if not 1 <= lines <= MOST_LINES:
         raise DataError(f"lines is {lines}; expected a record of at least 1 line and at most {MOST_LINES}")
     try:
-        return make_case(lines, seed=0)
+        case = make_case(lines, seed=0)
     except ImportError as error:
         raise DataError(f"without a prompt a LongEval record is asked, and its words are missing: {error}") from error
+    return case.prompt, case.expected
 
 
 def _read(path: Path) -> str:
@@ -158,7 +156,7 @@ def _read(path: Path) -> str:
 
 
 def _encode(tokenizer: Any, text: str, chat: bool) -> torch.Tensor:
-    """(1, tokens) token ids of the prompt."""
+    """Return the (1, tokens) token ids of the prompt."""
     if not chat:
         return tokenizer(text, return_tensors="pt")["input_ids"]
     if not tokenizer.chat_template:

@@ -55,7 +55,7 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class LoadingOptions:
-    """Where the base model runs, and in what precision."""
+    """Options on the base model's device and precision."""
 
     attn_impl: Annotated[
         str | None,
@@ -82,7 +82,7 @@ class LoadingOptions:
 
 @dataclass(frozen=True)
 class CompressionOptions:
-    """How the cache is compressed, under the paper's names and plainer ones."""
+    """Options of the compression, under the paper's names and plainer ones."""
 
     k_density: Annotated[float, opt.compression(help="Share of the key channels kept, in (0, 1].")] = 0.2
     v_density: Annotated[float, opt.compression(help="Share of the value channels kept, in (0, 1].")] = 0.2

@@ -20,7 +20,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder to write to.")],
     title: Annotated[str | None, typer.Option(help="Title of the page. [default: the model's name]")] = None,
 ) -> None:
-    """Result files of one model to one page: tables, accuracy and perplexity over bytes, agreement, needles, spectra.
+    """Make one page of a model's results: tables, accuracy and perplexity over bytes, agreement, needles, spectra.
 
     Writes index.html, which needs no other file, each figure as a PNG, and summary.csv. Files of an earlier report in
     the same folder are replaced. Where runs overlap, the newest counts, and the page says so.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cskv.cli import options as opt
 from cskv.cli.common import Interrupted, command, emit, is_main_process, say, set_logging
 from cskv.cli.groups import CompressionOptions, LoadingOptions
+from cskv.cli.initial import allocated_adapter, initial_adapter, requantised_adapter
 from cskv.cli.outputs import check_writable
 from cskv.cli.settings import adapter_name, model_name, statistics_path
 from cskv.config import CSKVConfig
@@ -27,7 +28,7 @@ training_option = opt.panel("Training")
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How factors are trained: the fields of `TrainingSettings` that have options."""
+    """Options of the training: the fields of `TrainingSettings` that have options."""
 
     epochs: Annotated[int, training_option("--epochs", "--epoches", help="Passes over the samples.")] = 1
     warmup_steps: Annotated[int, training_option(help="Steps over which the learning rate rises.")] = 0
@@ -57,7 +58,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class InitialOptions:
-    """What training begins with."""
+    """Options on the factors that training begins with."""
 
     target_ratio: Annotated[
         float | None,
@@ -160,7 +161,7 @@ def train(
     * `torchrun --nproc-per-node 4 -m cskv.cli train --model-path my-model --use-asvd --use-window`
     """
     set_logging(logging_level)
-    from cskv.cli.loading import load_samples, load_tokenizer
+    from cskv.cli.loading import load_samples
     from cskv.training.settings import TrainingSettings
 
     settings, source = initial.settings(compression)
@@ -170,12 +171,17 @@ def train(
     check_writable(folder / "config.json")
     samples = None
     if not initial.use_init_params or initial.target_ratio is not None:
-        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
+        samples = load_samples(training_dataset, model_path, num_samples, max_seq_len, seed)
     if settings.window + settings.group == 1:
         say("note: no exact window, every token is compressed at once; --use-window keeps the newest exact")
     model = loading.model(model_path)
     known = statistics_path(statistics, asvd_calib_root, name)
-    adapter = _initial_adapter(model, settings, known, source, samples, initial.target_ratio)
+    if samples is not None and initial.target_ratio is not None:
+        adapter = allocated_adapter(model, settings, known, samples, initial.target_ratio)
+    elif source is not None:
+        adapter = requantised_adapter(model, source, settings, known)
+    else:
+        adapter = initial_adapter(model, settings, known)
     if samples is not None and not initial.use_init_params:
         adapter.metrics |= reconstruct(model, adapter, samples, training_settings, folder)
     if is_main_process():
@@ -183,24 +189,6 @@ def train(
         say(f"adapter: {folder}")
     facts = {"command": "train", "model": model_path, "adapter": str(folder), "settings": adapter.config.to_dict()}
     emit({**facts, **adapter.metrics})
-
-
-def _initial_adapter(
-    model: PreTrainedModel,
-    settings: CSKVConfig,
-    statistics: Path,
-    source: CSKVAdapter | None,
-    samples: TokenSamples | None,
-    target_ratio: float | None,
-) -> CSKVAdapter:
-    """Make the factors that training begins with."""
-    from cskv.cli.initial import allocated_adapter, initial_adapter, requantised_adapter
-
-    if target_ratio is not None and samples is not None:
-        return allocated_adapter(model, settings, statistics, samples, target_ratio)
-    if source is not None:
-        return requantised_adapter(model, source, settings, statistics)
-    return initial_adapter(model, settings, statistics)
 
 
 def reconstruct(
