@@ -16,50 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from cskv.attachment.registration import register
 
-if TYPE_CHECKING:
-    from cskv.adapter.adapter import CSKVAdapter
-    from cskv.adapter.base_model import BaseModelInfo
-    from cskv.attachment.attach import Attachment, attach, detach
-    from cskv.attachment.cache_bytes import CacheReport, cache_report
-    from cskv.calibration.calibrate import calibrate
-    from cskv.calibration.statistics import Statistics
-    from cskv.compression.initialise import initialise
-    from cskv.config import CSKVConfig
-    from cskv.data.samples import TokenSamples
-    from cskv.data.sources import open_source
-    from cskv.errors import AdapterError, CacheError, ConfigError, CSKVError, DataError, UnsupportedModelError
-    from cskv.factorization.factors import Factors, LayerFactors
-    from cskv.training.settings import TrainingSettings
-    from cskv.training.trainer import train
-
-    __version__: str
-
-__all__ = [
-    "AdapterError",
-    "Attachment",
-    "BaseModelInfo",
-    "CSKVAdapter",
-    "CSKVConfig",
-    "CSKVError",
-    "CacheError",
-    "CacheReport",
-    "ConfigError",
-    "DataError",
-    "Factors",
-    "LayerFactors",
-    "Statistics",
-    "TokenSamples",
-    "TrainingSettings",
-    "UnsupportedModelError",
-    "attach",
-    "cache_report",
-    "calibrate",
-    "detach",
-    "initialise",
-    "open_source",
-    "train",
-]
-
 _MODULES = {
     "adapter.adapter": ("CSKVAdapter",),
     "adapter.base_model": ("BaseModelInfo",),
@@ -77,6 +33,35 @@ _MODULES = {
     "training.trainer": ("train",),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+if TYPE_CHECKING:  # "as" is how type checkers know names that are public
+    from cskv.adapter.adapter import CSKVAdapter as CSKVAdapter
+    from cskv.adapter.base_model import BaseModelInfo as BaseModelInfo
+    from cskv.attachment.attach import Attachment as Attachment
+    from cskv.attachment.attach import attach as attach
+    from cskv.attachment.attach import detach as detach
+    from cskv.attachment.cache_bytes import CacheReport as CacheReport
+    from cskv.attachment.cache_bytes import cache_report as cache_report
+    from cskv.calibration.calibrate import calibrate as calibrate
+    from cskv.calibration.statistics import Statistics as Statistics
+    from cskv.compression.initialise import initialise as initialise
+    from cskv.config import CSKVConfig as CSKVConfig
+    from cskv.data.samples import TokenSamples as TokenSamples
+    from cskv.data.sources import open_source as open_source
+    from cskv.errors import AdapterError as AdapterError
+    from cskv.errors import CacheError as CacheError
+    from cskv.errors import ConfigError as ConfigError
+    from cskv.errors import CSKVError as CSKVError
+    from cskv.errors import DataError as DataError
+    from cskv.errors import UnsupportedModelError as UnsupportedModelError
+    from cskv.factorization.factors import Factors as Factors
+    from cskv.factorization.factors import LayerFactors as LayerFactors
+    from cskv.training.settings import TrainingSettings as TrainingSettings
+    from cskv.training.trainer import train as train
+
+    __version__: str
+else:  # type checkers read lists of names only where they are spelt out
+    __all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

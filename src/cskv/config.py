@@ -66,13 +66,9 @@ class CSKVConfig:
             value = getattr(self, name)
             if not is_number(value) or not 0.0 < value <= 1.0:
                 raise ConfigError(f"{name} is {value!r}; expected a share of kv_dim in (0, 1], for instance 0.2")
-        for name, least, unit in (
-            ("window", 0, "tokens"),
-            ("group", 1, "tokens"),
-            ("head_groups", 1, "head groups"),
-        ):
+        for name, least, unit in (("window", 0, "tokens"), ("group", 1, "tokens"), ("head_groups", 1, "head groups")):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if type(value) is not int or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of {unit}, at least {least}")
         for name, choices in (("init", INITS), ("key_factors", KEY_FACTORS)):
             if getattr(self, name) not in choices:
@@ -102,7 +98,7 @@ class CSKVConfig:
         if value is None:
             return
         sizes = tuple(value) if isinstance(value, (list, tuple)) else ()
-        if len(sizes) != 2 or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+        if len(sizes) != 2 or any(type(size) is not int or size < 1 for size in sizes):
             raise ConfigError(f"{name} is {value!r}; expected two whole numbers (tokens, channels), at least 1")
         if self.group % sizes[0]:
             raise ConfigError(f"{name} has {sizes[0]} tokens, which do not divide the group of {self.group}")
@@ -110,7 +106,7 @@ class CSKVConfig:
 
     @property
     def is_quantised(self) -> bool:
-        """True if any latents are stored in fewer than 16 bits."""
+        """Return whether any latents are stored in fewer than 16 bits."""
         return self.mixed_widths or min(self.k_bits, self.v_bits) < 16
 
     def block(self, kind: str) -> tuple[int, int]:
@@ -157,7 +153,7 @@ class CSKVConfig:
 
 
 def density_to_rank(density: float, kv_dim: int, name: str = "density", groups: int = 1) -> int:
-    """`density * kv_dim` rounded to the nearest whole rank (halves up), or multiple of the head groups.
+    """Return `density * kv_dim` rounded to the nearest whole rank (halves up), or multiple of the head groups.
 
     Raises:
         ConfigError: the rank rounds to 0.

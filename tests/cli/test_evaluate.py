@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cskv.cli.lists import numbers, words
+from cskv.cli.settings import numbers, words
 from cskv.errors import ConfigError
 from cskv.evaluation.results import read_run
 from tests.cli.support import last_json, mistake

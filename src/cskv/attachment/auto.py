@@ -26,7 +26,7 @@ class CSKVAdapterConfig(PretrainedConfig):
 
 
 class CSKVForCausalLM:
-    """What `AutoModelForCausalLM` finds for an adapter folder. Its `from_pretrained` returns the base model instead."""
+    """The class that `AutoModelForCausalLM` finds for an adapter folder; it loads the base model instead."""
 
     config_class = CSKVAdapterConfig
 
@@ -62,17 +62,3 @@ class CSKVForCausalLM:
         )
         attach(model, adapter)
         return model
-
-
-def register_config() -> None:
-    """Tell transformers' `AutoConfig` about adapter folders. Doing it twice does nothing more."""
-    from transformers.models.auto.configuration_auto import AutoConfig
-
-    AutoConfig.register(MODEL_TYPE, CSKVAdapterConfig, exist_ok=True)
-
-
-def register_model() -> None:
-    """Tell transformers' `AutoModelForCausalLM` about adapter folders. Doing it twice does nothing more."""
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-
-    AutoModelForCausalLM.register(CSKVAdapterConfig, CSKVForCausalLM, exist_ok=True)

@@ -22,15 +22,19 @@ def register() -> None:
 
 
 def _register_config() -> None:
-    from cskv.attachment.auto import register_config
+    from transformers.models.auto.configuration_auto import AutoConfig
 
-    register_config()
+    from cskv.attachment.auto import CSKVAdapterConfig
+
+    AutoConfig.register(CSKVAdapterConfig.model_type, CSKVAdapterConfig, exist_ok=True)
 
 
 def _register_model() -> None:
-    from cskv.attachment.auto import register_model
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-    register_model()
+    from cskv.attachment.auto import CSKVAdapterConfig, CSKVForCausalLM
+
+    AutoModelForCausalLM.register(CSKVAdapterConfig, CSKVForCausalLM, exist_ok=True)
 
 
 _FUNCTIONS: dict[str, Callable[[], None]] = {

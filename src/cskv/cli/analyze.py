@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from cskv.cli.common import command, emit, say, set_logging
 from cskv.cli.groups import LoadingOptions
 from cskv.cli.outputs import check_writable
 from cskv.cli.settings import model_name
+from cskv.errors import CSKVError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,26 +25,6 @@ if TYPE_CHECKING:
 FILES = ("spectra.csv", "spectra.png")
 ADAPTER_FILES = ("ranks.png", "losses.png", "losses.csv")
 
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", help="Folder to write to. [default: outputs/analysis/MODEL_ID]", show_default=False,
-        rich_help_panel=opt.FILES,
-    ),
-]  # fmt: skip
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter", "-a", help="Also draw this adapter's ranks and losses.", show_default=False,
-        rich_help_panel=opt.FILES,
-    ),
-]  # fmt: skip
-WeightsOnly = Annotated[
-    bool, typer.Option("--weights-only", help="Spectra of the weights alone: no text.", rich_help_panel=opt.RUNNING)
-]
-NumSamples = Annotated[int, typer.Option("--num-samples", help="Samples of text.", rich_help_panel=opt.RUNNING)]
-MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens per sample.", rich_help_panel=opt.RUNNING)]
-
 
 @command
 def analyze(
@@ -51,21 +33,24 @@ def analyze(
     model_id: opt.ModelId = None,
     statistics: opt.Statistics = None,
     training_dataset: opt.TrainingDataset = "offline",
-    num_samples: NumSamples = 16,
-    max_seq_len: MaxSeqLen = 1024,
-    weights_only: WeightsOnly = False,
-    adapter: Adapter = None,
-    output: Output = None,
+    num_samples: opt.NumSamples = 16,
+    max_seq_len: opt.MaxSeqLen = 1024,
+    weights_only: Annotated[bool, opt.running("--weights-only", help="Spectra of the weights alone: no text.")] = False,
+    adapter: Annotated[
+        str | None, opt.files("--adapter", "-a", help="Also draw this adapter's ranks and losses.")
+    ] = None,
+    output: Annotated[
+        Path | None, opt.files("--output", "-o", help="Folder to write to. [default: outputs/analysis/MODEL_ID]")
+    ] = None,
     seed: opt.Seed = 0,
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
-    """Singular value spectra of the K and V weights and of the calibrated K and V, as spectra.csv and spectra.png.
+    """Write singular value spectra of the K and V weights and of the calibrated K and V: spectra.csv, spectra.png.
 
     With `--adapter`: its ranks per layer as ranks.png, and its reconstruction loss per layer beside that of SVD, ASVD
     and PCA at the same ranks as losses.png and losses.csv.
 
-    The calibrated ones come from `--statistics` (made with `cskv calibrate`), or from a short calibration
-    here.
+    The calibrated ones come from `--statistics` (made with `cskv calibrate`), or from a short calibration here.
 
     Examples:
 
@@ -76,18 +61,20 @@ def analyze(
     """
     set_logging(logging_level)
     from cskv.calibration.statistics import Statistics
-    from cskv.cli.loading import load_samples, load_tokenizer
+    from cskv.cli.loading import load_samples
     from cskv.evaluation.spectra import calibrated_spectra, summary_rows, weight_spectra, write_csv
+    from cskv.plots import plot_spectra
 
     name = model_name(model_path, model_id)
     folder = output or Path("outputs/analysis") / name
     check_writable(*(folder / file for file in (*FILES, *(ADAPTER_FILES if adapter else ()))))
-    plot = _plotter()
+    if find_spec("matplotlib") is None:
+        raise CSKVError("drawing needs matplotlib: pip install 'cskv[plots]'")
     model = loading.model(model_path)
     spectra = weight_spectra(model)
     samples: Any = None
     if adapter is not None or not (weights_only or statistics):
-        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
+        samples = load_samples(training_dataset, model_path, num_samples, max_seq_len, seed)
     if not weights_only:
         known = Statistics.load(statistics) if statistics else take_statistics(model, samples, covariance=True)
         spectra += calibrated_spectra(model, known)
@@ -96,7 +83,7 @@ def analyze(
         drawn = compare(model, adapter, samples, folder)
         say(", ".join(drawn))
     table = write_csv(spectra, folder / "spectra.csv")
-    figure = plot(spectra, folder / "spectra.png", title=name)
+    figure = plot_spectra(spectra, folder / "spectra.png", title=name)
     rows = summary_rows(spectra)
     for line in describe(rows):
         typer.echo(line)
@@ -106,7 +93,7 @@ def analyze(
 
 
 def compare(model: PreTrainedModel, adapter: str, samples: TokenSamples, folder: Path) -> list[str]:
-    """Draw an adapter's ranks, and its losses beside those of the closed forms; the files written.
+    """Draw an adapter's ranks, and its losses beside those of the closed forms, and return the files.
 
     Raises:
         AdapterError: the adapter is damaged, or belongs to another model.
@@ -137,20 +124,8 @@ def compare(model: PreTrainedModel, adapter: str, samples: TokenSamples, folder:
     return [str(folder / name) for name in ADAPTER_FILES]
 
 
-def _plotter() -> Any:
-    """The drawing function, after finding out early that it can draw."""
-    from cskv.errors import CSKVError
-    from cskv.plots import plot_spectra
-
-    try:
-        import matplotlib  # noqa: F401 (only whether it is there)
-    except ImportError as error:
-        raise CSKVError("drawing needs matplotlib: pip install 'cskv[plots]'") from error
-    return plot_spectra
-
-
 def describe(rows: list[dict[str, Any]]) -> list[str]:
-    """How many channels hold 90, 95 and 99 % of the energy, as lines for a person."""
+    """Return how many channels hold 90, 95 and 99 % of the energy, as lines for a person."""
     lines = ["layer  of            channels  for 90 %  for 95 %  for 99 % of the energy"]
     for row in rows:
         what = f"{row['projection'].upper()} {row['source']}"

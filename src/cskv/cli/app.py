@@ -21,7 +21,7 @@ from cskv.cli.train import train
 
 
 def dashes(token: str) -> str:
-    """Option names with underscores, as the paper's scripts spell them, are the same as with dashes."""
+    """Return an option's name with dashes; the paper's scripts spell them with underscores."""
     return token.replace("_", "-")
 
 

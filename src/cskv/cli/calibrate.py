@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from cskv.cli import options as opt
 from cskv.cli.common import Interrupted, command, emit, progress, say, set_logging
 from cskv.cli.groups import LoadingOptions
@@ -19,21 +17,6 @@ if TYPE_CHECKING:
     from cskv.calibration.statistics import Statistics
     from cskv.data.samples import TokenSamples
 
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Exact file to write, instead of a root.", rich_help_panel=opt.FILES),
-]
-NumSamples = Annotated[int, typer.Option("--num-samples", help="Samples of text.", rich_help_panel=opt.RUNNING)]
-MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens per sample.", rich_help_panel=opt.RUNNING)]
-Covariance = Annotated[
-    bool,
-    typer.Option(
-        "--covariance/--no-covariance",
-        help="Also second moments of keys and values, for PCA and `cskv analyze`: 16 kv_dim² bytes per layer.",
-        rich_help_panel=opt.RUNNING,
-    ),
-]
-
 
 @command
 def calibrate(
@@ -41,10 +24,15 @@ def calibrate(
     loading: LoadingOptions,
     model_id: opt.ModelId = None,
     training_dataset: opt.TrainingDataset = "offline",
-    num_samples: NumSamples = 256,
-    max_seq_len: MaxSeqLen = 4096,
-    covariance: Covariance = True,
-    output: Output = None,
+    num_samples: opt.NumSamples = 256,
+    max_seq_len: opt.MaxSeqLen = 4096,
+    covariance: Annotated[
+        bool,
+        opt.running(
+            help="Also second moments of keys and values, for PCA and `cskv analyze`: 16 kv_dim² bytes per layer."
+        ),
+    ] = True,
+    output: Annotated[Path | None, opt.files("--output", "-o", help="Exact file to write, instead of a root.")] = None,
     asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT,
     seed: opt.Seed = 0,
     logging_level: opt.LoggingLevel = "WARNING",
@@ -60,11 +48,11 @@ def calibrate(
     * `cskv calibrate --model_path lmsys/longchat-7b-v1.5-32k --training_dataset pile_subset --device-map auto`
     """
     set_logging(logging_level)
-    from cskv.cli.loading import load_samples, load_tokenizer
+    from cskv.cli.loading import load_samples
 
-    target = output or statistics_path(asvd_calib_root, model_name(model_path, model_id))
+    target = statistics_path(output, asvd_calib_root, model_name(model_path, model_id))
     check_writable(target)
-    samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
+    samples = load_samples(training_dataset, model_path, num_samples, max_seq_len, seed)
     model = loading.model(model_path)
     statistics = take_statistics(model, samples, covariance)
     statistics.save(target)

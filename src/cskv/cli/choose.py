@@ -1,17 +1,15 @@
-"""Which compressor a command means: an explicit folder, one under a root named by its settings, or one made now."""
+"""The compressor that a command means: an explicit folder, one under a root named by its settings, or one made now."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from cskv.cli import options as opt
 from cskv.cli.groups import CompressionOptions
+from cskv.cli.initial import initial_adapter
 from cskv.cli.settings import adapter_name, model_name, statistics_path
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, CSKVError
@@ -21,41 +19,20 @@ if TYPE_CHECKING:
 
     from cskv.adapter.adapter import CSKVAdapter
 
-Adapter = Annotated[
-    str | None,
-    typer.Option("--adapter", "-a", help="Adapter folder or hub id, instead of a root.", rich_help_panel=opt.FILES),
-]
-UseOrigin = Annotated[
-    bool,
-    typer.Option("--use-origin-model", help="The uncompressed baseline.", rich_help_panel=opt.COMPRESSION),
-]
-UseInit = Annotated[
-    bool,
-    typer.Option(
-        "--use-init-params", help="Untrained factors, made now; see --init.", rich_help_panel=opt.COMPRESSION
-    ),
-]  # fmt: skip
-
-
-def widths_of(own: CSKVConfig, wanted: CSKVConfig, window_given: bool) -> CSKVConfig:
-    """Return an adapter's own settings with other widths and blocks, and another window where one was given.
-
-    Raises:
-        ConfigError: the blocks do not go with the window.
-    """
-    names = ["k_bits", "v_bits", "k_block", "v_block", *(("window", "group") if window_given else ())]
-    return dataclasses.replace(own, **{name: getattr(wanted, name) for name in names})
-
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """Where the compressor of `cskv generate` comes from."""
+    """Options that choose the compressor of `cskv generate`."""
 
     model_path: opt.OptionalModelPath = None
     model_id: opt.ModelId = None
-    adapter: Adapter = None
-    use_origin_model: UseOrigin = False
-    use_init_params: UseInit = False
+    adapter: Annotated[
+        str | None, opt.files("--adapter", "-a", help="Adapter folder or hub id, instead of a root.")
+    ] = None
+    use_origin_model: Annotated[bool, opt.compression("--use-origin-model", help="The uncompressed baseline.")] = False
+    use_init_params: Annotated[
+        bool, opt.compression("--use-init-params", help="Untrained factors, made now; see --init.")
+    ] = False
     kv_ckpt_root_path: opt.AdapterRoot = opt.DEFAULT_ADAPTER_ROOT
     asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT
     statistics: opt.Statistics = None
@@ -84,9 +61,7 @@ class AdapterChoice:
 
     def initial(self, model: PreTrainedModel, base: str, settings: CSKVConfig) -> CSKVAdapter:
         """Make untrained factors of a loaded model, with the statistics of its calibration where they are needed."""
-        from cskv.cli.initial import initial_adapter
-
-        known = self.statistics or statistics_path(self.asvd_calib_root, model_name(base, self.model_id))
+        known = statistics_path(self.statistics, self.asvd_calib_root, model_name(base, self.model_id))
         return initial_adapter(model, settings, known)
 
     def _folder(self, settings: CSKVConfig) -> Path:

@@ -32,12 +32,12 @@ class Interrupted(Exception):
 
 
 def console() -> Console:
-    """Standard error, looked up anew because test runners replace it."""
+    """Return standard error, looked up anew because test runners replace it."""
     return Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """A line for the person, on standard error. Only the main process speaks."""
+    """Print a line for the person on standard error. Only the main process speaks."""
     if is_main_process():
         console().print(escape(text), soft_wrap=True)
 
@@ -61,7 +61,7 @@ def _finite(value: Any) -> Any:
 
 
 def is_main_process() -> bool:
-    """False on the other processes that torchrun started."""
+    """Return False on the other processes that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -139,13 +139,12 @@ def print_error(message: str) -> None:
 
 
 def progress(*columns: str) -> Progress:
-    """A progress bar on standard error with time spent and time left; `columns` are further task fields, as markup."""
-    extra = [TextColumn(column) for column in columns]
+    """Return a progress bar on standard error, with time spent and left; `columns` are more task fields, as markup."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        *extra,
+        *map(TextColumn, columns),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console(),

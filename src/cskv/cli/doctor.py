@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib import metadata
 from typing import Any
 
 import typer
@@ -35,8 +36,6 @@ def doctor() -> None:
     * `cskv doctor`
     * `cskv doctor | tail -n 1 | python -m json.tool`
     """
-    from importlib import metadata
-
     required = required_packages()
     report: dict[str, Any] = {
         "command": "doctor",
@@ -55,9 +54,7 @@ def doctor() -> None:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed distribution or of its CPU build, or None."""
-    from importlib import metadata
-
+    """Return the version of an installed distribution or of its CPU build, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -65,9 +62,7 @@ def installed_version(package: str) -> str | None:
 
 
 def required_packages() -> dict[str, dict[str, Any]]:
-    """Installed version, supported range and whether they agree, for every package that cskv requires."""
-    from importlib import metadata
-
+    """Return the version, the supported range and whether they agree, of every package that cskv requires."""
     from packaging.requirements import Requirement
 
     packages = {}
@@ -85,7 +80,7 @@ def required_packages() -> dict[str, dict[str, Any]]:
 
 
 def devices() -> dict[str, Any]:
-    """Processor cores and accelerators that torch sees; memory in bytes."""
+    """Return the processor cores and accelerators that torch sees; memory in bytes."""
     try:
         import torch
     except ImportError as error:
@@ -98,7 +93,7 @@ def devices() -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> list[str]:
-    """The report as lines for a person."""
+    """Return the report as lines for a person."""
     lines = [f"cskv {report['cskv']} on Python {report['python']}", "", "required:"]
     for name, entry in report["required"].items():
         mark = "ok " if entry["ok"] else "BAD"

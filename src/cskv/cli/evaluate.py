@@ -9,114 +9,73 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from cskv.cli import options as opt
 from cskv.cli.common import Interrupted, command, console, emit, progress, say, set_logging
 from cskv.cli.contestants import Contestants
 from cskv.cli.groups import LoadingOptions
-from cskv.cli.lists import MOST_LINES, numbers, words
 from cskv.cli.outputs import check_writable
-from cskv.cli.settings import model_name
+from cskv.cli.settings import MOST_LINES, model_name, numbers, words
+from cskv.cli.tables import results_table
 
 if TYPE_CHECKING:
     from cskv.evaluation.results import Run
     from cskv.evaluation.settings import EvaluationSettings
 
-QUESTIONS, TEXT = "Questions", "Text"
 DEFAULT_ROOT = Path("outputs/evaluation")
 
-Tasks = Annotated[
-    list[str],
-    typer.Option(
-        "--task", "-t",
-        help="lines (LongEval), passkey, niah-single, niah-multikey, niah-multivalue, niah-multiquery (RULER), "
-        "perplexity (with agreement), continuation. Several with commas, or again.",
-        rich_help_panel=QUESTIONS,
-    ),
-]  # fmt: skip
-Lines = Annotated[list[str], typer.Option("--lines", help="Lines of LongEval records.", rich_help_panel=QUESTIONS)]
-LinesFiles = Annotated[
-    list[Path] | None,
-    typer.Option("--lines-file", help="A published LongEval lines file, instead of generated records; again for more.",
-                 show_default=False, rich_help_panel=QUESTIONS),
-]  # fmt: skip
-Tokens = Annotated[list[str], typer.Option("--tokens", help="Tokens of needle prompts.", rich_help_panel=QUESTIONS)]
-Depths = Annotated[
-    list[str], typer.Option("--depths", help="Where needles lie, from 0 to 1.", rich_help_panel=QUESTIONS)
-]
-Cases = Annotated[int, typer.Option("--cases", help="Questions per task, size and seed.", rich_help_panel=QUESTIONS)]
-Protocols = Annotated[
-    list[str],
-    typer.Option(
-        "--protocol",
-        help="in-prefill: the question is prefilled with its context (the paper's). context-first: the context is "
-        "compressed before the question is known (harder).",
-        rich_help_panel=QUESTIONS,
-    ),
-]
-Wording = Annotated[
-    str, typer.Option("--wording", help="Of needles: ruler, or lines (LongEval's).", rich_help_panel=QUESTIONS)
-]
-Haystack = Annotated[
-    str,
-    typer.Option(
-        "--haystack", help="What needles are hidden in: noise, needles, or a text source.", rich_help_panel=QUESTIONS
-    ),
-]
-Chat = Annotated[bool, typer.Option("--chat", help="Ask in the tokenizer's chat template.", rich_help_panel=QUESTIONS)]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", help="The longest answer.", rich_help_panel=QUESTIONS)
-]
-Source = Annotated[
-    str, typer.Option("--text", help="A text file, or offline, wikitext2, c4: held-out part.", rich_help_panel=TEXT)
-]
-Texts = Annotated[int, typer.Option("--texts", help="Texts per seed.", rich_help_panel=TEXT)]
-TextTokens = Annotated[list[str], typer.Option("--text-tokens", help="Tokens of a text.", rich_help_panel=TEXT)]
-Continued = Annotated[
-    int, typer.Option("--continued", help="The last tokens, which continuation scores.", rich_help_panel=TEXT)
-]
-Seeds = Annotated[list[str], typer.Option("--seed", help="Seeds of questions and texts.", rich_help_panel=opt.RUNNING)]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", help="Questions or texts read together.", rich_help_panel=opt.RUNNING)
-]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o",
-        help="Result file. An unfinished run of the same settings goes on; another one is never overwritten. "
-        "[default: outputs/evaluation/MODEL/HASH.json]",
-        show_default=False, rich_help_panel=opt.FILES,
-    ),
-]  # fmt: skip
-Outputs = Annotated[
-    bool, typer.Option("--outputs/--no-outputs", help="Keep every answer in the file.", rich_help_panel=opt.FILES)
-]
+question_option, text_option = opt.panel("Questions"), opt.panel("Text")
 
 
 @command
 def evaluate(
     contestants: Contestants,
     loading: LoadingOptions,
-    task: Tasks = ["lines", "perplexity"],  # noqa: B006 (typer copies it)
-    lines: Lines = ["200"],  # noqa: B006
-    lines_file: LinesFiles = None,
-    tokens: Tokens = ["1024"],  # noqa: B006
-    depths: Depths = ["0,0.25,0.5,0.75,1"],  # noqa: B006
-    cases: Cases = 50,
-    protocol: Protocols = ["in-prefill,context-first"],  # noqa: B006
-    wording: Wording = "ruler",
-    haystack: Haystack = "offline",
-    chat: Chat = False,
-    max_new_tokens: MaxNewTokens = 64,
-    text: Source = "offline",
-    texts: Texts = 8,
-    text_tokens: TextTokens = ["1024"],  # noqa: B006
-    continued: Continued = 256,
-    output: Output = None,
-    outputs: Outputs = True,
-    batch_size: BatchSize = 4,
-    seed: Seeds = ["0"],  # noqa: B006
+    task: Annotated[
+        list[str],
+        question_option(
+            "--task",
+            "-t",
+            help="lines (LongEval), passkey, niah-single, niah-multikey, niah-multivalue, niah-multiquery (RULER), "
+            "perplexity (with agreement), continuation. Several with commas, or again.",
+        ),
+    ] = ["lines", "perplexity"],  # noqa: B006 (typer copies it)
+    lines: Annotated[list[str], question_option(help="Lines of LongEval records.")] = ["200"],  # noqa: B006
+    lines_file: Annotated[
+        list[Path] | None,
+        question_option(help="A published LongEval lines file, instead of generated records; again for more."),
+    ] = None,
+    tokens: Annotated[list[str], question_option(help="Tokens of needle prompts.")] = ["1024"],  # noqa: B006
+    depths: Annotated[list[str], question_option(help="Where needles lie, from 0 to 1.")] = ["0,0.25,0.5,0.75,1"],  # noqa: B006
+    cases: Annotated[int, question_option(help="Questions per task, size and seed.")] = 50,
+    protocol: Annotated[
+        list[str],
+        question_option(
+            help="in-prefill: the question is prefilled with its context (the paper's). context-first: the context is "
+            "compressed before the question is known (harder)."
+        ),
+    ] = ["in-prefill,context-first"],  # noqa: B006
+    wording: Annotated[str, question_option(help="Of needles: ruler, or lines (LongEval's).")] = "ruler",
+    haystack: Annotated[
+        str, question_option(help="What needles are hidden in: noise, needles, or a text source.")
+    ] = "offline",
+    chat: Annotated[bool, question_option("--chat", help="Ask in the tokenizer's chat template.")] = False,
+    max_new_tokens: Annotated[int, question_option("--max-new-tokens", "-n", help="The longest answer.")] = 64,
+    text: Annotated[str, text_option(help="A text file, or offline, wikitext2, c4: held-out part.")] = "offline",
+    texts: Annotated[int, text_option(help="Texts per seed.")] = 8,
+    text_tokens: Annotated[list[str], text_option(help="Tokens of a text.")] = ["1024"],  # noqa: B006
+    continued: Annotated[int, text_option(help="The last tokens, which continuation scores.")] = 256,
+    output: Annotated[
+        Path | None,
+        opt.files(
+            "--output",
+            "-o",
+            help="Result file. An unfinished run of the same settings goes on; another one is never overwritten. "
+            "[default: outputs/evaluation/MODEL/HASH.json]",
+        ),
+    ] = None,
+    outputs: Annotated[bool, opt.files(help="Keep every answer in the file.")] = True,
+    batch_size: Annotated[int, opt.running(help="Questions or texts read together.")] = 4,
+    seed: Annotated[list[str], opt.running(help="Seeds of questions and texts.")] = ["0"],  # noqa: B006
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
     """Measure accuracy, perplexity, agreement and allocated bytes of adapters and baselines, side by side.
@@ -155,7 +114,8 @@ def evaluate(
         max_new_tokens=max_new_tokens,
     )
     run = _measure(contestants, settings, loading, output, outputs)
-    _tell(run)
+    console().print(results_table(run))
+    say(f"results: {run.path}; `cskv report {run.path}` makes a page of them")
     emit({"command": "evaluate", "results": str(run.path), "rows": len(run.rows), "methods": sorted(run.methods)})
 
 
@@ -210,7 +170,7 @@ def _measure(
 
 
 def _sizes_of(files: list[Path] | None) -> tuple[int, ...]:
-    """The numbers of lines that published files ask about."""
+    """Return the numbers of lines that published files ask about."""
     from cskv.data.lines import read_official
 
     return tuple(sorted({read_official(path)[0].num_lines for path in files or ()}))
@@ -219,17 +179,9 @@ def _sizes_of(files: list[Path] | None) -> tuple[int, ...]:
 def _default_outputs(
     base: str, model_id: str | None, settings: EvaluationSettings, methods: list[str]
 ) -> Iterator[Path]:
-    """Files of these settings and methods: a complete one is kept, and the next is tried."""
+    """Yield files for these settings and methods: a complete one is kept, and the next is tried."""
     described = json.dumps([settings.to_dict(), methods], sort_keys=True)
     name = hashlib.sha256(described.encode()).hexdigest()[:8]
     folder = DEFAULT_ROOT / model_name(base, model_id)
     yield folder / f"{name}.json"
     yield from (folder / f"{name}-{number}.json" for number in itertools.count(2))
-
-
-def _tell(run: Run) -> None:
-    """The table, and where the results are."""
-    from cskv.cli.tables import results_table
-
-    console().print(results_table(run))
-    say(f"results: {run.path}; `cskv report {run.path}` makes a page of them")

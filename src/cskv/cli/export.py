@@ -8,65 +8,39 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cskv.cli import options as opt
 from cskv.cli.common import command, emit
 from cskv.cli.loading import check_folder
-from cskv.cli.options import FILES, WINDOW, OptionalModelPath
 from cskv.cli.outputs import check_writable
 
 if TYPE_CHECKING:
     from cskv.adapter.adapter import CSKVAdapter
     from cskv.vllm.export import ExportReport
 
-Adapter = Annotated[
-    str, typer.Argument(help="Adapter folder, as `cskv train` writes it, or hub id.", show_default=False)
-]
-Out = Annotated[
-    Path,
-    typer.Option("--out", "--output", "-o", help="Folder to write.", show_default=False, rich_help_panel=FILES),
-]
-Window = Annotated[
-    int | None,
-    typer.Option(
-        "--window",
-        help="Tokens that are always exact. [default: the adapter's]",
-        show_default=False,
-        rich_help_panel=WINDOW,
-    ),
-]
-Group = Annotated[
-    int | None,
-    typer.Option(
-        "--group",
-        help="Tokens that leave the window at a time; a multiple of the tokens of the adapter's blocks. Packed latents "
-        "of an adapter that was trained without --k-block and --v-block are stored in blocks that follow the group: "
-        "another group is another grid than it was trained for. [default: the adapter's]",
-        show_default=False,
-        rich_help_panel=WINDOW,
-    ),
-]
-Copy = Annotated[
-    bool,
-    typer.Option(
-        "--copy",
-        help="Copy weights always. Without it they are hard links to the base model's where both folders are on one "
-        "file system: they take no room, and who changes one in place changes both.",
-        rich_help_panel=FILES,
-    ),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.", rich_help_panel=FILES)
-]
-
 
 @command
 def export(
-    adapter: Adapter,
-    out: Out,
-    model_path: OptionalModelPath = None,
-    window: Window = None,
-    group: Group = None,
-    copy: Copy = False,
-    overwrite: Overwrite = False,
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, as `cskv train` writes it, or hub id.")],
+    out: Annotated[Path, opt.files("--out", "--output", "-o", help="Folder to write.")],
+    model_path: opt.OptionalModelPath = None,
+    window: Annotated[int | None, opt.window(help="Tokens that are always exact. [default: the adapter's]")] = None,
+    group: Annotated[
+        int | None,
+        opt.window(
+            help="Tokens that leave the window at a time; a multiple of the tokens of the adapter's blocks. Packed "
+            "latents of an adapter that was trained without --k-block and --v-block are stored in blocks that follow "
+            "the group: another group is another grid than it was trained for. [default: the adapter's]"
+        ),
+    ] = None,
+    copy: Annotated[
+        bool,
+        opt.files(
+            "--copy",
+            help="Copy weights always. Without it they are hard links to the base model's where both folders are on "
+            "one file system: they take no room, and who changes one in place changes both.",
+        ),
+    ] = False,
+    overwrite: Annotated[bool, opt.files("--overwrite", help="Replace an earlier export in the folder.")] = False,
 ) -> None:
     """Write a checkpoint that vLLM serves from a compressed cache: the base model's files, and the adapter beside them.
 
@@ -95,7 +69,7 @@ def export(
 
 
 def find_base(adapter: CSKVAdapter, model_path: str | None) -> Path:
-    """The folder of the base model: the given one, or what the adapter names.
+    """Return the folder of the base model: the given one, or what the adapter names.
 
     Raises:
         CSKVError: there is none.
@@ -111,7 +85,7 @@ def find_base(adapter: CSKVAdapter, model_path: str | None) -> Path:
 
 
 def describe(report: ExportReport) -> list[str]:
-    """The report as lines for a person."""
+    """Return the report as lines for a person."""
     weights = [
         *([f"{len(report.linked)} file(s) hard-linked to the base model's"] if report.linked else []),
         *([f"{len(report.copied)} file(s) copied"] if report.copied else []),

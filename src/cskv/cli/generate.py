@@ -8,67 +8,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 import cskv
 from cskv.cli import options as opt
 from cskv.cli.choose import AdapterChoice
 from cskv.cli.common import command, emit, say, set_logging
 from cskv.cli.groups import CompressionOptions, LoadingOptions
-from cskv.cli.lists import MOST_LINES
-from cskv.cli.sizes import cache_lines
+from cskv.cli.settings import MOST_LINES
+from cskv.cli.tables import cache_lines
 from cskv.errors import CSKVError, DataError, first_line
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from cskv.data.lines import LinesCase
-
-INPUT, SAMPLING = "Input", "Decoding"
+input_option, decoding_option = opt.panel("Input"), opt.panel("Decoding")
 LEAST_TEMPERATURE = 1e-6  # below it, logits divided by it leave fp32
-
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt itself.", rich_help_panel=INPUT)]
-PromptFile = Annotated[
-    Path | None, typer.Option("--prompt-file", help="A UTF-8 text file; - is standard input.", rich_help_panel=INPUT)
-]
-Lines = Annotated[
-    int,
-    typer.Option("--lines", help="Without a prompt: ask a LongEval record of this many lines.", rich_help_panel=INPUT),
-]
-Chat = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the chat template.", rich_help_panel=INPUT)]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate.", rich_help_panel=SAMPLING)
-]
-Temperature = Annotated[
-    float, typer.Option("--temperature", help="0 decodes greedily; above, samples.", rich_help_panel=SAMPLING)
-]
-CacheImplementation = Annotated[
-    str | None,
-    typer.Option(
-        "--cache-implementation",
-        help="transformers' cache. Compressed tokens fit the dynamic one only; others are refused.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-Attention = Annotated[
-    str,
-    typer.Option(
-        "--attention",
-        help="What reads old tokens: auto, triton, torch or reference read latents; rebuild makes keys and values.",
-        rich_help_panel=SAMPLING,
-    ),
-]
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How text is generated."""
+    """Options of text generation."""
 
-    max_new_tokens: MaxNewTokens = 100
-    temperature: Temperature = 0.0
-    cache_implementation: CacheImplementation = None
-    attention: Attention = "auto"
+    max_new_tokens: Annotated[int, decoding_option("--max-new-tokens", "-n", help="The most tokens to generate.")] = 100
+    temperature: Annotated[float, decoding_option(help="0 decodes greedily; above, samples.")] = 0.0
+    cache_implementation: Annotated[
+        str | None,
+        decoding_option(help="transformers' cache. Compressed tokens fit the dynamic one only; others are refused."),
+    ] = None
+    attention: Annotated[
+        str,
+        decoding_option(
+            help="What reads old tokens: auto, triton, torch or reference read latents; rebuild makes keys and values."
+        ),
+    ] = "auto"
     seed: opt.Seed = 0
 
     def check(self, compressed: bool) -> None:
@@ -110,10 +82,10 @@ def generate(
     compression: CompressionOptions,
     decoding: DecodingOptions,
     loading: LoadingOptions,
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
-    lines: Lines = 100,
-    chat: Chat = False,
+    prompt: Annotated[str | None, input_option("--prompt", "-p", help="The prompt itself.")] = None,
+    prompt_file: Annotated[Path | None, input_option(help="A UTF-8 text file; - is standard input.")] = None,
+    lines: Annotated[int, input_option(help="Without a prompt: ask a LongEval record of this many lines.")] = 100,
+    chat: Annotated[bool, input_option("--chat", help="Wrap the prompt in the chat template.")] = False,
     logging_level: opt.LoggingLevel = "WARNING",
 ) -> None:
     """Generate text from a compressed cache and print its real bytes beside the uncompressed ones.
@@ -152,28 +124,28 @@ def generate(
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None, lines: int) -> tuple[str, int | None]:
-    """The text to continue and, for a LongEval record, the number that is asked for."""
+    """Return the text to continue and, for a LongEval record, the number that is asked for."""
     if prompt is not None and prompt_file is not None:
         raise DataError("give either --prompt or --prompt-file, not both")
     if prompt_file is not None:
         prompt = _read(prompt_file)
     if prompt is None:
-        case = _record(lines)
-        return case.prompt, case.expected
+        return _record(lines)
     if not prompt.strip():
         raise DataError("the prompt is empty; give some text with --prompt or --prompt-file")
     return prompt, None
 
 
-def _record(lines: int) -> LinesCase:
+def _record(lines: int) -> tuple[str, int]:
     from cskv.data.lines import make_case
 
     if not 1 <= lines <= MOST_LINES:
         raise DataError(f"lines is {lines}; expected a record of at least 1 line and at most {MOST_LINES}")
     try:
-        return make_case(lines, seed=0)
+        case = make_case(lines, seed=0)
     except ImportError as error:
         raise DataError(f"without a prompt a LongEval record is asked, and its words are missing: {error}") from error
+    return case.prompt, case.expected
 
 
 def _read(path: Path) -> str:
@@ -184,7 +156,7 @@ def _read(path: Path) -> str:
 
 
 def _encode(tokenizer: Any, text: str, chat: bool) -> torch.Tensor:
-    """(1, tokens) token ids of the prompt."""
+    """Return the (1, tokens) token ids of the prompt."""
     if not chat:
         return tokenizer(text, return_tensors="pt")["input_ids"]
     if not tokenizer.chat_template:

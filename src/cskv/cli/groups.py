@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from cskv.cli import options as opt
-from cskv.cli.settings import block_of, init_of, window_and_group
+from cskv.cli.settings import block_of, check_number, init_of, window_and_group
 from cskv.config import CSKVConfig
-from cskv.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-GREATEST = 2**32  # of any option: what is counted, and seeds, are below it
 
 
 def expand(function: Callable[..., None]) -> Callable[..., None]:
@@ -57,24 +53,21 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
-def check_number(option: str, value: object, below: int = GREATEST) -> None:
-    """Refuse a number that no option takes: not finite, or so large that it must be a slip.
-
-    Raises:
-        ConfigError: it is one.
-    """
-    if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) < below):
-        raise ConfigError(f"{option} is {value}; expected a number below {below}")
-
-
 @dataclass(frozen=True)
 class LoadingOptions:
-    """Where the base model runs, and in what precision."""
+    """Options on the base model's device and precision."""
 
-    attn_impl: opt.AttnImpl = None
-    dtype: opt.Dtype = "auto"
-    device: opt.Device = "auto"
-    device_map: opt.DeviceMap = None
+    attn_impl: Annotated[
+        str | None,
+        opt.model(
+            help="Attention implementation: eager, sdpa, flash_attention_2, ... [default: transformers' own choice]"
+        ),
+    ] = None
+    dtype: Annotated[str, opt.model(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[str, opt.model(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...")] = "auto"
+    device_map: Annotated[
+        str | None, opt.model(help="Spread one copy of the model over several devices: auto, balanced, sequential.")
+    ] = None
 
     def model(self, path: str) -> PreTrainedModel:
         """Load a base model, in evaluation mode.
@@ -89,22 +82,49 @@ class LoadingOptions:
 
 @dataclass(frozen=True)
 class CompressionOptions:
-    """How the cache is compressed, under the paper's names and plainer ones."""
+    """Options of the compression, under the paper's names and plainer ones."""
 
-    k_density: opt.KDensity = 0.2
-    v_density: opt.VDensity = 0.2
-    use_asvd: opt.UseAsvd = None
-    init: opt.Init = None
-    key_factors: opt.KeyFactors = "joint"
-    head_groups: opt.HeadGroups = 1
-    k_bits: opt.KBits = 16
-    v_bits: opt.VBits = 16
-    k_block: opt.KBlock = None
-    v_block: opt.VBlock = None
-    use_window: opt.UseWindow = None
-    q_window_size: opt.QWindowSize = 32
-    window: opt.Window = None
-    group: opt.Group = None
+    k_density: Annotated[float, opt.compression(help="Share of the key channels kept, in (0, 1].")] = 0.2
+    v_density: Annotated[float, opt.compression(help="Share of the value channels kept, in (0, 1].")] = 0.2
+    use_asvd: Annotated[
+        bool | None,
+        opt.compression(help="The paper's initialisations: ASVD, or plain SVD. [default: neither, see --init]"),
+    ] = None
+    init: Annotated[
+        str | None,
+        opt.compression(
+            help="How factors are made: weighted-pca, pca, asvd or svd. All but svd need `cskv calibrate` first. "
+            "[default: weighted-pca]"
+        ),
+    ] = None
+    key_factors: Annotated[
+        str, opt.compression(help="joint, or commuting: latents that commute with RoPE (PCA only).")
+    ] = "joint"
+    head_groups: Annotated[int, opt.compression(help="Groups of kv heads with factors of their own.")] = 1
+    k_bits: Annotated[int, opt.compression(help="Bits per key latent: 2 to 8, or 16 (the model's own dtype).")] = 16
+    v_bits: Annotated[int, opt.compression(help="Bits per value latent, likewise.")] = 16
+    k_block: Annotated[
+        str | None,
+        opt.compression(
+            help="TOKENSxCHANNELS that share a minimum and a scale, for instance 32x4. "
+            "[default: one channel over a group]"
+        ),
+    ] = None
+    v_block: Annotated[
+        str | None,
+        opt.compression(
+            help="The same for values. [default: 1x32; with --mixed-widths four channels over a group for both]"
+        ),
+    ] = None
+    use_window: Annotated[
+        bool | None,
+        opt.window(
+            help="Keep recent tokens exact: window 0, group `--q-window-size`. Without any window option none are."
+        ),
+    ] = None
+    q_window_size: Annotated[int, opt.window(help="Tokens per group for `--use-window`.")] = 32
+    window: Annotated[int | None, opt.window(help="Tokens that are always exact, instead of `--use-window`.")] = None
+    group: Annotated[int | None, opt.window(help="Tokens that leave the window at a time.")] = None
 
     @property
     def window_given(self) -> bool:

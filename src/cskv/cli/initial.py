@@ -19,12 +19,7 @@ ALLOCATION_SAMPLES = 8
 
 
 def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path) -> CSKVAdapter:
-    """Factorise a model.
-
-    Args:
-        model: the base model.
-        config: the settings.
-        statistics: the file that `cskv calibrate` wrote; not read for SVD.
+    """Factorise a model, by the statistics that `cskv calibrate` wrote, which SVD does not read.
 
     Raises:
         DataError: there are no usable statistics, or they lack something (made with `--no-covariance`).
@@ -39,13 +34,10 @@ def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path
 def requantised_adapter(
     model: PreTrainedModel, adapter: CSKVAdapter, config: CSKVConfig, statistics: Path
 ) -> CSKVAdapter:
-    """Return the factors of an adapter for latents of other widths, centred where there are statistics.
+    """Return the factors of an adapter of 16-bit latents for the bits, blocks and window of other settings.
 
-    Args:
-        model: the base model.
-        adapter: of 16-bit latents.
-        config: bits, blocks, window and group are taken from it.
-        statistics: the file that `cskv calibrate` wrote; without it latents keep their mean, which is said.
+    Latents are centred by the statistics that `cskv calibrate` wrote; without the file they keep their mean, which is
+    said.
 
     Raises:
         AdapterError: the adapter or the statistics belong to another model.
@@ -68,14 +60,9 @@ def requantised_adapter(
 def allocated_adapter(
     model: PreTrainedModel, config: CSKVConfig, statistics: Path, samples: TokenSamples, target_ratio: float
 ) -> CSKVAdapter:
-    """Factorise a model with ranks, or ranks and widths, from one budget, dealt out by measured sensitivity.
+    """Factorise a model with ranks, or ranks and widths, from one budget, dealt out by sensitivity on a few samples.
 
-    Args:
-        model: the base model.
-        config: the settings; a PCA init.
-        statistics: the file that `cskv calibrate` wrote.
-        samples: text to measure on; a few samples of it are used.
-        target_ratio: share of all key and value channels kept, or of the bytes with mixed widths.
+    The budget is a share of all key and value channels, or with mixed widths of the bytes of a 16-bit cache.
 
     Raises:
         ConfigError: the init is not PCA, or the ratio too small.
@@ -86,16 +73,14 @@ def allocated_adapter(
 
     allocate, kind = (allocate_widths, "mixed") if config.mixed_widths else (allocate_ranks, "allocated")
     taken = list(islice(samples, ALLOCATION_SAMPLES))
+    known = Statistics.load(statistics)
     with progress() as bar:
         task = bar.add_task("measuring sensitivity", total=None)
-        found = allocate(
-            model,
-            config,
-            Statistics.load(statistics),
-            taken,
-            target_ratio,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        found = allocate(model, config, known, taken, target_ratio, progress=report)
     what = "widths" if config.mixed_widths else "ranks"
     kls = {"uniform": found.uniform_kl, kind: found.allocated_kl}
     told = ", ".join(f"{value:.4g} with {name} {what}" for name, value in kls.items() if value is not None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cskv.cli.common import command, emit
-from cskv.cli.sizes import cache_lines
+from cskv.cli.tables import cache_lines
 from cskv.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -21,10 +21,8 @@ DEFAULT_TOKENS, MOST_TOKENS = 16_384, 10**9
 
 @command
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder, as `cskv train` writes it.", show_default=False)],
-    tokens: Annotated[
-        int, typer.Option("--tokens", help="Length of the sequence.", min=1, max=MOST_TOKENS)
-    ] = DEFAULT_TOKENS,
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, as `cskv train` writes it.")],
+    tokens: Annotated[int, typer.Option(help="Length of the sequence.", min=1, max=MOST_TOKENS)] = DEFAULT_TOKENS,
 ) -> None:
     """Print an adapter's settings, ranks, figures and files, and the bytes of a cache, after checking that it is whole.
 
@@ -47,7 +45,7 @@ def inspect(
 
 
 def report_of(adapter: CSKVAdapter, folder: Path, tokens: int) -> dict[str, Any]:
-    """Everything that `inspect` prints, JSON-ready; sizes in bytes."""
+    """Return everything that `inspect` prints, JSON-ready; sizes in bytes."""
     from cskv.attachment.cache_bytes import adapter_report
 
     description = adapter.describe()
@@ -71,7 +69,7 @@ def report_of(adapter: CSKVAdapter, folder: Path, tokens: int) -> dict[str, Any]
 
 
 def describe(report: dict[str, Any]) -> list[str]:
-    """The report as lines for a person."""
+    """Return the report as lines for a person."""
     base, settings = report["base_model"], report["settings"]
     lines = [
         f"adapter     {report['adapter']}",
@@ -96,7 +94,7 @@ def describe(report: dict[str, Any]) -> list[str]:
 
 
 def _runs(ranks: dict[str, dict[str, Any]]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Neighbouring layers with equal ranks and bits, as one entry each."""
+    """Join neighbouring layers with equal ranks and bits."""
     for rank, members in groupby(ranks.items(), key=lambda item: item[1]):
         names = [name for name, _ in members]
         yield (names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"), rank
@@ -110,7 +108,7 @@ def _row(names: str, rank: dict[str, Any]) -> str:
 
 
 def _inline(metrics: dict[str, Any]) -> str:
-    """Scalar figures on one line; nested ones are in the JSON line."""
+    """Return scalar figures on one line; nested ones are in the JSON line."""
     return ", ".join(
         f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in metrics.items()

@@ -78,17 +78,17 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise CSKVError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
 
 
-def load_samples(
-    name: str, tokenizer: PreTrainedTokenizerBase, num_samples: int, sample_len: int, seed: int
-) -> TokenSamples:
-    """Token samples of a named text, after finding out that there is at least one.
+def load_samples(name: str, model_path: str, num_samples: int, sample_len: int, seed: int) -> TokenSamples:
+    """Open a named text as samples of a model's tokens, after finding out that there is at least one.
 
     Raises:
+        CSKVError: the model has no tokenizer, or a damaged one.
         DataError: no such text, an empty one, or one shorter than a sample.
     """
     from cskv.data.samples import TokenSamples
     from cskv.data.sources import open_source
 
+    tokenizer = load_tokenizer(model_path)  # before the text, which may have to be downloaded
     samples = TokenSamples(open_source(name), tokenizer, num_samples, sample_len, seed)
     next(iter(samples))
     return samples

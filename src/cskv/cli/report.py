@@ -10,20 +10,17 @@ import typer
 from cskv.cli.common import command, emit, say
 from cskv.cli.outputs import check_writable
 
-Results = Annotated[
-    list[Path],
-    typer.Argument(
-        help="JSON files of `cskv evaluate`, folders of them, and the spectra.csv of `cskv analyze`.",
-        show_default=False,
-    ),
-]
-Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder to write to.", show_default=False)]
-Title = Annotated[str | None, typer.Option("--title", help="Title of the page. [default: the model's name]")]
-
 
 @command
-def report(results: Results, out: Out, title: Title = None) -> None:
-    """Result files of one model to one page: tables, accuracy and perplexity over bytes, agreement, needles, spectra.
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="JSON files of `cskv evaluate`, folders of them, and the spectra.csv of `cskv analyze`."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder to write to.")],
+    title: Annotated[str | None, typer.Option(help="Title of the page. [default: the model's name]")] = None,
+) -> None:
+    """Make one page of a model's results: tables, accuracy and perplexity over bytes, agreement, needles, spectra.
 
     Writes index.html, which needs no other file, each figure as a PNG, and summary.csv. Files of an earlier report in
     the same folder are replaced. Where runs overlap, the newest counts, and the page says so.

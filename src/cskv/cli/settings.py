@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from cskv.config import CSKVConfig
 from cskv.errors import ConfigError
+
+GREATEST = 2**32  # of any option: what is counted, and seeds, are below it
+MOST_LINES = 100_000  # of a LongEval record, some two million tokens
+Number = TypeVar("Number", int, float)
+
+
+def check_number(option: str, value: object, below: int = GREATEST) -> None:
+    """Refuse a number that no option takes: not finite, or so large that it must be a slip.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) < below):
+        raise ConfigError(f"{option} is {value}; expected a number below {below}")
+
+
+def words(given: Iterable[str]) -> tuple[str, ...]:
+    """Return all values, each once, in their order."""
+    return tuple(dict.fromkeys(part.strip() for text in given for part in text.split(",") if part.strip()))
+
+
+def numbers(
+    option: str, given: Iterable[str], kind: Callable[[str], Number], below: int = GREATEST
+) -> tuple[Number, ...]:
+    """Return all values as numbers, each once, in their order.
+
+    Raises:
+        ConfigError: one is no such number, or beyond any use.
+    """
+    found = []
+    for word in words(given):
+        try:
+            found.append(kind(word))
+        except ValueError:
+            wanted = "whole numbers" if kind is int else "numbers"
+            raise ConfigError(f"{option} has {word!r}; expected {wanted}, with commas between them") from None
+        check_number(option, found[-1], below)
+    return tuple(dict.fromkeys(found))
 
 
 def window_and_group(
     use_window: bool | None, q_window_size: int, window: int | None, group: int | None
 ) -> tuple[int, int]:
-    """The exact window and the sealing group, in tokens.
+    """Return the exact window and the sealing group, in tokens.
 
     The paper's `--use_window --q_window_size g` is window 0 and group g; without `--use_window` it compresses every
     token at once, which is window 0 and group 1. `--window` and `--group` set both directly.
@@ -28,7 +69,7 @@ def window_and_group(
 
 
 def model_name(model_path: str, model_id: str | None) -> str:
-    """The name of a model in folder names: the given id, or the last part of the path.
+    """Return the name of a model in folder names: the given id, or the last part of the path.
 
     Raises:
         ConfigError: the id is no plain folder name.
@@ -40,7 +81,7 @@ def model_name(model_path: str, model_id: str | None) -> str:
 
 
 def init_of(init: str | None, use_asvd: bool | None) -> str:
-    """The initialisation that `--init` or the paper's `--use_asvd` names; the default of the settings without either.
+    """Return the initialisation that `--init` or the paper's `--use_asvd` names, or the default one.
 
     Raises:
         ConfigError: they contradict each other.
@@ -55,7 +96,7 @@ def init_of(init: str | None, use_asvd: bool | None) -> str:
 
 
 def adapter_name(config: CSKVConfig) -> str:
-    """The folder name of an adapter with these settings; what differs from the paper's form is named at the end."""
+    """Return the folder name of an adapter with these settings, with what differs from the paper's form at its end."""
     name = f"k{config.k_density:g}-v{config.v_density:g}-{config.init}-window{config.window}-group{config.group}"
     name += f"-{config.key_factors}" if config.key_factors != "joint" else ""
     name += f"-headgroups{config.head_groups}" if config.head_groups > 1 else ""
@@ -67,7 +108,7 @@ def adapter_name(config: CSKVConfig) -> str:
 
 
 def block_of(option: str, text: str | None) -> tuple[int, int] | None:
-    """The block that "32x4" names: 32 tokens by 4 channels.
+    """Read a block of tokens by channels, such as "32x4".
 
     Raises:
         ConfigError: it is no pair of whole numbers.
@@ -80,6 +121,6 @@ def block_of(option: str, text: str | None) -> tuple[int, int] | None:
     return int(tokens), int(channels)
 
 
-def statistics_path(root: Path, name: str) -> Path:
-    """Where the statistics of a model are kept under a root."""
-    return root / name / "statistics.safetensors"
+def statistics_path(given: Path | None, root: Path, name: str) -> Path:
+    """Return the file of a model's statistics: the given one, or the one of that model name under a root."""
+    return given or root / name / "statistics.safetensors"

@@ -1,20 +1,39 @@
-"""Results as tables on the terminal."""
+"""Sizes and results, laid out for the terminal."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-
-MOST_WITH_NOTES = 4
 
 if TYPE_CHECKING:
     from cskv.evaluation.results import Run
 
+MOST_WITH_NOTES = 4
+PARTS = {
+    "payload": "latents",
+    "scale": "scales",
+    "minimum": "minima",
+    "window": "exact window",
+    "position": "positions",
+    "slack": "slack",
+    "other": "uncompressed layers",
+}
+
+
+def cache_lines(sizes: dict[str, Any]) -> list[str]:
+    """Return two lines on the sizes that `CacheReport.to_dict` gives; parts of no bytes are left out."""
+    parts = ", ".join(f"{name} {sizes[f'{key}_bytes']:,}" for key, name in PARTS.items() if sizes[f"{key}_bytes"])
+    return [
+        f"cache of {sizes['tokens']:,} tokens: {sizes['total_bytes']:,} bytes allocated ({parts})",
+        f"uncompressed it would take {sizes['uncompressed_bytes']:,} bytes; this is {sizes['ratio']:.1%} of it",
+    ]
+
 
 def results_table(run: Run) -> Table:
-    """A row per method and budget, all seeds together; the best of a budget is bold. Many columns leave no room for
-    intervals, which the result file has.
+    """Return a table of a row per method and budget, all seeds together; the best of a budget is bold.
+
+    Many columns leave no room for intervals, which the result file has.
     """
     from cskv.evaluation.pooling import pool
     from cskv.report.summary import summarise

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from cskv.cli import options as opt
-from cskv.cli.choose import widths_of
 from cskv.cli.common import Interrupted, command, emit, is_main_process, say, set_logging
 from cskv.cli.groups import CompressionOptions, LoadingOptions
+from cskv.cli.initial import allocated_adapter, initial_adapter, requantised_adapter
 from cskv.cli.outputs import check_writable
 from cskv.cli.settings import adapter_name, model_name, statistics_path
 from cskv.config import CSKVConfig
@@ -25,105 +23,73 @@ if TYPE_CHECKING:
     from cskv.data.samples import TokenSamples
     from cskv.training.settings import TrainingSettings
 
-TRAINING = "Training"
-
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Exact adapter folder, instead of a root.", rich_help_panel=opt.FILES),
-]
-NumSamples = Annotated[int, typer.Option("--num-samples", help="Samples of text.", rich_help_panel=TRAINING)]
-MaxSeqLen = Annotated[int, typer.Option("--max-seq-len", help="Tokens per sample.", rich_help_panel=TRAINING)]
-Epochs = Annotated[
-    int, typer.Option("--epochs", "--epoches", help="Passes over the samples.", rich_help_panel=TRAINING)
-]
-WarmupSteps = Annotated[
-    int,
-    typer.Option("--warmup-steps", help="Steps over which the learning rate rises.", rich_help_panel=TRAINING),
-]
-LearningRate = Annotated[
-    float,
-    typer.Option(
-        "--learning-rate",
-        help="AdamW's. The paper's 5e-5 suits 7B models; small models take 1e-3.",
-        rich_help_panel=TRAINING,
-    ),
-]
-Objective = Annotated[
-    str,
-    typer.Option(
-        "--objective",
-        help="reconstruction of keys and values (the paper's), or end-to-end distillation of the model's predictions.",
-        rich_help_panel=TRAINING,
-    ),
-]
-Schedule = Annotated[
-    str, typer.Option("--schedule", help="After the warm-up: constant or cosine.", rich_help_panel=TRAINING)
-]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", help="Samples per forward of one process.", rich_help_panel=TRAINING)
-]
-Accumulation = Annotated[
-    int, typer.Option("--gradient-accumulation", help="Forwards per step.", rich_help_panel=TRAINING)
-]
-MixedPrecision = Annotated[
-    str, typer.Option("--mixed-precision", help="no or bf16, for the factors' products.", rich_help_panel=TRAINING)
-]
-GradientCheckpointing = Annotated[
-    bool,
-    typer.Option(
-        "--gradient-checkpointing",
-        help="Distillation holds the activations of one layer at a time, for a third more computation.",
-        rich_help_panel=TRAINING,
-    ),
-]
-CheckpointEvery = Annotated[
-    int, typer.Option("--checkpoint-every", help="Steps between checkpoints.", rich_help_panel=TRAINING)
-]
-FromAdapter = Annotated[
-    Path | None,
-    typer.Option(
-        "--from-adapter",
-        help="Start from the factors of this adapter, of 16-bit latents, instead of making new ones: with --k-bits and "
-        "--v-bits, quantisation after training, or training through the grid. Densities, init and key factors are its "
-        "own.",
-        show_default=False,
-        rich_help_panel=TRAINING,
-    ),
-]
-UseInit = Annotated[
-    bool,
-    typer.Option(
-        "--use-init-params",
-        help="Skip training: save the initial factors, in a folder whose name ends in -untrained.",
-        rich_help_panel=TRAINING,
-    ),
-]
+training_option = opt.panel("Training")
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How factors are trained: the fields of `TrainingSettings` that have options."""
+    """Options of the training: the fields of `TrainingSettings` that have options."""
 
-    epochs: Epochs = 1
-    warmup_steps: WarmupSteps = 0
-    learning_rate: LearningRate = 5e-5
-    objective: Objective = "reconstruction"
-    schedule: Schedule = "constant"
-    batch_size: BatchSize = 1
-    accumulation: Accumulation = 1
-    mixed_precision: MixedPrecision = "no"
-    gradient_checkpointing: GradientCheckpointing = False
-    checkpoint_every: CheckpointEvery = 200
+    epochs: Annotated[int, training_option("--epochs", "--epoches", help="Passes over the samples.")] = 1
+    warmup_steps: Annotated[int, training_option(help="Steps over which the learning rate rises.")] = 0
+    learning_rate: Annotated[
+        float, training_option(help="AdamW's. The paper's 5e-5 suits 7B models; small models take 1e-3.")
+    ] = 5e-5
+    objective: Annotated[
+        str,
+        training_option(
+            help="reconstruction of keys and values (the paper's), or end-to-end distillation of the model's "
+            "predictions."
+        ),
+    ] = "reconstruction"
+    schedule: Annotated[str, training_option(help="After the warm-up: constant or cosine.")] = "constant"
+    batch_size: Annotated[int, training_option(help="Samples per forward of one process.")] = 1
+    accumulation: Annotated[int, training_option("--gradient-accumulation", help="Forwards per step.")] = 1
+    mixed_precision: Annotated[str, training_option(help="no or bf16, for the factors' products.")] = "no"
+    gradient_checkpointing: Annotated[
+        bool,
+        training_option(
+            "--gradient-checkpointing",
+            help="Distillation holds the activations of one layer at a time, for a third more computation.",
+        ),
+    ] = False
+    checkpoint_every: Annotated[int, training_option(help="Steps between checkpoints.")] = 200
 
 
 @dataclass(frozen=True)
 class InitialOptions:
-    """What training begins with."""
+    """Options on the factors that training begins with."""
 
-    target_ratio: opt.TargetRatio = None
-    mixed_widths: opt.MixedWidths = False
-    from_adapter: FromAdapter = None
-    use_init_params: UseInit = False
+    target_ratio: Annotated[
+        float | None,
+        opt.compression(
+            help="Share of all key and value channels kept, or with --mixed-widths of the bytes of a 16-bit cache; "
+            "dealt out over layers by measured sensitivity, instead of densities. Needs a PCA init."
+        ),
+    ] = None
+    mixed_widths: Annotated[
+        bool,
+        opt.compression(
+            "--mixed-widths",
+            help="Choose a width of 2 to 8 bits for every latent channel, so that the cache takes --target-ratio of "
+            "the uncompressed bytes. Instead of --k-bits and --v-bits.",
+        ),
+    ] = False
+    from_adapter: Annotated[
+        Path | None,
+        training_option(
+            help="Start from the factors of this adapter, of 16-bit latents, instead of making new ones: with --k-bits "
+            "and --v-bits, quantisation after training, or training through the grid. Densities, init and key factors "
+            "are its own."
+        ),
+    ] = None
+    use_init_params: Annotated[
+        bool,
+        training_option(
+            "--use-init-params",
+            help="Skip training: save the initial factors, in a folder whose name ends in -untrained.",
+        ),
+    ] = False
 
     def settings(self, compression: CompressionOptions) -> tuple[CSKVConfig, CSKVAdapter | None]:
         """Return the settings of the adapter to make, and the adapter whose factors it takes, if any.
@@ -140,7 +106,9 @@ class InitialOptions:
                     "--from-adapter has its ranks already; give it without --target-ratio and --mixed-widths"
                 )
             source = CSKVAdapter.from_pretrained(self.from_adapter)
-            return widths_of(source.config, settings, compression.window_given), source
+            names = ["k_bits", "v_bits", "k_block", "v_block"]
+            names += ["window", "group"] if compression.window_given else []
+            return dataclasses.replace(source.config, **{name: getattr(settings, name) for name in names}), source
         if self.target_ratio is not None:
             return dataclasses.replace(settings, k_density=self.target_ratio, v_density=self.target_ratio), None
         if self.mixed_widths:
@@ -164,9 +132,9 @@ def train(
     loading: LoadingOptions,
     model_id: opt.ModelId = None,
     training_dataset: opt.TrainingDataset = "offline",
-    num_samples: NumSamples = 2048,
-    max_seq_len: MaxSeqLen = 1024,
-    output: Output = None,
+    num_samples: Annotated[int, training_option(help="Samples of text.")] = 2048,
+    max_seq_len: Annotated[int, training_option(help="Tokens per sample.")] = 1024,
+    output: Annotated[Path | None, opt.files("--output", "-o", help="Exact adapter folder, instead of a root.")] = None,
     ckpt_save_path: opt.AdapterRoot = opt.DEFAULT_ADAPTER_ROOT,
     asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT,
     statistics: opt.Statistics = None,
@@ -193,7 +161,7 @@ def train(
     * `torchrun --nproc-per-node 4 -m cskv.cli train --model-path my-model --use-asvd --use-window`
     """
     set_logging(logging_level)
-    from cskv.cli.loading import load_samples, load_tokenizer
+    from cskv.cli.loading import load_samples
     from cskv.training.settings import TrainingSettings
 
     settings, source = initial.settings(compression)
@@ -203,12 +171,17 @@ def train(
     check_writable(folder / "config.json")
     samples = None
     if not initial.use_init_params or initial.target_ratio is not None:
-        samples = load_samples(training_dataset, load_tokenizer(model_path), num_samples, max_seq_len, seed)
+        samples = load_samples(training_dataset, model_path, num_samples, max_seq_len, seed)
     if settings.window + settings.group == 1:
         say("note: no exact window, every token is compressed at once; --use-window keeps the newest exact")
     model = loading.model(model_path)
-    known = statistics or statistics_path(asvd_calib_root, name)
-    adapter = _initial_adapter(model, settings, known, source, samples, initial.target_ratio)
+    known = statistics_path(statistics, asvd_calib_root, name)
+    if samples is not None and initial.target_ratio is not None:
+        adapter = allocated_adapter(model, settings, known, samples, initial.target_ratio)
+    elif source is not None:
+        adapter = requantised_adapter(model, source, settings, known)
+    else:
+        adapter = initial_adapter(model, settings, known)
     if samples is not None and not initial.use_init_params:
         adapter.metrics |= reconstruct(model, adapter, samples, training_settings, folder)
     if is_main_process():
@@ -216,24 +189,6 @@ def train(
         say(f"adapter: {folder}")
     facts = {"command": "train", "model": model_path, "adapter": str(folder), "settings": adapter.config.to_dict()}
     emit({**facts, **adapter.metrics})
-
-
-def _initial_adapter(
-    model: PreTrainedModel,
-    settings: CSKVConfig,
-    statistics: Path,
-    source: CSKVAdapter | None,
-    samples: TokenSamples | None,
-    target_ratio: float | None,
-) -> CSKVAdapter:
-    """Make the factors that training begins with."""
-    from cskv.cli.initial import allocated_adapter, initial_adapter, requantised_adapter
-
-    if target_ratio is not None and samples is not None:
-        return allocated_adapter(model, settings, statistics, samples, target_ratio)
-    if source is not None:
-        return requantised_adapter(model, source, settings, statistics)
-    return initial_adapter(model, settings, statistics)
 
 
 def reconstruct(
