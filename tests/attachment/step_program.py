@@ -1,4 +1,4 @@
-"""Prints the Python calls of a layer in a decode step, and of compiled steps the graphs and the largest error of a logit.
+"""Prints the Python calls of a layer in a decode step; of compiled steps the graphs and the largest error of a logit.
 
 A program of its own: the shape checks that tests run under cannot be traced.
 """
