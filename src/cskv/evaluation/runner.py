@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,28 +77,25 @@ def evaluate(
                 f"{run.path} holds figures of another method called {method.label}; results are never mixed: give it "
                 "a name of its own (NAME=...) or another --output"
             )
-    measure = _Measure(model, tokenizer, settings, keep_outputs, on_work or (lambda _what, _share: None))
+    material = Material(tokenizer, settings)
+    measure = _Measure(model, tokenizer, settings, material, keep_outputs, on_work or (lambda _what, _share: None))
     for method, job in todo(run, methods, settings):
         run.add(*measure.rows(method, job))
 
 
+@dataclass(frozen=True)
 class _Measure:
     """Measures one method on one job."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: EvaluationSettings,
-        keep_outputs: bool,
-        on_work: OnWork,
-    ) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.material = Material(tokenizer, settings)
-        self.keep_outputs, self.on_work = keep_outputs, on_work
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: EvaluationSettings
+    material: Material
+    keep_outputs: bool
+    on_work: OnWork
 
     def rows(self, method: Method, job: Job) -> list[Row]:
-        """The rows of a job, whole ones."""
+        """Return the rows of a job."""
         key = {"method": method.name, "budget": method.budget} | job._asdict()
         what = " ".join(str(part) for part in (method.label, job.task, job.size, job.protocol or "") if part)
         if job.task not in TEXT_TASKS:
@@ -150,7 +148,7 @@ class _Measure:
         return found.to_dict() | {"cache": self._cache(method, texts[:1])}
 
     def _cache(self, method: Method, prompt: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
-        """Bytes of the cache after a prompt, beside those of the model's own."""
+        """Return the bytes of the cache after a prompt, beside those of the model's own."""
         with torch.no_grad():
             plain = cache_after_prefill(self.model, prompt)
             with method.on(self.model) as new_cache:
