@@ -6,6 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -13,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 from cskv.errors import DataError
 from cskv.evaluation.forward import check_least, clock, forward
 from cskv.models.evaluation_mode import evaluation_mode
+from cskv.models.placement import device_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class DecodeSpeed:
     repeats: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
 
@@ -58,15 +60,16 @@ def measure_decode(
     batch, prompt_tokens = input_ids.shape
     if not batch * prompt_tokens:
         raise DataError(f"the prompt has shape {tuple(input_ids.shape)}; expected at least one row and one token")
+    device = device_of(model)
     with evaluation_mode(model):
         forward(model, input_ids[:, :8])
-        began = clock(model.device)
+        began = clock(device)
         logits, cache = forward(model, input_ids, last_only=True)
-        prefill_seconds = clock(model.device) - began
-        token, cache, _ = _decode(model, logits.argmax(-1), cache, warmup)
+        prefill_seconds = clock(device) - began
+        token, cache, _ = _decode(model, device, logits.argmax(-1), cache, warmup)
         speeds = []
         for _ in range(repeats):
-            token, cache, seconds = _decode(model, token, cache, steps)
+            token, cache, seconds = _decode(model, device, token, cache, steps)
             speeds.append(batch * steps / seconds)
     return DecodeSpeed(
         tokens_per_second=statistics.median(speeds),
@@ -81,11 +84,11 @@ def measure_decode(
 
 
 def _decode(
-    model: PreTrainedModel, token: Int[Tensor, "batch 1"], cache: Cache, steps: int
+    model: PreTrainedModel, device: torch.device, token: Int[Tensor, "batch 1"], cache: Cache, steps: int
 ) -> tuple[Int[Tensor, "batch 1"], Cache, float]:
     """Decode greedily and return (last token, cache, seconds)."""
-    began = clock(model.device)
+    began = clock(device)
     for _ in range(steps):
         logits, cache = forward(model, token, cache, last_only=True)
         token = logits.argmax(-1)
-    return token, cache, clock(model.device) - began
+    return token, cache, clock(device) - began
