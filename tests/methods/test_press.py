@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -15,7 +16,6 @@ from cskv.errors import CSKVError
 from cskv.evaluation.agreement import agreement
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.evaluation.decoding import CONTEXT_FIRST, answer
-from cskv.methods import press as module
 from cskv.methods.press import press
 from tests.evaluation.support import VOCABULARY, character_tokenizer, tiny_llama
 
@@ -53,7 +53,7 @@ def stand_in(monkeypatch):
 
     kinds = {kind.__name__: kind for kind in (StreamingLLMPress, ObservedAttentionPress, OddPress)}
     monkeypatch.setitem(sys.modules, "kvpress", types.SimpleNamespace(**kinds))
-    monkeypatch.setattr(module, "_version", lambda: "9.9")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: "9.9")
     return StreamingLLMPress
 
 

@@ -20,6 +20,7 @@ from cskv.evaluation.results import Row, Run
 from cskv.evaluation.settings import AGREEMENT, CONTINUATION, PERPLEXITY, TEXT_TASKS, EvaluationSettings, Job
 from cskv.evaluation.tasks import evaluate_cases
 from cskv.methods.method import Method
+from cskv.models.placement import device_of
 
 OnWork = Callable[[str, float], None]  # what is being measured, and how much of it has just been done, from 0 to 1
 
@@ -124,7 +125,7 @@ class _Measure:
             )
         prompt = self.tokenizer(cases[0].prompt, return_tensors="pt", verbose=False)["input_ids"]
         row: Row = {name: getattr(result, name) for name in ("n", "score", "low", "high", "prompt_tokens")}
-        if self.model.device.type == "cuda":  # times on a CPU that does other things as well say nothing
+        if device_of(self.model).type == "cuda":  # times on a CPU that does other things as well say nothing
             row |= {name: getattr(result, name) for name in ("prefill_seconds", "decode_tokens_per_second")}
         if job.task != "lines":
             row["cells"] = result.cells()

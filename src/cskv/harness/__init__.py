@@ -20,17 +20,6 @@ from cskv.errors import AdapterError, CSKVError
 MODEL = "cskv"
 
 
-def register() -> None:
-    """Tell the harness about the model `cskv`. Doing it twice does nothing more.
-
-    Raises:
-        CSKVError: the harness is not installed.
-    """
-    if find_spec("lm_eval") is None:
-        raise CSKVError("lm-evaluation-harness is not installed: pip install 'cskv[lm-eval]'")
-    import cskv.harness.model  # noqa: F401
-
-
 def run(args: Sequence[str]) -> None:
     """Run the harness's own command line, with the model `cskv` known to it. It exits as it always does.
 
@@ -40,7 +29,10 @@ def run(args: Sequence[str]) -> None:
     Raises:
         CSKVError: the harness is not installed, or an adapter is given to a model that would not read it compressed.
     """
-    register()
+    if find_spec("lm_eval") is None:
+        raise CSKVError("lm-evaluation-harness is not installed: pip install 'cskv[lm-eval]'")
+    import cskv.harness.model  # noqa: F401 (the harness knows the model from here on)
+
     _refuse_adapter_as_pretrained(args)
     from lm_eval.__main__ import cli_evaluate
 
@@ -53,7 +45,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def _refuse_adapter_as_pretrained(args: Sequence[str]) -> None:
-    """`pretrained=` is for base models: the harness's `hf` would load an adapter, and score texts without it."""
+    """Keep `pretrained=` for base models: the harness's `hf` would load an adapter, and score texts without it."""
     for path in re.findall(r"pretrained=([^,\s]+)", " ".join(args)):
         if is_adapter(path):
             raise AdapterError(

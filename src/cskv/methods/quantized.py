@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, QuantizedCache
 
 from cskv.errors import CacheError, CSKVError
 from cskv.methods.method import Method, NewCache
+from cskv.models.placement import device_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def quantized_cache(
     q_group_size: int = 64,
     residual_length: int = 128,
 ) -> QuantizedCache:
-    """An empty quantised cache, for one batch: `functools.partial(quantized_cache, model, nbits=2)` makes fresh ones.
+    """Make an empty cache, for one batch: `functools.partial(quantized_cache, model, nbits=2)` makes fresh ones.
 
     Args:
         model: a decoder, not attached, whose layers all cache every token.
@@ -63,7 +64,7 @@ def quantized_cache(
     """
     known = _backend(backend)
     if backend == "quanto":
-        _build_kernel(model.device)
+        _build_kernel(device_of(model))
     try:
         return QuantizedCache(
             backend=backend,
@@ -79,7 +80,7 @@ def quantized_cache(
 
 
 def quantized(nbits: int, backend: str = "hqq", **settings: Any) -> Method:
-    """The quantised cache as a method; `settings` are those of `quantized_cache`.
+    """Return the quantised cache as a method; `settings` are those of `quantized_cache`.
 
     Raises:
         CSKVError: the backend is unknown, its package is missing, or its kernel cannot be built.
@@ -95,11 +96,7 @@ def quantized(nbits: int, backend: str = "hqq", **settings: Any) -> Method:
 
 
 def _backend(name: str) -> Backend:
-    """The backend of this name, known to be installed.
-
-    Raises:
-        CSKVError: the name is unknown or the package missing.
-    """
+    """Return the backend of this name, known to be installed."""
     if name not in BACKENDS:
         raise CSKVError(f"backend is {name!r}; expected one of {', '.join(sorted(BACKENDS))}")
     backend = BACKENDS[name]
@@ -113,11 +110,7 @@ def _backend(name: str) -> Backend:
 
 
 def _build_kernel(device: torch.device) -> None:
-    """Make quanto compile what it unpacks with now, so that no measurement pays for it.
-
-    Raises:
-        CSKVError: it could not be compiled.
-    """
+    """Make quanto compile what it unpacks with now, so that no measurement pays for it."""
     try:
         importlib.import_module(BACKENDS["quanto"].module)  # registers the operator
         torch.ops.quanto.unpack(torch.zeros(1, dtype=torch.uint8, device=device), 4)
