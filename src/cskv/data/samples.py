@@ -60,7 +60,7 @@ class TokenSamples:
         return self.starting_at(0)
 
     def starting_at(self, index: int) -> Iterator[Int[Tensor, " sample_len"]]:
-        """The samples from this index on. Those before it are tokenised and dropped."""
+        """Yield the samples from this index on. Those before it are tokenised and dropped."""
         begin = _begin_tokens(self.tokenizer)
         body = self.sample_len - len(begin)
         row: list[int] = []
@@ -91,7 +91,7 @@ class TokenSamples:
         )
 
     def _token_batches(self) -> Iterator[list[int]]:
-        """Tokens of some hundred thousand characters at a time: fast tokenizers work on a batch in parallel."""
+        """Yield the tokens of some hundred thousand characters at a time: fast tokenizers work in parallel."""
         separator = (
             [self.tokenizer.eos_token_id] if self.source.separate and self.tokenizer.eos_token_id is not None else []
         )
@@ -118,7 +118,7 @@ class TokenSamples:
 
 
 def _pieces(text: str) -> list[str]:
-    """A document cut at line ends into pieces that a tokenizer handles well."""
+    """Cut a document at line ends into pieces that a tokenizer handles well."""
     pieces, start = [], 0
     while len(text) - start > PIECE_CHARACTERS:
         newline = text.rfind("\n", start, start + PIECE_CHARACTERS)
