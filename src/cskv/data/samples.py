@@ -9,6 +9,7 @@ with the number of samples.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 BATCH_CHARACTERS = 1 << 18
 
 
+@dataclass(eq=False)
 class TokenSamples:
     """`num_samples` samples of `sample_len` tokens from a text source.
 
@@ -40,18 +42,18 @@ class TokenSamples:
         DataError: a number is out of range. While iterating: there is no text, or less than asked for.
     """
 
-    def __init__(
-        self, source: TextSource, tokenizer: PreTrainedTokenizerBase, num_samples: int, sample_len: int, seed: int = 0
-    ) -> None:
-        if num_samples < 1 or sample_len < 2:
+    source: TextSource
+    tokenizer: PreTrainedTokenizerBase
+    num_samples: int
+    sample_len: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.sample_len < 2:
             raise DataError(
-                f"got {num_samples} samples of {sample_len} tokens; expected at least 1 sample of at least 2 tokens"
+                f"got {self.num_samples} samples of {self.sample_len} tokens; expected at least 1 sample of at least "
+                "2 tokens"
             )
-        self.source = source
-        self.tokenizer = tokenizer
-        self.num_samples = num_samples
-        self.sample_len = sample_len
-        self.seed = seed
 
     def __len__(self) -> int:
         return self.num_samples
@@ -100,9 +102,8 @@ class TokenSamples:
         for text in self.source.read(self.seed):
             if self.source.separate and not text.strip():
                 continue
-            pieces = _pieces(text)
-            batch.extend((piece, []) for piece in pieces[:-1])
-            batch.extend((piece, separator) for piece in pieces[-1:])
+            *pieces, last = _pieces(text)
+            batch += [*((piece, []) for piece in pieces), (last, separator)]
             characters += len(text)
             if characters >= BATCH_CHARACTERS:
                 yield self._tokenise(batch)

@@ -76,7 +76,7 @@ def open_source(name: str, split: Split = "train") -> TextSource:
     if split not in ("train", "heldout"):
         raise DataError(f"split is {split!r}; expected 'train' or 'heldout'")
     if name == "offline":
-        return TextSource("offline", lambda seed: _shuffled_offline(split, seed))
+        return TextSource(name, lambda seed: _offline_texts(split, seed))
     if name in HUB_TEXTS:
         return _dataset_source(name, split, HUB_TEXTS[name])
     path = Path(name)
@@ -103,7 +103,7 @@ def read_pieces(path: Path) -> Iterator[str]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _shuffled_offline(split: Split, seed: int) -> Iterator[str]:
+def _offline_texts(split: Split, seed: int) -> Iterator[str]:
     # The corpus fits in memory (tens of MB); alphabetical order would give a short run one corner of it.
     texts = [text for _, text in offline.documents(split)]
     random.Random(seed).shuffle(texts)

@@ -127,7 +127,14 @@ def _read(
             for reference, ((start, stop), logits) in zip(expected, ours):
                 kept = stop - logits.shape[1]
                 found = logits.float().log_softmax(-1)
-                figures[..., kept:stop] = _figures(rows[:, kept + 1 : stop + 1], found, reference)
+                targets = rows[:, kept + 1 : stop + 1, None].to(found.device)
+                measured = (
+                    -found.gather(-1, targets)[..., 0],
+                    -reference.gather(-1, targets)[..., 0],
+                    (reference.exp() * (reference - found)).sum(-1),
+                    (found.argmax(-1) == reference.argmax(-1)).float(),
+                )
+                figures[..., kept:stop] = torch.stack(measured)
                 if on_tokens is not None:
                     on_tokens((stop - start) * rows.shape[0])
 
@@ -140,22 +147,6 @@ def _held(pieces_read: Iterable[tuple[Piece, Tensor]]) -> Iterator[Float[Tensor,
         held += found.nbytes
         if held >= HELD:
             return
-
-
-def _figures(
-    targets: Int[Tensor, "batch kept"],
-    found: Float[Tensor, "batch kept vocabulary"],
-    reference: Float[Tensor, "batch kept vocabulary"],
-) -> Float[Tensor, "4 batch kept"]:
-    """Return nll, reference nll, KL and top-1 of every position, from log-probabilities."""
-    index = targets[..., None].to(found.device)
-    figures = (
-        -found.gather(-1, index)[..., 0],
-        -reference.gather(-1, index)[..., 0],
-        (reference.exp() * (reference - found)).sum(-1),
-        (found.argmax(-1) == reference.argmax(-1)).float(),
-    )
-    return torch.stack(figures).double().cpu()
 
 
 def _summary(figures: Float[Tensor, "4 texts positions"], first: int) -> Agreement:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,10 +149,9 @@ class _Measure:
 
     def _cache(self, method: Method, prompt: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
         """Return the bytes of the cache after a prompt, beside those of the model's own."""
-        with torch.no_grad():
-            plain = cache_after_prefill(self.model, prompt)
-            with method.on(self.model) as new_cache:
-                report = cache_after_prefill(self.model, prompt, new_cache=new_cache)
+        plain = cache_after_prefill(self.model, prompt)
+        with method.on(self.model) as new_cache:
+            report = cache_after_prefill(self.model, prompt, new_cache=new_cache)
         facts = report.to_dict() | {"tokens": plain.tokens, "uncompressed_bytes": plain.total_bytes}
         return facts | {
             "ratio": report.total_bytes / plain.total_bytes,

@@ -16,7 +16,6 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 import cskv
-from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.attach import attach
 from cskv.attachment.cache_bytes import adapter_report
 from cskv.compression.reading import check_readable
@@ -152,18 +151,16 @@ class CSKVLM(HFLM):
             "protocol": self._protocol,
             "question_tokens": self._question_tokens if self._protocol == CONTEXT_FIRST else None,
         }
-        return facts if chosen.adapter is None else facts | self._adapter_facts(chosen.adapter)
-
-    def _adapter_facts(self, adapter: CSKVAdapter) -> dict[str, Any]:
-        bits = {
-            str(i): [16.0 if grid is None else grid.bits_per_latent for grid in adapter.grids(i)]
-            for i in adapter.layer_indices
-        }
+        if (adapter := chosen.adapter) is None:
+            return facts
         tokens = min(self.max_length, REPORTED_TOKENS)
-        return {
+        return facts | {
             "attention": self._attention,
             "settings": adapter.config.to_dict(),
             "ranks": adapter.describe()["ranks"],
-            "bits_per_latent": bits,
+            "bits_per_latent": {
+                str(i): [16.0 if grid is None else grid.bits_per_latent for grid in adapter.grids(i)]
+                for i in adapter.layer_indices
+            },
             "cache": adapter_report(adapter, tokens, self.model.dtype).to_dict(),
         }
