@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import cskv
 from cskv.compression.initialise import initialise
@@ -11,6 +12,7 @@ from cskv.config import CSKVConfig
 from cskv.errors import DataError
 from cskv.evaluation.decoding import CONTEXT_FIRST, PROTOCOLS, answer
 from cskv.evaluation.forward import forward
+from cskv.evaluation.speed import measure_decode
 from tests.evaluation.support import character_tokenizer, parrot, tiny_llama
 
 TOKENIZER = character_tokenizer()
@@ -86,3 +88,14 @@ def test_a_row_ends_at_the_line_after_a_number_where_that_is_wanted():
 def test_questions_of_different_lengths_are_not_one_batch(model):
     with pytest.raises(DataError, match=r"questions have \[3, 12\] tokens"):
         answer(model, TOKENIZER, CONTEXTS[:2], [QUESTIONS[0], "ab?"], NEW, protocol=CONTEXT_FIRST)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_offloaded_model_answers_as_it_does_at_home(protocol):
+    model = tiny_llama(vocab_size=SIZE)
+    asked = (TOKENIZER, CONTEXTS, QUESTIONS, NEW)
+    expected = answer(model, *asked, protocol=protocol, until_line=False).texts
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.device.type == "meta"
+    assert answer(model, *asked, protocol=protocol, until_line=False).texts == expected
+    assert measure_decode(model, torch.ones(1, 4, dtype=torch.long), steps=1, repeats=1).prompt_tokens == 4

@@ -63,7 +63,7 @@ class TokenSamples:
 
     def starting_at(self, index: int) -> Iterator[Int[Tensor, " sample_len"]]:
         """Yield the samples from this index on. Those before it are tokenised and dropped."""
-        begin = _begin_tokens(self.tokenizer)
+        begin = begin_tokens(self.tokenizer)
         body = self.sample_len - len(begin)
         row: list[int] = []
         made = tokens = 0
@@ -129,7 +129,8 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the begin token if the tokenizer begins every text with it, else nothing."""
     begin = tokenizer.bos_token_id
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return [begin] if begin is not None and first == [begin] else []

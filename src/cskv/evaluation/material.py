@@ -39,11 +39,7 @@ class Material:
         self._haystack = functools.cache(self._make_haystack)
 
     def _cases(self, task: str, size: int, seed: int) -> list[Case]:
-        """Make the questions of a task.
-
-        Raises:
-            DataError: there is too little text, or they do not fit.
-        """
+        """Make the questions of a task; a DataError says that there is too little text, or that they do not fit."""
         made = list(self._lines(size, seed) if task == "lines" else self._needles(task, size, seed))
         return [in_chat(self.tokenizer, case) for case in made] if self.settings.chat else made
 
@@ -69,11 +65,7 @@ class Material:
         return Haystack(open_source(name, "heldout").read(seed), self.tokenizer, 2 * max(self.settings.tokens))
 
     def _texts(self, size: int, seed: int) -> Int[Tensor, "texts tokens"]:
-        """Take so many tokens from the beginning of each held-out document; a running text, such as a file, is cut up.
-
-        Raises:
-            DataError: there are not enough.
-        """
+        """Take so many tokens from the beginning of each held-out document; a running text, such as a file, is cut up."""
         if size < 2:
             raise DataError(f"texts are to have {size} tokens; expected at least 2")
         source, count = open_source(self.settings.text, "heldout"), self.settings.texts

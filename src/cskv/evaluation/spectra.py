@@ -71,12 +71,11 @@ def weight_spectra(model: nn.Module) -> list[Spectrum]:
     Raises:
         UnsupportedModelError: the model has no site.
     """
-    spectra = []
-    for site in find_sites(model):
-        for projection, weight in (("k", site.k.weight), ("v", site.v.weight)):
-            values = torch.linalg.svdvals(weight.detach().to(torch.float64))
-            spectra.append(Spectrum(site.layer_idx, projection, "weight", tuple(values.tolist())))
-    return spectra
+    return [
+        Spectrum(site.layer_idx, name, "weight", tuple(torch.linalg.svdvals(weight.detach().double()).tolist()))
+        for site in find_sites(model)
+        for name, weight in (("k", site.k.weight), ("v", site.v.weight))
+    ]
 
 
 def moment_spectrum(moment: Float[Tensor, "kv_dim kv_dim"], layer: int, projection: str) -> Spectrum:

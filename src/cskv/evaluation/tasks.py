@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cskv.data.cases import Case
+from cskv.data.samples import begin_tokens
 from cskv.errors import DataError
 from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL, PROTOCOLS, Answers, answer, question_tokens
 from cskv.evaluation.forward import check_least
@@ -130,9 +131,8 @@ def in_chat(tokenizer: PreTrainedTokenizerBase, case: Case) -> Case:
         raise DataError("this model's tokenizer has no chat template; ask without one")
     messages = [{"role": "user", "content": case.prompt.strip()}]
     text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    begin = str(tokenizer.bos_token or "")
-    if begin and tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]:
-        text = text.removeprefix(begin)
+    if begin_tokens(tokenizer):
+        text = text.removeprefix(str(tokenizer.bos_token))
     before, context, rest = text.partition(case.context.strip())
     if not context:
         raise DataError("the chat template changes the message; its question cannot be told from its context")

@@ -55,8 +55,16 @@ def press(name: str, budget: float) -> Method:
     @contextmanager
     def on(model: PreTrainedModel) -> Iterator[None]:
         pressed: Any = made(**{RATIO: 1.0 - budget})
-        with _attention(model, "eager" if kind == "ObservedAttentionPress" else None), pressed(model):
-            yield None
+        before = model.config._attn_implementation
+        switched = kind == "ObservedAttentionPress" and before != "eager"
+        if switched:
+            model.set_attn_implementation("eager")
+        try:
+            with pressed(model):
+                yield None
+        finally:
+            if switched:
+                model.set_attn_implementation(before)
 
     return Method(
         TITLES.get(kind, kind.removesuffix("Press")),
@@ -66,17 +74,3 @@ def press(name: str, budget: float) -> Method:
         pads=False,  # padding would be taken for the first tokens
         streams=False,
     )
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
-    """Switch the attention implementation for a while; None changes nothing."""
-    before = model.config._attn_implementation
-    if implementation is None or implementation == before:
-        yield
-        return
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
