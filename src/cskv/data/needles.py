@@ -33,13 +33,7 @@ PASSKEY_TASK = "passkey"
 
 @dataclass(frozen=True)
 class Kind:
-    """Counts that make a kind of needle task.
-
-    Attributes:
-        keys: how many keys are hidden.
-        values: how many values each has.
-        queries: how many of the keys are asked for.
-    """
+    """A kind of needle task: how many keys are hidden, how many values each has, and how many keys are asked for."""
 
     keys: int = 1
     values: int = 1

@@ -65,7 +65,7 @@ class Material:
         return Haystack(open_source(name, "heldout").read(seed), self.tokenizer, 2 * max(self.settings.tokens))
 
     def _texts(self, size: int, seed: int) -> Int[Tensor, "texts tokens"]:
-        """Take so many tokens from the beginning of each held-out document; a running text, such as a file, is cut up."""
+        """Take so many tokens from the beginning of each held-out document; a running text is cut up."""
         if size < 2:
             raise DataError(f"texts are to have {size} tokens; expected at least 2")
         source, count = open_source(self.settings.text, "heldout"), self.settings.texts

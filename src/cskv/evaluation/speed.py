@@ -6,10 +6,9 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cskv.errors import DataError
 from cskv.evaluation.forward import check_least, clock, forward
@@ -65,12 +64,14 @@ def measure_decode(
         forward(model, input_ids[:, :8])
         began = clock(device)
         logits, cache = forward(model, input_ids, last_only=True)
-        prefill_seconds = clock(device) - began
-        token, cache, _ = _decode(model, device, logits.argmax(-1), cache, warmup)
-        speeds = []
-        for _ in range(repeats):
-            token, cache, seconds = _decode(model, device, token, cache, steps)
-            speeds.append(batch * steps / seconds)
+        seconds = [clock(device) - began]
+        for number in (warmup, *[steps] * repeats):
+            began = clock(device)
+            for _ in range(number):
+                logits, cache = forward(model, logits.argmax(-1), cache, last_only=True)
+            seconds.append(clock(device) - began)
+    prefill_seconds, _, *stretches = seconds
+    speeds = [batch * steps / stretch for stretch in stretches]
     return DecodeSpeed(
         tokens_per_second=statistics.median(speeds),
         low=min(speeds),
@@ -81,14 +82,3 @@ def measure_decode(
         steps=steps,
         repeats=repeats,
     )
-
-
-def _decode(
-    model: PreTrainedModel, device: torch.device, token: Int[Tensor, "batch 1"], cache: Cache, steps: int
-) -> tuple[Int[Tensor, "batch 1"], Cache, float]:
-    """Decode greedily and return (last token, cache, seconds)."""
-    began = clock(device)
-    for _ in range(steps):
-        logits, cache = forward(model, token, cache, last_only=True)
-        token = logits.argmax(-1)
-    return token, cache, clock(device) - began

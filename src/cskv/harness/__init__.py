@@ -33,7 +33,12 @@ def run(args: Sequence[str]) -> None:
         raise CSKVError("lm-evaluation-harness is not installed: pip install 'cskv[lm-eval]'")
     import cskv.harness.model  # noqa: F401 (the harness knows the model from here on)
 
-    _refuse_adapter_as_pretrained(args)
+    for path in re.findall(r"pretrained=([^,\s]+)", " ".join(args)):
+        if is_adapter(path):
+            raise AdapterError(
+                f"pretrained={path} is an adapter, which the harness's own models would score without the compressed "
+                f"cache; give --model {MODEL} --model_args adapter={path}"
+            )
     from lm_eval.__main__ import cli_evaluate
 
     before = sys.argv
@@ -42,13 +47,3 @@ def run(args: Sequence[str]) -> None:
         cli_evaluate()
     finally:
         sys.argv = before
-
-
-def _refuse_adapter_as_pretrained(args: Sequence[str]) -> None:
-    """Keep `pretrained=` for base models: the harness's `hf` would load an adapter, and score texts without it."""
-    for path in re.findall(r"pretrained=([^,\s]+)", " ".join(args)):
-        if is_adapter(path):
-            raise AdapterError(
-                f"pretrained={path} is an adapter, which the harness's own models would score without the compressed "
-                f"cache; give --model {MODEL} --model_args adapter={path}"
-            )

@@ -24,17 +24,11 @@ from cskv.models.placement import device_of
 
 @dataclass(frozen=True)
 class Backend:
-    """A package that transformers can quantise its cache with.
-
-    Attributes:
-        module: what is imported.
-        package: its name in a package index.
-        axis: the axis that makes groups of consecutive channels of a token, as transformers advises.
-    """
+    """A package that transformers can quantise its cache with."""
 
     module: str
-    package: str
-    axis: int
+    package: str  # its name in a package index
+    axis: int  # makes groups of consecutive channels of a token, as transformers advises
 
 
 BACKENDS = {"hqq": Backend("hqq", "hqq", 1), "quanto": Backend("optimum.quanto", "optimum-quanto", 0)}
