@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from pathlib import Path
 
@@ -38,17 +37,18 @@ def test_case_holds_one_line_per_key_and_the_answer(num_lines: int):
 
 
 def test_prompt_text_word_for_word():
-    prompt = lines.prompt_text([("wide-eyed-exam", 12)], "wide-eyed-exam")
+    case = lines.make_case(1, seed=0)
+    prompt = case.prompt
     assert prompt.startswith("Below is a record of lines I want you to remember. Each line begins with 'line <line")
     assert prompt.endswith(
-        "Now the record start:\n\nline wide-eyed-exam: REGISTER_CONTENT is <12>\n\nNow the record is over. Tell me "
-        "what is the <REGISTER_CONTENT> in line wide-eyed-exam? I need the number. "
+        f"Now the record start:\n\nline {case.key}: REGISTER_CONTENT is <{case.expected}>\n\nNow the record is over. "
+        f"Tell me what is the <REGISTER_CONTENT> in line {case.key}? I need the number. "
     )
 
 
 def test_an_empty_record_is_refused():
     with pytest.raises(ValueError, match="at least one line"):
-        lines.make_record(0, random.Random(0))
+        lines.make_case(0, seed=0)
 
 
 def test_read_official_keeps_the_prompt(tmp_path: Path):

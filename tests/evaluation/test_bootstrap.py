@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from cskv.evaluation.bootstrap import bootstrap_interval
+from cskv.evaluation.agreement import bootstrap_interval
 
 
 def test_equal_values_have_no_width_and_one_value_no_interval():

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import cskv
 from cskv import harness
 from cskv.cli.app import app
-from cskv.harness.arguments import MISSING, Reading, check_arguments, check_batch_size, find_compressor
+from cskv.harness.arguments import MISSING, check_arguments, check_settings, find_compressor
 from tests.cli.support import mistake
 from tests.harness.support import CHECKPOINT
 
@@ -76,17 +76,17 @@ def test_unknown_arguments_are_refused_and_known_ones_are_not() -> None:
 
 @pytest.mark.parametrize("size", ["auto", "auto:4", 0, "two"])
 def test_batch_sizes_are_numbers(size: object) -> None:
-    check_batch_size(3)
-    check_batch_size("3")
+    check_settings(batch_size=3)
+    check_settings(batch_size="3")
     why = "which tries .* give a number" if "auto" in str(size) else "expected a whole number"
     with pytest.raises(cskv.ConfigError, match=f"batch_size is {size!r}.* {why}"):
-        check_batch_size(size)
+        check_settings(batch_size=size)
 
 
 def test_ways_of_reading_have_names() -> None:
     for wrong in ({"protocol": "x"}, {"reading": "x"}, {"question_tokens": 0}):
         with pytest.raises(cskv.ConfigError, match=f"{next(iter(wrong))} is "):
-            Reading(**wrong)
+            check_settings(**wrong)
 
 
 def test_without_the_harness_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

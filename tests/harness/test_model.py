@@ -215,7 +215,7 @@ def test_a_loaded_model_and_adapter_do_too(adapters: dict[str, str], texts: list
     lm = model(cskv.CSKVAdapter.from_pretrained(adapters["low"]), pretrained=base)
     assert rolling(lm, texts[:1]) == pytest.approx(rolling(model(adapters["low"]), texts[:1]), abs=TOLERANCE)
     assert lm.facts()["base_model"] == CHECKPOINT
-    with pytest.raises(cskv.CSKVError, match="attached already"):
+    with pytest.raises(cskv.CSKVError, match="a compressor is attached to this model"):
         model(adapters["low"], pretrained=base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -14,8 +15,7 @@ import torch
 from cskv.errors import CSKVError
 from cskv.evaluation.agreement import agreement
 from cskv.evaluation.cache_size import cache_after_prefill
-from cskv.evaluation.decoding import answer, answer_after_context
-from cskv.methods import press as module
+from cskv.evaluation.decoding import CONTEXT_FIRST, answer
 from cskv.methods.press import press
 from tests.evaluation.support import VOCABULARY, character_tokenizer, tiny_llama
 
@@ -53,7 +53,7 @@ def stand_in(monkeypatch):
 
     kinds = {kind.__name__: kind for kind in (StreamingLLMPress, ObservedAttentionPress, OddPress)}
     monkeypatch.setitem(sys.modules, "kvpress", types.SimpleNamespace(**kinds))
-    monkeypatch.setattr(module, "_version", lambda: "9.9")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: "9.9")
     return StreamingLLMPress
 
 
@@ -100,10 +100,11 @@ def test_a_press_that_drops_almost_nothing_answers_as_the_model_and_reads_right_
     tokenizer = character_tokenizer()
     model = tiny_llama(vocab_size=len(tokenizer))
     context, question = "some text to be read before " * 4, "and then?"
-    exact = answer(model, tokenizer, [context + question], 8, until_line=False).texts
+    asked = (tokenizer, [context], [question], 8)
+    exact = answer(model, *asked, until_line=False).texts
     kept = press("streaming", 0.995)  # int(113 * 0.995) = 112 of 113 tokens
     with kept.on(model):
-        assert answer_after_context(model, tokenizer, [context], [question], 8, until_line=False).texts == exact
+        assert answer(model, *asked, protocol=CONTEXT_FIRST, until_line=False).texts == exact
 
 
 @with_kvpress

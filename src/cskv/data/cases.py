@@ -31,7 +31,7 @@ class Case:
 
     @property
     def prompt(self) -> str:
-        """Context and question together."""
+        """Return context and question together."""
         return self.context + self.question
 
     @property

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,8 +27,6 @@ HEADER = (
 RECORD_END = "\nNow the record is over."
 QUESTION = RECORD_END + " Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number. "
 
-Entry = tuple[str, int]
-
 
 @dataclass(frozen=True)
 class LinesCase:
@@ -41,7 +38,7 @@ class LinesCase:
     num_lines: int
 
     def as_case(self) -> Case:
-        """The same question, with the record and what is asked after it apart.
+        """Return the same question, with the record and what is asked after it apart.
 
         Raises:
             DataError: the prompt does not say where the record ends.
@@ -60,7 +57,7 @@ class LinesCase:
 
 @lru_cache(maxsize=1)
 def key_words() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The adjectives and the nouns that keys are made of, each in a fixed order."""
+    """Return the adjectives and the nouns that keys are made of, each in a fixed order."""
     try:
         from wonderwords import RandomWord
     except ImportError as error:
@@ -71,33 +68,29 @@ def key_words() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(sorted(set(adjectives))), tuple(sorted(set(nouns)))
 
 
-def make_record(num_lines: int, rng: random.Random) -> list[Entry]:
-    """Draw `num_lines` (key, number) entries with pairwise different keys."""
-    if num_lines < 1:
-        raise ValueError(f"a record needs at least one line, got {num_lines}")
+def make_key(rng: random.Random) -> str:
+    """Draw a key: an adjective and a noun."""
     adjectives, nouns = key_words()
-    keys: dict[str, None] = {}
-    while len(keys) < num_lines:
-        keys[f"{rng.choice(adjectives)}-{rng.choice(nouns)}"] = None
-    return [(key, rng.randint(1, MAX_NUMBER)) for key in keys]
+    return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
 
 
 def line_text(key: str, number: int | str) -> str:
-    """One line of a record, with its newline."""
+    """Return one line of a record, with its newline."""
     return f"line {key}: REGISTER_CONTENT is <{number}>\n"
 
 
-def prompt_text(record: Iterable[Entry], key: str) -> str:
-    """The whole prompt: header, record, and the question about `key`."""
-    return HEADER + "".join(line_text(*entry) for entry in record) + QUESTION.format(key=key)
-
-
 def make_case(num_lines: int, seed: int) -> LinesCase:
-    """Generate one test case; the same arguments always give the same case."""
+    """Generate one test case with pairwise different keys; the same arguments always give the same case."""
+    if num_lines < 1:
+        raise ValueError(f"a record needs at least one line, got {num_lines}")
     rng = random.Random(f"lines-{num_lines}-{seed}")
-    record = make_record(num_lines, rng)
+    keys: dict[str, None] = {}
+    while len(keys) < num_lines:
+        keys[make_key(rng)] = None
+    record = [(key, rng.randint(1, MAX_NUMBER)) for key in keys]
     key, expected = rng.choice(record)
-    return LinesCase(prompt_text(record, key), expected, key, num_lines)
+    prompt = HEADER + "".join(line_text(*entry) for entry in record) + QUESTION.format(key=key)
+    return LinesCase(prompt, expected, key, num_lines)
 
 
 def read_official(path: str | Path) -> list[LinesCase]:

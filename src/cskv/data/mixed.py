@@ -20,15 +20,14 @@ def mixed_source(num_lines: int) -> TextSource:
     Args:
         num_lines: the longest record.
     """
-    return TextSource(
-        f"offline text and LongEval records of up to {num_lines} lines", lambda seed: _read(num_lines, seed)
-    )
 
+    def read(seed: int) -> Iterator[str]:
+        rng = random.Random(f"demo-text-{seed}")
+        for text in open_source("offline").read(seed):
+            start = rng.randrange(max(1, len(text) - PIECE_CHARACTERS))
+            yield text[start : start + PIECE_CHARACTERS]
+            size = rng.randint(max(1, num_lines // 8), num_lines)
+            case = make_case(size, RECORD_SEEDS + rng.randrange(RECORD_SEEDS))
+            yield case.prompt + line_text(case.key, case.expected)
 
-def _read(num_lines: int, seed: int) -> Iterator[str]:
-    rng = random.Random(f"demo-text-{seed}")
-    for text in open_source("offline").read(seed):
-        start = rng.randrange(max(1, len(text) - PIECE_CHARACTERS))
-        yield text[start : start + PIECE_CHARACTERS]
-        case = make_case(rng.randint(max(1, num_lines // 8), num_lines), RECORD_SEEDS + rng.randrange(RECORD_SEEDS))
-        yield case.prompt + line_text(case.key, case.expected)
+    return TextSource(f"offline text and LongEval records of up to {num_lines} lines", read)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cskv.data.cases import Case
-from cskv.data.lines import key_words
+from cskv.data.lines import make_key
 from cskv.data.wording import NOISE, PASSKEY, WORDINGS, Wording
 from cskv.errors import DataError
 
@@ -33,13 +33,7 @@ PASSKEY_TASK = "passkey"
 
 @dataclass(frozen=True)
 class Kind:
-    """Counts that make a kind of needle task.
-
-    Attributes:
-        keys: how many keys are hidden.
-        values: how many values each has.
-        queries: how many of the keys are asked for.
-    """
+    """A kind of needle task: how many keys are hidden, how many values each has, and how many keys are asked for."""
 
     keys: int = 1
     values: int = 1
@@ -89,21 +83,15 @@ class Haystack:
         raise DataError(f"the haystack has {total} tokens; expected at least {tokens}: give more text or ask for less")
 
     def take(self, tokens: int, rng: random.Random) -> list[str]:
-        """Consecutive lines of at most `tokens` tokens, from a random line on, beginning anew at the end."""
+        """Take consecutive lines of at most `tokens` tokens, from a random line on, beginning anew at the end."""
         order = itertools.cycle(range(len(self.lines)))
         taken: list[str] = []
-        start, left = rng.randrange(len(self.lines)), tokens
-        for index in itertools.islice(order, start, None):
-            left -= self.counts[index]
-            if left < 0:
-                return taken
+        for index in itertools.islice(order, rng.randrange(len(self.lines)), None):
+            tokens -= self.counts[index]
+            if tokens < 0:
+                break
             taken.append(self.lines[index])
         return taken
-
-
-def noise(tokenizer: PreTrainedTokenizerBase) -> Haystack:
-    """The sentences that pass keys are hidden in, over and over."""
-    return Haystack([NOISE], tokenizer, 1)
 
 
 class NeedleMaker:
@@ -136,10 +124,10 @@ class NeedleMaker:
             )
         self.task, self.kind, self.tokenizer = task, KINDS[task], tokenizer
         self.wording: Wording = PASSKEY if task == PASSKEY_TASK else WORDINGS[wording]
-        self.haystack = noise(tokenizer) if haystack is None else haystack
+        self.haystack = Haystack([NOISE], tokenizer, 1) if haystack is None else haystack
 
     def make(self, tokens: int, seed: int, depth: float | None = None) -> Case:
-        """One case whose prompt has at most `tokens` tokens; the same arguments always give the same case.
+        """Make one case whose prompt has at most `tokens` tokens; the same arguments always give the same case.
 
         Args:
             tokens: of the whole prompt, special tokens included.
@@ -171,10 +159,10 @@ class NeedleMaker:
         return Case(self.task, tokens, context, question, answers, found if depth is None else depth)
 
     def _needles(self, rng: random.Random) -> dict[str, list[str]]:
-        """Values by key; the keys that are asked for come first."""
+        """Draw values by key; the keys that are asked for come first."""
         keys: dict[str, list[str]] = {}
         while len(keys) < self.kind.keys:
-            keys[_key(rng)] = [str(number) for number in rng.sample(range(*DIGITS), self.kind.values)]
+            keys[make_key(rng)] = [str(number) for number in rng.sample(range(*DIGITS), self.kind.values)]
         return keys
 
     def _hay(self, tokens: int, rng: random.Random, taken: set[str]) -> list[str]:
@@ -182,7 +170,7 @@ class NeedleMaker:
             return self.haystack.take(tokens, rng)
         made: list[str] = []
         while True:
-            key = _key(rng)
+            key = make_key(rng)
             if key in taken:
                 continue
             sentence = self.wording.needle_text(key, str(rng.randint(*DIGITS)))
@@ -196,16 +184,10 @@ class NeedleMaker:
         return len(self.tokenizer(text, verbose=False)["input_ids"])
 
 
-def _key(rng: random.Random) -> str:
-    adjectives, nouns = key_words()
-    return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
-
-
 def _inserted(hay: Sequence[str], sentences: Sequence[str], places: Sequence[int]) -> list[str]:
-    """The haystack's lines with each sentence before the line of its place."""
-    at = sorted(range(len(sentences)), key=lambda index: places[index])
+    """Return the haystack's lines with each sentence before the line of its place."""
     result, start = [], 0
-    for index in at:
-        result += [*hay[start : places[index]], sentences[index]]
-        start = places[index]
+    for place, sentence in sorted(zip(places, sentences), key=lambda pair: pair[0]):
+        result += [*hay[start:place], sentence]
+        start = place
     return [*result, *hay[start:]]

@@ -14,60 +14,34 @@ from pathlib import Path
 from typing import Literal
 
 Split = Literal["train", "heldout"]
-Document = tuple[str, str]
 
 HELDOUT_ONE_IN = 20
-SKIPPED_FOLDERS = frozenset(
-    {
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "_bundled",
-        "encodings",  # generated character tables
-        "pydoc_data",  # the topics, which are read as topics
-    }
-)
+SKIPPED_FOLDERS = {
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"),
+    *("encodings", "pydoc_data"),  # generated character tables, and the topics, which are read as topics
+}
 
 
-def split_of(name: str) -> Split:
-    """The split to which the document of this name belongs."""
-    if name.startswith("topics/"):
-        return "train"
-    digest = hashlib.sha256(name.encode("utf-8")).digest()
-    return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
-
-
-def documents(split: Split) -> Iterator[Document]:
-    """The (name, text) documents of one split, in a fixed order."""
+def documents(split: Split) -> Iterator[tuple[str, str]]:
+    """Yield the (name, text) documents of one split, in a fixed order."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
-    for name, text in _all_documents():
-        if split_of(name) == split:
+    if split == "train":
+        from pydoc_data.topics import topics
+
+        yield from ((f"topics/{name}", topics[name]) for name in sorted(topics))
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = {f"stdlib/{path.relative_to(root).as_posix()}": path for path in root.rglob("*.py")}
+    for name in sorted(paths):
+        parts = Path(name).parts[1:]
+        skipped = not SKIPPED_FOLDERS.isdisjoint(parts) or parts[0].startswith("_sysconfigdata")
+        if not skipped and _split_of(name) == split and (text := _read_utf8(paths[name])):
             yield name, text
 
 
-def _all_documents() -> Iterator[Document]:
-    yield from _topics()
-    yield from _library_sources(Path(sysconfig.get_path("stdlib")))
-
-
-def _topics() -> Iterator[Document]:
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield f"topics/{name}", topics[name]
-
-
-def _library_sources(root: Path) -> Iterator[Document]:
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    for name in sorted(paths):
-        if SKIPPED_FOLDERS.isdisjoint(Path(name).parts) and not name.startswith("_sysconfigdata"):
-            text = _read_utf8(paths[name])
-            if text:
-                yield f"stdlib/{name}", text
+def _split_of(name: str) -> Split:
+    digest = hashlib.sha256(name.encode("utf-8")).digest()
+    return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
 
 
 def _read_utf8(path: Path) -> str | None:

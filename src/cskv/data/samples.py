@@ -9,6 +9,7 @@ with the number of samples.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 BATCH_CHARACTERS = 1 << 18
 
 
+@dataclass(eq=False)
 class TokenSamples:
     """`num_samples` samples of `sample_len` tokens from a text source.
 
@@ -40,18 +42,18 @@ class TokenSamples:
         DataError: a number is out of range. While iterating: there is no text, or less than asked for.
     """
 
-    def __init__(
-        self, source: TextSource, tokenizer: PreTrainedTokenizerBase, num_samples: int, sample_len: int, seed: int = 0
-    ) -> None:
-        if num_samples < 1 or sample_len < 2:
+    source: TextSource
+    tokenizer: PreTrainedTokenizerBase
+    num_samples: int
+    sample_len: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.sample_len < 2:
             raise DataError(
-                f"got {num_samples} samples of {sample_len} tokens; expected at least 1 sample of at least 2 tokens"
+                f"got {self.num_samples} samples of {self.sample_len} tokens; expected at least 1 sample of at least "
+                "2 tokens"
             )
-        self.source = source
-        self.tokenizer = tokenizer
-        self.num_samples = num_samples
-        self.sample_len = sample_len
-        self.seed = seed
 
     def __len__(self) -> int:
         return self.num_samples
@@ -60,8 +62,8 @@ class TokenSamples:
         return self.starting_at(0)
 
     def starting_at(self, index: int) -> Iterator[Int[Tensor, " sample_len"]]:
-        """The samples from this index on. Those before it are tokenised and dropped."""
-        begin = _begin_tokens(self.tokenizer)
+        """Yield the samples from this index on. Those before it are tokenised and dropped."""
+        begin = begin_tokens(self.tokenizer)
         body = self.sample_len - len(begin)
         row: list[int] = []
         made = tokens = 0
@@ -91,7 +93,7 @@ class TokenSamples:
         )
 
     def _token_batches(self) -> Iterator[list[int]]:
-        """Tokens of some hundred thousand characters at a time: fast tokenizers work on a batch in parallel."""
+        """Yield the tokens of some hundred thousand characters at a time: fast tokenizers work in parallel."""
         separator = (
             [self.tokenizer.eos_token_id] if self.source.separate and self.tokenizer.eos_token_id is not None else []
         )
@@ -100,9 +102,8 @@ class TokenSamples:
         for text in self.source.read(self.seed):
             if self.source.separate and not text.strip():
                 continue
-            pieces = _pieces(text)
-            batch.extend((piece, []) for piece in pieces[:-1])
-            batch.extend((piece, separator) for piece in pieces[-1:])
+            *pieces, last = _pieces(text)
+            batch += [*((piece, []) for piece in pieces), (last, separator)]
             characters += len(text)
             if characters >= BATCH_CHARACTERS:
                 yield self._tokenise(batch)
@@ -118,7 +119,7 @@ class TokenSamples:
 
 
 def _pieces(text: str) -> list[str]:
-    """A document cut at line ends into pieces that a tokenizer handles well."""
+    """Cut a document at line ends into pieces that a tokenizer handles well."""
     pieces, start = [], 0
     while len(text) - start > PIECE_CHARACTERS:
         newline = text.rfind("\n", start, start + PIECE_CHARACTERS)
@@ -128,7 +129,8 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the begin token if the tokenizer begins every text with it, else nothing."""
     begin = tokenizer.bos_token_id
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return [begin] if begin is not None and first == [begin] else []

@@ -16,12 +16,10 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from cskv.data import offline
+from cskv.data.offline import Split
 from cskv.errors import DataError, first_line
-
-Split = Literal["train", "heldout"]
 
 PIECE_CHARACTERS = 1 << 16
 SHUFFLED_DOCUMENTS = 1000
@@ -78,7 +76,7 @@ def open_source(name: str, split: Split = "train") -> TextSource:
     if split not in ("train", "heldout"):
         raise DataError(f"split is {split!r}; expected 'train' or 'heldout'")
     if name == "offline":
-        return TextSource("offline", lambda seed: _shuffled_offline(split, seed))
+        return TextSource(name, lambda seed: _offline_texts(split, seed))
     if name in HUB_TEXTS:
         return _dataset_source(name, split, HUB_TEXTS[name])
     path = Path(name)
@@ -90,7 +88,7 @@ def open_source(name: str, split: Split = "train") -> TextSource:
 
 
 def read_pieces(path: Path) -> Iterator[str]:
-    """A UTF-8 file in pieces that end at line ends, or after `PIECE_CHARACTERS` more of a very long line.
+    """Yield a UTF-8 file in pieces that end at line ends, or after `PIECE_CHARACTERS` more of a very long line.
 
     Raises:
         DataError: the file cannot be read or is not UTF-8.
@@ -105,7 +103,7 @@ def read_pieces(path: Path) -> Iterator[str]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _shuffled_offline(split: Split, seed: int) -> Iterator[str]:
+def _offline_texts(split: Split, seed: int) -> Iterator[str]:
     # The corpus fits in memory (tens of MB); alphabetical order would give a short run one corner of it.
     texts = [text for _, text in offline.documents(split)]
     random.Random(seed).shuffle(texts)
@@ -129,7 +127,9 @@ def _dataset_texts(name: str, split: str, hub: HubText, seed: int) -> Iterator[s
         if hub.separate:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLED_DOCUMENTS)
         for row in rows:
-            yield _text_of(row, name)
+            if not isinstance(text := row.get("text"), str):
+                raise DataError(f"dataset {name} has no text in column 'text'; its columns are {sorted(row)}")
+            yield text
     except DataError:
         raise
     # The library and the network below it raise dozens of unrelated types; each means the text cannot be had.
@@ -138,10 +138,3 @@ def _dataset_texts(name: str, split: str, hub: HubText, seed: int) -> Iterator[s
             f"cannot read split {split!r} of dataset {name} ({hub.path}): {first_line(error)}; "
             "without a network, give a text file or 'offline'"
         ) from error
-
-
-def _text_of(row: dict[str, Any], name: str) -> str:
-    text = row.get("text")
-    if not isinstance(text, str):
-        raise DataError(f"dataset {name} has no text in column 'text'; its columns are {sorted(row)}")
-    return text

@@ -28,11 +28,11 @@ class Wording:
     several: str
 
     def needle_text(self, key: str, value: str) -> str:
-        """The sentence that holds a value."""
+        """Return the sentence that holds a value."""
         return self.needle.format(key=key, value=value)
 
     def question_text(self, keys: Sequence[str], values: int) -> str:
-        """The question for some keys, with so many values in all."""
+        """Return the question for some keys, with so many values in all."""
         joined = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])} and {keys[-1]}"
         return (self.one if values == 1 else self.several).format(keys=joined)
 

@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cskv.errors import DataError
-from cskv.evaluation.bootstrap import bootstrap_interval
 from cskv.evaluation.forward import Piece, check_least, pieces, read
 from cskv.methods.method import Method
 from cskv.models.evaluation_mode import evaluation_mode
 
 HELD = 2**30  # bytes of the uncompressed model's log-probabilities
 STRETCHES = 16
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,13 @@ class Agreement:
     top1: tuple[float, ...]
     positions: tuple[dict[str, float], ...]
 
-    @property
-    def perplexity(self) -> float:
-        """Exp of the mean negative log-likelihood."""
-        return math.exp(fmean(self.nll))
-
     def to_dict(self) -> dict[str, Any]:
-        """Means and their 95 % intervals over texts (null of a single text) as JSON-ready values."""
+        """Return means and their 95 % intervals over texts (null of a single text) as JSON-ready values."""
         nll = bootstrap_interval(self.nll)
         figures: dict[str, Any] = {
             "tokens": self.tokens,
             "nll": fmean(self.nll),
-            "perplexity": self.perplexity,
+            "perplexity": math.exp(fmean(self.nll)),
             "perplexity_interval": nll and [math.exp(bound) for bound in nll],
             "reference_perplexity": math.exp(fmean(self.reference_nll)),
         }
@@ -131,7 +127,14 @@ def _read(
             for reference, ((start, stop), logits) in zip(expected, ours):
                 kept = stop - logits.shape[1]
                 found = logits.float().log_softmax(-1)
-                figures[..., kept:stop] = _figures(rows[:, kept + 1 : stop + 1], found, reference)
+                targets = rows[:, kept + 1 : stop + 1, None].to(found.device)
+                measured = (
+                    -found.gather(-1, targets)[..., 0],
+                    -reference.gather(-1, targets)[..., 0],
+                    (reference.exp() * (reference - found)).sum(-1),
+                    (found.argmax(-1) == reference.argmax(-1)).float(),
+                )
+                figures[..., kept:stop] = torch.stack(measured)
                 if on_tokens is not None:
                     on_tokens((stop - start) * rows.shape[0])
 
@@ -144,22 +147,6 @@ def _held(pieces_read: Iterable[tuple[Piece, Tensor]]) -> Iterator[Float[Tensor,
         held += found.nbytes
         if held >= HELD:
             return
-
-
-def _figures(
-    targets: Int[Tensor, "batch kept"],
-    found: Float[Tensor, "batch kept vocabulary"],
-    reference: Float[Tensor, "batch kept vocabulary"],
-) -> Float[Tensor, "4 batch kept"]:
-    """Return nll, reference nll, KL and top-1 of every position, from log-probabilities."""
-    index = targets[..., None].to(found.device)
-    figures = (
-        -found.gather(-1, index)[..., 0],
-        -reference.gather(-1, index)[..., 0],
-        (reference.exp() * (reference - found)).sum(-1),
-        (found.argmax(-1) == reference.argmax(-1)).float(),
-    )
-    return torch.stack(figures).double().cpu()
 
 
 def _summary(figures: Float[Tensor, "4 texts positions"], first: int) -> Agreement:
@@ -179,3 +166,16 @@ def _summary(figures: Float[Tensor, "4 texts positions"], first: int) -> Agreeme
     )
     nll, reference, kl, top1 = (tuple(row.mean(-1).tolist()) for row in figures)
     return Agreement(texts * length, nll, reference, kl, top1, positions)
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of a mean by the percentile bootstrap (B. Efron, Annals of Statistics 1979).
+
+    The same values always give the same interval; fewer than two give None.
+    """
+    if len(values) < 2:
+        return None
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    means = np.asarray(values, dtype=np.float64)[drawn].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

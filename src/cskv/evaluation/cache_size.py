@@ -20,7 +20,7 @@ def cache_after_prefill(
     *,
     new_cache: Callable[[], Cache] | None = None,
 ) -> CacheReport:
-    """The report of the cache that a prompt leaves behind: allocated bytes, slack included.
+    """Return the report of the cache that a prompt leaves behind: allocated bytes, slack included.
 
     Args:
         model: attached or not.

@@ -9,18 +9,19 @@ reads it from the cache. kvpress's protocol, and the harder one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from cskv.errors import DataError
 from cskv.evaluation.forward import clock, forward
 from cskv.methods.method import NewCache
 from cskv.models.compat import cache_kwarg
+from cskv.models.placement import device_of
 
 IN_PREFILL, CONTEXT_FIRST = "in-prefill", "context-first"
 PROTOCOLS = (IN_PREFILL, CONTEXT_FIRST)
@@ -48,74 +49,70 @@ class Answers:
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    new_cache: NewCache | None = None,
-    *,
-    until_line: bool = True,
-) -> Answers:
-    """Continue prompts greedily with `model.generate`, left-padded to one length.
-
-    Args:
-        model: attached or not.
-        tokenizer: the model's; prompts are encoded as they are, without a chat template.
-        max_new_tokens: the longest answer.
-        new_cache: makes the empty cache; the model's own when None.
-        until_line: a row ends at a newline after a digit, too.
-    """
-    encoded = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
-    pad, eos = _pad_id(tokenizer), _end_ids(model)
-    input_ids, mask = left_pad(encoded, pad)
-    ends = AnswerEnd(tokenizer, input_ids.shape[1], eos, model.device, until_line=until_line)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=eos or None
-    )
-    began = clock(model.device)
-    generated = model.generate(  # type: ignore[operator]
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=settings,
-        stopping_criteria=[ends],
-        **({} if new_cache is None else {cache_kwarg(model): new_cache()}),
-    )
-    ended = clock(model.device)
-    return ends.answers(generated, sum(map(len, encoded)), began, ended)
-
-
-def answer_after_context(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     contexts: Sequence[str],
     questions: Sequence[str],
     max_new_tokens: int,
     new_cache: NewCache | None = None,
     *,
+    protocol: str = IN_PREFILL,
     until_line: bool = True,
 ) -> Answers:
-    """Prefill contexts, then ask questions of equally many tokens about them, and continue greedily.
+    """Continue contexts, each with its question, greedily; what is prefilled is left-padded to one length.
 
     Args:
         model: attached or not.
-        tokenizer: the model's. Questions are encoded on their own, without special tokens.
-        contexts, questions: one of each per row; contexts are left-padded to one length.
+        tokenizer: the model's; texts are encoded as they are, without a chat template.
+        contexts, questions: one of each per row.
         max_new_tokens: the longest answer.
         new_cache: makes the empty cache; the model's own when None.
+        protocol: "in-prefill" or "context-first"; the latter encodes questions on their own, without special tokens.
         until_line: a row ends at a newline after a digit, too.
 
     Raises:
-        DataError: the questions differ in their number of tokens (see `question_tokens`).
+        DataError: with "context-first" the questions differ in their number of tokens (see `question_tokens`).
     """
-    heads = [tokenizer(context, verbose=False)["input_ids"] for context in contexts]
-    tails = [question_tokens(tokenizer, question) for question in questions]
+    apart = protocol == CONTEXT_FIRST
+    prefilled = contexts if apart else [context + question for context, question in zip(contexts, questions)]
+    heads = [tokenizer(text, verbose=False)["input_ids"] for text in prefilled]
+    tails = [question_tokens(tokenizer, question) if apart else [] for question in questions]
     if len(set(map(len, tails))) != 1:
         raise DataError(f"questions have {sorted(set(map(len, tails)))} tokens; expected batches of equal length")
-    context_ids, mask = left_pad(heads, _pad_id(tokenizer))
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    input_ids, mask = left_pad(heads, pad)
     question_ids = torch.tensor(tails, dtype=torch.long)
-    input_ids = torch.cat([context_ids, question_ids], dim=1)
-    ends = AnswerEnd(tokenizer, input_ids.shape[1], _end_ids(model), model.device, until_line=until_line)
+    device, eos = device_of(model), _end_ids(model)
+    ends = _AnswerEnd(tokenizer, input_ids.shape[1] + question_ids.shape[1], eos, device, until_line)
+    began = clock(device)
+    cache = None if new_cache is None else new_cache()
+    if apart:
+        made = _read_then_answer(model, input_ids, mask, question_ids, max_new_tokens, cache, ends)
+    else:
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=eos or None
+        )
+        made = model.generate(  # type: ignore[operator]
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=settings,
+            stopping_criteria=[ends],
+            **({} if cache is None else {cache_kwarg(model): cache}),
+        )
+    return ends.answers(made, int(mask.sum()) + question_ids.numel(), began, clock(device))
+
+
+def _read_then_answer(
+    model: PreTrainedModel,
+    context_ids: Int[Tensor, "batch context"],
+    mask: Int[Tensor, "batch context"],
+    question_ids: Int[Tensor, "batch question"],
+    max_new_tokens: int,
+    cache: Cache | None,
+    ends: _AnswerEnd,
+) -> Int[Tensor, "batch tokens"]:
+    """Prefill contexts, then feed the questions and each new token; return all token ids."""
     padding = None if bool(mask.all()) else mask
-    began = clock(model.device)
-    _, cache = forward(model, context_ids, None if new_cache is None else new_cache(), last_only=True, mask=padding)
+    _, cache = forward(model, context_ids, cache, last_only=True, mask=padding)
+    input_ids = torch.cat([context_ids, question_ids], dim=1)
     piece, seen = question_ids, context_ids.shape[1]
     for _ in range(max_new_tokens):
         if padding is not None:
@@ -126,7 +123,7 @@ def answer_after_context(
         input_ids = torch.cat([input_ids, piece], dim=1)
         if bool(ends(input_ids, None).all()):
             break
-    return ends.answers(input_ids, sum(map(len, heads)) + question_ids.numel(), began, clock(model.device))
+    return input_ids
 
 
 def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
@@ -147,36 +144,29 @@ def left_pad(
     return ids, mask
 
 
-class AnswerEnd(StoppingCriteria):
-    """Ends a row at end-of-sequence or at a newline after a digit; keeps each row's length and the first token's time.
+@dataclass
+class _AnswerEnd(StoppingCriteria):
+    """Ends a row at end-of-sequence or, with `until_line`, at a newline after a digit.
 
     Attributes:
-        lengths: (batch,) generated tokens per row, the ending one included.
         first_token_at: seconds of `clock` when the first token was there.
+        lengths: (batch,) generated tokens per row, the ending one included.
+        done: (batch,) rows that have ended.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt_length: int,
-        end_ids: Sequence[int],
-        device: torch.device,
-        *,
-        until_line: bool = True,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.prompt_length = prompt_length
-        self.end_ids = frozenset(end_ids)
-        self.device = device
-        self.until_line = until_line
-        self.first_token_at = 0.0
-        self.lengths = torch.zeros(0, dtype=torch.long)
-        self.done = torch.zeros(0, dtype=torch.bool)
+    tokenizer: PreTrainedTokenizerBase
+    prompt_length: int
+    end_ids: Sequence[int]
+    device: torch.device
+    until_line: bool
+    first_token_at: float = 0.0
+    lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    done: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def __call__(
         self, input_ids: Int[Tensor, "batch tokens"], scores: Float[Tensor, "batch vocabulary"] | None, **kwargs: Any
     ) -> Bool[Tensor, " batch"]:
-        """Called after every token."""
+        """Tell which rows have ended; called after every token."""
         new = input_ids[:, self.prompt_length :].tolist()
         if not self.lengths.numel():
             self.first_token_at = clock(self.device)
@@ -206,10 +196,6 @@ class AnswerEnd(StoppingCriteria):
     def _is_complete(self, row: list[int]) -> bool:
         before, newline, _ = str(self.tokenizer.decode(row)).rpartition("\n")
         return bool(newline) and any(map(str.isdigit, before))
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _end_ids(model: PreTrainedModel) -> list[int]:

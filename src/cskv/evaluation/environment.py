@@ -35,7 +35,7 @@ class Environment:
     date: str
 
     def to_dict(self) -> dict[str, str | int | None]:
-        """The fields as JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
 
@@ -58,7 +58,7 @@ def environment() -> Environment:
 
 
 def cpu_name(cpuinfo: str | Path = "/proc/cpuinfo") -> str:
-    """The processor's name as Linux tells it, or what the platform module knows."""
+    """Return the processor's name as Linux tells it, or what the platform module knows."""
     try:
         lines = Path(cpuinfo).read_text(encoding="utf-8").splitlines()
     except OSError:

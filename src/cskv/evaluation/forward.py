@@ -21,6 +21,7 @@ from transformers import Cache, PreTrainedModel
 
 from cskv.errors import CacheError, DataError
 from cskv.models.compat import cache_kwarg, output_cache
+from cskv.models.placement import device_of
 
 Piece = tuple[int, int]
 
@@ -49,16 +50,17 @@ def forward(
         CacheError: the model returns no cache.
     """
     kwargs: dict[str, Any] = {cache_kwarg(model): cache, "use_cache": True}
+    device = device_of(model)
     known = inspect.signature(model.forward).parameters
     if last_only and "logits_to_keep" in known:
         kwargs["logits_to_keep"] = 1
     if mask is not None:
-        kwargs["attention_mask"] = mask.to(model.device)
+        kwargs["attention_mask"] = mask.to(device)
     if "position_ids" in known and mask is not None:
-        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :].to(model.device)
+        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :].to(device)
     elif "position_ids" in known and seen is not None:
-        kwargs["position_ids"] = torch.arange(seen, seen + input_ids.shape[1], device=model.device)[None]
-    outputs = model(input_ids=input_ids.to(model.device), **kwargs)
+        kwargs["position_ids"] = torch.arange(seen, seen + input_ids.shape[1], device=device)[None]
+    outputs = model(input_ids=input_ids.to(device), **kwargs)
     filled = output_cache(outputs)
     if filled is None:
         raise CacheError(

@@ -11,7 +11,7 @@ from cskv.models.sites import find_sites
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """Name, architecture, sizes, dtype and fingerprint, JSON-ready."""
+    """Return name, architecture, sizes, dtype and fingerprint, JSON-ready."""
     sites = find_sites(model)
     config = model.config.get_text_config(decoder=True)
     return {

@@ -38,28 +38,20 @@ class Material:
         self.texts = functools.cache(self._texts)
         self._haystack = functools.cache(self._make_haystack)
 
-    def official(self, size: int) -> list[str]:
-        """The published files that ask about records of so many lines."""
-        return [path for path in self.settings.lines_files if read_official(path)[0].num_lines == size]
-
     def _cases(self, task: str, size: int, seed: int) -> list[Case]:
-        """The questions of a task.
-
-        Raises:
-            DataError: there is too little text, or they do not fit.
-        """
+        """Make the questions of a task; a DataError says that there is too little text, or that they do not fit."""
         made = list(self._lines(size, seed) if task == "lines" else self._needles(task, size, seed))
         return [in_chat(self.tokenizer, case) for case in made] if self.settings.chat else made
 
     def _lines(self, size: int, seed: int) -> Iterator[Case]:
-        files = self.official(size)
-        if not files:
-            return (make_case(size, SEED_STEP * seed + index).as_case() for index in range(self.settings.cases))
-        cases = [case.as_case() for path in files for case in read_official(path)]
-        return iter(cases[: self.settings.cases])
+        files = map(read_official, self.settings.lines_files)
+        published = [case.as_case() for cases in files if cases[0].num_lines == size for case in cases]
+        if published:
+            return iter(published[: self.settings.cases])
+        return (make_case(size, SEED_STEP * seed + index).as_case() for index in range(self.settings.cases))
 
     def _needles(self, task: str, tokens: int, seed: int) -> Iterator[Case]:
-        """As many questions as there are to be, dealt out over the depths."""
+        """Make as many questions as there are to be, dealt out over the depths."""
         haystack = None if task == PASSKEY_TASK else self._haystack(seed)
         maker = NeedleMaker(task, self.tokenizer, haystack, self.settings.wording)
         depths = self.settings.depths if maker.kind.has_depth else (None,)
@@ -68,19 +60,12 @@ class Material:
 
     def _make_haystack(self, seed: int) -> Haystack | str | None:
         name = self.settings.haystack
-        if name == "noise":
-            return None
-        if name == "needles":
-            return name
-        longest = max(self.settings.tokens)
-        return Haystack(open_source(name, "heldout").read(seed), self.tokenizer, 2 * longest)
+        if name in ("noise", "needles"):
+            return None if name == "noise" else name
+        return Haystack(open_source(name, "heldout").read(seed), self.tokenizer, 2 * max(self.settings.tokens))
 
     def _texts(self, size: int, seed: int) -> Int[Tensor, "texts tokens"]:
-        """So many tokens from the beginning of each held-out document; a running text, such as a file, is cut up.
-
-        Raises:
-            DataError: there are not enough.
-        """
+        """Take so many tokens from the beginning of each held-out document; a running text is cut up."""
         if size < 2:
             raise DataError(f"texts are to have {size} tokens; expected at least 2")
         source, count = open_source(self.settings.text, "heldout"), self.settings.texts

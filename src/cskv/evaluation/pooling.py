@@ -94,7 +94,7 @@ def pool(rows: Iterable[Row]) -> list[Pooled]:
 
 
 def pool_scores(parts: Sequence[tuple[int, float]]) -> Value:
-    """The mean of (cases, score) weighted by cases, with Wilson's interval of all cases together."""
+    """Return the mean of (cases, score) weighted by cases, with Wilson's interval of all cases together."""
     n = sum(cases for cases, _ in parts)
     successes = min(float(n), sum(cases * score for cases, score in parts))
     return Value(successes / n, *wilson_interval(successes, n))
@@ -107,13 +107,12 @@ def _pooled(rows: Sequence[Row]) -> Pooled:
         "seeds": tuple(sorted({row["seed"] for row in rows if row["seed"] is not None})),
         **{name: _cache_mean(rows, name) for name in ("ratio", "bytes_per_token")},
     }
-    if first["task"] == PERPLEXITY:
-        return Pooled(**pooled, **_perplexity(rows))
-    if first["task"] == AGREEMENT:
-        return Pooled(**pooled, **_agreement(rows))
-    if first["task"] == CONTINUATION:
-        return Pooled(**pooled, **_perplexity(rows) | _agreement(rows))
-    return Pooled(**pooled, **_accuracy(rows))
+    figures: dict[str, Any] = {}
+    if first["task"] in (PERPLEXITY, CONTINUATION):
+        figures |= _perplexity(rows)
+    if first["task"] in (AGREEMENT, CONTINUATION):
+        figures |= _agreement(rows)
+    return Pooled(**pooled, **(figures or _accuracy(rows)))
 
 
 def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
@@ -155,7 +154,7 @@ def _agreement(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _positions(rows: Sequence[Row]) -> tuple[Stretch, ...]:
-    """Means over seeds of the same stretch; every seed has as many tokens there."""
+    """Return means over seeds of the same stretch; every seed has as many tokens there."""
     stretches: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     for part in _parts(rows, "positions"):
         where = (int(_number(part, "start", 0.0)), int(_number(part, "stop", 0.0)))
@@ -167,7 +166,7 @@ def _positions(rows: Sequence[Row]) -> tuple[Stretch, ...]:
 
 
 def _spread(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float | None, float | None]:
-    """The weighted mean, and the least and the most of several."""
+    """Return the weighted mean, and the least and the most of several."""
     mean = sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
     return (mean, min(values), max(values)) if len(values) > 1 else (mean, None, None)
 
@@ -189,7 +188,7 @@ def _check_key(row: Row) -> None:
 
 
 def _parts(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
-    """The objects in a list of each row, with the row's names for error messages."""
+    """Return the objects in a list of each row, with the row's names for error messages."""
     parts = []
     for row in rows:
         listed = row.get(name) or []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from cskv.evaluation.results import Row, Run
 from cskv.evaluation.settings import AGREEMENT, CONTINUATION, PERPLEXITY, TEXT_TASKS, EvaluationSettings, Job
 from cskv.evaluation.tasks import evaluate_cases
 from cskv.methods.method import Method
+from cskv.models.placement import device_of
 
 OnWork = Callable[[str, float], None]  # what is being measured, and how much of it has just been done, from 0 to 1
 
@@ -76,28 +77,25 @@ def evaluate(
                 f"{run.path} holds figures of another method called {method.label}; results are never mixed: give it "
                 "a name of its own (NAME=...) or another --output"
             )
-    measure = _Measure(model, tokenizer, settings, keep_outputs, on_work or (lambda _what, _share: None))
+    material = Material(tokenizer, settings)
+    measure = _Measure(model, tokenizer, settings, material, keep_outputs, on_work or (lambda _what, _share: None))
     for method, job in todo(run, methods, settings):
         run.add(*measure.rows(method, job))
 
 
+@dataclass(frozen=True)
 class _Measure:
     """Measures one method on one job."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: EvaluationSettings,
-        keep_outputs: bool,
-        on_work: OnWork,
-    ) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.material = Material(tokenizer, settings)
-        self.keep_outputs, self.on_work = keep_outputs, on_work
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: EvaluationSettings
+    material: Material
+    keep_outputs: bool
+    on_work: OnWork
 
     def rows(self, method: Method, job: Job) -> list[Row]:
-        """The rows of a job, whole ones."""
+        """Return the rows of a job."""
         key = {"method": method.name, "budget": method.budget} | job._asdict()
         what = " ".join(str(part) for part in (method.label, job.task, job.size, job.protocol or "") if part)
         if job.task not in TEXT_TASKS:
@@ -126,7 +124,7 @@ class _Measure:
             )
         prompt = self.tokenizer(cases[0].prompt, return_tensors="pt", verbose=False)["input_ids"]
         row: Row = {name: getattr(result, name) for name in ("n", "score", "low", "high", "prompt_tokens")}
-        if self.model.device.type == "cuda":  # times on a CPU that does other things as well say nothing
+        if device_of(self.model).type == "cuda":  # times on a CPU that does other things as well say nothing
             row |= {name: getattr(result, name) for name in ("prefill_seconds", "decode_tokens_per_second")}
         if job.task != "lines":
             row["cells"] = result.cells()
@@ -150,11 +148,10 @@ class _Measure:
         return found.to_dict() | {"cache": self._cache(method, texts[:1])}
 
     def _cache(self, method: Method, prompt: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
-        """Bytes of the cache after a prompt, beside those of the model's own."""
-        with torch.no_grad():
-            plain = cache_after_prefill(self.model, prompt)
-            with method.on(self.model) as new_cache:
-                report = cache_after_prefill(self.model, prompt, new_cache=new_cache)
+        """Return the bytes of the cache after a prompt, beside those of the model's own."""
+        plain = cache_after_prefill(self.model, prompt)
+        with method.on(self.model) as new_cache:
+            report = cache_after_prefill(self.model, prompt, new_cache=new_cache)
         facts = report.to_dict() | {"tokens": plain.tokens, "uncompressed_bytes": plain.total_bytes}
         return facts | {
             "ratio": report.total_bytes / plain.total_bytes,

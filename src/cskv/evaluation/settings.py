@@ -43,7 +43,7 @@ class EvaluationSettings:
         seeds: each is measured on its own.
         wording: of needles, one of `cskv.data.wording.WORDINGS`.
         haystack: "noise", "needles", or a text source, held-out split.
-        chat: whether questions go through the tokenizer's chat template.
+        chat: let questions go through the tokenizer's chat template.
         text, texts, text_tokens: the source of texts, how many per seed, and how long.
         continued: tokens of "continuation" that are scored.
         batch_size: questions or texts in one forward.
@@ -107,5 +107,5 @@ class EvaluationSettings:
                         yield Job(task, size, protocol, seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready values."""
+        """Return the settings as JSON-ready values."""
         return dataclasses.asdict(self)

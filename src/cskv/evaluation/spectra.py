@@ -49,38 +49,37 @@ class Spectrum:
 
     @property
     def normalised(self) -> tuple[float, ...]:
-        """The values divided by the largest; all 0 for a matrix of zeros."""
+        """Return the values divided by the largest; all 0 for a matrix of zeros."""
         largest = self.values[0]
         return tuple(value / largest if largest else 0.0 for value in self.values)
 
     @cached_property
     def cumulative_energy(self) -> tuple[float, ...]:
-        """The share of the squared sum that the first 1, 2, ... values hold; the last is 1."""
+        """Return the share of the squared sum that the first 1, 2, ... values hold; the last is 1."""
         sums = list(itertools.accumulate(value * value for value in self.values))
         return tuple(partial / sums[-1] if sums[-1] else 1.0 for partial in sums)
 
     def rank_for(self, share: float) -> int:
-        """The fewest singular values that hold at least `share` of the energy, `share` in (0, 1]."""
+        """Return the fewest singular values that hold at least `share` of the energy, `share` in (0, 1]."""
         # The slack lets exact shares of float sums count, such as 0.9 of ten equal values.
         return 1 + bisect.bisect_left(self.cumulative_energy, share - 1e-12)
 
 
 def weight_spectra(model: nn.Module) -> list[Spectrum]:
-    """The spectra of every attention site's K and V weights, K before V, in cache order.
+    """Return the spectra of every attention site's K and V weights, K before V, in cache order.
 
     Raises:
         UnsupportedModelError: the model has no site.
     """
-    spectra = []
-    for site in find_sites(model):
-        for projection, weight in (("k", site.k.weight), ("v", site.v.weight)):
-            values = torch.linalg.svdvals(weight.detach().to(torch.float64))
-            spectra.append(Spectrum(site.layer_idx, projection, "weight", tuple(values.tolist())))
-    return spectra
+    return [
+        Spectrum(site.layer_idx, name, "weight", tuple(torch.linalg.svdvals(weight.detach().double()).tolist()))
+        for site in find_sites(model)
+        for name, weight in (("k", site.k.weight), ("v", site.v.weight))
+    ]
 
 
 def moment_spectrum(moment: Float[Tensor, "kv_dim kv_dim"], layer: int, projection: str) -> Spectrum:
-    """The spectrum of calibrated keys or values from their second moment E[y y^T].
+    """Return the spectrum of calibrated keys or values from their second moment E[y y^T].
 
     Raises:
         DataError: the moment is not finite.
@@ -93,7 +92,7 @@ def moment_spectrum(moment: Float[Tensor, "kv_dim kv_dim"], layer: int, projecti
 
 
 def calibrated_spectra(model: nn.Module, statistics: Statistics) -> list[Spectrum]:
-    """The spectra of calibrated keys and values, K before V, in cache order.
+    """Return the spectra of calibrated keys and values, K before V, in cache order.
 
     Args:
         model: the model that was calibrated.
@@ -113,7 +112,7 @@ def calibrated_spectra(model: nn.Module, statistics: Statistics) -> list[Spectru
 
 
 def summary_rows(spectra: Iterable[Spectrum]) -> list[dict[str, Any]]:
-    """One row per spectrum: layer, projection, source, values, rank_90, rank_95, rank_99 (ranks for that energy)."""
+    """Return a row per spectrum: layer, projection, source, values, rank_90, rank_95, rank_99 (of that energy)."""
     return [
         {
             "layer": spectrum.layer,

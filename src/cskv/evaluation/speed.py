@@ -8,11 +8,12 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cskv.errors import DataError
 from cskv.evaluation.forward import check_least, clock, forward
 from cskv.models.evaluation_mode import evaluation_mode
+from cskv.models.placement import device_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class DecodeSpeed:
     repeats: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
 
@@ -58,16 +59,19 @@ def measure_decode(
     batch, prompt_tokens = input_ids.shape
     if not batch * prompt_tokens:
         raise DataError(f"the prompt has shape {tuple(input_ids.shape)}; expected at least one row and one token")
+    device = device_of(model)
     with evaluation_mode(model):
         forward(model, input_ids[:, :8])
-        began = clock(model.device)
+        began = clock(device)
         logits, cache = forward(model, input_ids, last_only=True)
-        prefill_seconds = clock(model.device) - began
-        token, cache, _ = _decode(model, logits.argmax(-1), cache, warmup)
-        speeds = []
-        for _ in range(repeats):
-            token, cache, seconds = _decode(model, token, cache, steps)
-            speeds.append(batch * steps / seconds)
+        seconds = [clock(device) - began]
+        for number in (warmup, *[steps] * repeats):
+            began = clock(device)
+            for _ in range(number):
+                logits, cache = forward(model, logits.argmax(-1), cache, last_only=True)
+            seconds.append(clock(device) - began)
+    prefill_seconds, _, *stretches = seconds
+    speeds = [batch * steps / stretch for stretch in stretches]
     return DecodeSpeed(
         tokens_per_second=statistics.median(speeds),
         low=min(speeds),
@@ -78,14 +82,3 @@ def measure_decode(
         steps=steps,
         repeats=repeats,
     )
-
-
-def _decode(
-    model: PreTrainedModel, token: Int[Tensor, "batch 1"], cache: Cache, steps: int
-) -> tuple[Int[Tensor, "batch 1"], Cache, float]:
-    """Decode greedily and return (last token, cache, seconds)."""
-    began = clock(model.device)
-    for _ in range(steps):
-        logits, cache = forward(model, token, cache, last_only=True)
-        token = logits.argmax(-1)
-    return token, cache, clock(model.device) - began

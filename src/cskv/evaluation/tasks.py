@@ -10,22 +10,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cskv.data.cases import Case
+from cskv.data.samples import begin_tokens
 from cskv.errors import DataError
-from cskv.evaluation.decoding import (
-    CONTEXT_FIRST,
-    IN_PREFILL,
-    PROTOCOLS,
-    Answers,
-    answer,
-    answer_after_context,
-    question_tokens,
-)
+from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL, PROTOCOLS, Answers, answer, question_tokens
 from cskv.evaluation.forward import check_least
 from cskv.evaluation.wilson import wilson_interval
 from cskv.methods.method import NewCache
 from cskv.models.evaluation_mode import evaluation_mode
-
-MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class TaskResult:
     outputs: tuple[ScoredOutput, ...]
 
     def cells(self) -> list[dict[str, Any]]:
-        """Mean scores by depth, for a heat map; none where depths were drawn or make no sense."""
+        """Return mean scores by depth, for a heat map; none where depths were drawn or make no sense."""
         by_depth: dict[float, list[float]] = defaultdict(list)
         for output in self.outputs:
             if output.depth is not None:
@@ -70,7 +61,7 @@ class TaskResult:
         return [{"depth": d, "n": len(s), "score": sum(s) / len(s)} for d, s in sorted(by_depth.items())]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
 
@@ -81,7 +72,7 @@ def evaluate_cases(
     *,
     protocol: str = IN_PREFILL,
     batch_size: int = 1,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int = 64,
     new_cache: NewCache | None = None,
     on_case: Callable[[int], None] | None = None,
 ) -> TaskResult:
@@ -111,7 +102,16 @@ def evaluate_cases(
     with evaluation_mode(model):
         for indices in _batches(tokenizer, cases, protocol, batch_size):
             batch = [cases[index] for index in indices]
-            made = _answer(model, tokenizer, batch, protocol, max_new_tokens, new_cache)
+            made = answer(
+                model,
+                tokenizer,
+                [case.context for case in batch],
+                [case.question for case in batch],
+                max_new_tokens,
+                new_cache,
+                protocol=protocol,
+                until_line=batch[0].ends_with_line,
+            )
             texts.update(zip(indices, made.texts, strict=True))
             batches.append(made)
             if on_case is not None:
@@ -120,7 +120,7 @@ def evaluate_cases(
 
 
 def in_chat(tokenizer: PreTrainedTokenizerBase, case: Case) -> Case:
-    """The case as one message of a user, in the tokenizer's chat template, with the prompt for an answer.
+    """Return the case as one message of a user, in the tokenizer's chat template, with the prompt for an answer.
 
     The begin token's text is left out, since encoding adds it.
 
@@ -131,9 +131,8 @@ def in_chat(tokenizer: PreTrainedTokenizerBase, case: Case) -> Case:
         raise DataError("this model's tokenizer has no chat template; ask without one")
     messages = [{"role": "user", "content": case.prompt.strip()}]
     text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    begin = str(tokenizer.bos_token or "")
-    if begin and tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]:
-        text = text.removeprefix(begin)
+    if begin_tokens(tokenizer):
+        text = text.removeprefix(str(tokenizer.bos_token))
     before, context, rest = text.partition(case.context.strip())
     if not context:
         raise DataError("the chat template changes the message; its question cannot be told from its context")
@@ -143,29 +142,13 @@ def in_chat(tokenizer: PreTrainedTokenizerBase, case: Case) -> Case:
 def _batches(
     tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], protocol: str, batch_size: int
 ) -> Iterable[list[int]]:
-    """Indices of each batch's cases: alike in how an answer ends and, where it matters, in the question's length."""
+    """Yield indices of cases that are alike in how an answer ends and, where it matters, in the question's length."""
     groups: dict[object, list[int]] = defaultdict(list)
     for index, case in enumerate(cases):
         length = len(question_tokens(tokenizer, case.question)) if protocol == CONTEXT_FIRST else 0
         groups[case.ends_with_line, length].append(index)
     for group in groups.values():
         yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
-
-
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[Case],
-    protocol: str,
-    max_new_tokens: int,
-    new_cache: NewCache | None,
-) -> Answers:
-    until_line = batch[0].ends_with_line
-    if protocol == IN_PREFILL:
-        prompts = [case.prompt for case in batch]
-        return answer(model, tokenizer, prompts, max_new_tokens, new_cache, until_line=until_line)
-    contexts, questions = [case.context for case in batch], [case.question for case in batch]
-    return answer_after_context(model, tokenizer, contexts, questions, max_new_tokens, new_cache, until_line=until_line)
 
 
 def _summarise(cases: Sequence[Case], texts: Sequence[str], batches: Sequence[Answers]) -> TaskResult:

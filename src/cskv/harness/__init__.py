@@ -20,17 +20,6 @@ from cskv.errors import AdapterError, CSKVError
 MODEL = "cskv"
 
 
-def register() -> None:
-    """Tell the harness about the model `cskv`. Doing it twice does nothing more.
-
-    Raises:
-        CSKVError: the harness is not installed.
-    """
-    if find_spec("lm_eval") is None:
-        raise CSKVError("lm-evaluation-harness is not installed: pip install 'cskv[lm-eval]'")
-    import cskv.harness.model  # noqa: F401
-
-
 def run(args: Sequence[str]) -> None:
     """Run the harness's own command line, with the model `cskv` known to it. It exits as it always does.
 
@@ -40,8 +29,16 @@ def run(args: Sequence[str]) -> None:
     Raises:
         CSKVError: the harness is not installed, or an adapter is given to a model that would not read it compressed.
     """
-    register()
-    _refuse_adapter_as_pretrained(args)
+    if find_spec("lm_eval") is None:
+        raise CSKVError("lm-evaluation-harness is not installed: pip install 'cskv[lm-eval]'")
+    import cskv.harness.model  # noqa: F401 (the harness knows the model from here on)
+
+    for path in re.findall(r"pretrained=([^,\s]+)", " ".join(args)):
+        if is_adapter(path):
+            raise AdapterError(
+                f"pretrained={path} is an adapter, which the harness's own models would score without the compressed "
+                f"cache; give --model {MODEL} --model_args adapter={path}"
+            )
     from lm_eval.__main__ import cli_evaluate
 
     before = sys.argv
@@ -50,13 +47,3 @@ def run(args: Sequence[str]) -> None:
         cli_evaluate()
     finally:
         sys.argv = before
-
-
-def _refuse_adapter_as_pretrained(args: Sequence[str]) -> None:
-    """`pretrained=` is for base models: the harness's `hf` would load an adapter, and score texts without it."""
-    for path in re.findall(r"pretrained=([^,\s]+)", " ".join(args)):
-        if is_adapter(path):
-            raise AdapterError(
-                f"pretrained={path} is an adapter, which the harness's own models would score without the compressed "
-                f"cache; give --model {MODEL} --model_args adapter={path}"
-            )

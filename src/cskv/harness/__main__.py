@@ -7,15 +7,9 @@ import sys
 from cskv.errors import CSKVError
 from cskv.harness import run
 
-
-def main() -> None:
-    """Run the harness; a mistake is one line and exit code 2."""
+if __name__ == "__main__":
     try:
         run(sys.argv[1:])
-    except CSKVError as error:
+    except CSKVError as error:  # one line, like the command's
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    main()

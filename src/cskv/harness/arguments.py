@@ -37,31 +37,6 @@ REFUSED = {
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Settings of reading texts.
-
-    Attributes:
-        attention: what attends to old tokens (`cskv.attach`).
-        protocol: of generation: "in-prefill" prefills a prompt at once, which attends exactly; "context-first" reads
-            its last `question_tokens` tokens through the cache.
-        question_tokens: at least 1.
-        reading: of log-likelihoods: "chunks" goes through the cache itself, "parallel" computes the same at once.
-    """
-
-    attention: str = "auto"
-    protocol: str = IN_PREFILL
-    question_tokens: int = 64
-    reading: str = CHUNKS
-
-    def __post_init__(self) -> None:
-        for name, choices in (("protocol", PROTOCOLS), ("reading", (CHUNKS, PARALLEL))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(choices)}")
-        if not isinstance(self.question_tokens, int) or self.question_tokens < 1:
-            raise ConfigError(f"question_tokens is {self.question_tokens!r}; expected a whole number, at least 1")
-
-
-@dataclass(frozen=True)
 class Compressor:
     """A compressor and the model that it is put on.
 
@@ -123,7 +98,7 @@ def check_arguments(given: Mapping[str, Any], known: Collection[str], reading: s
     Args:
         given: the arguments beside our own.
         known: the names that the harness's Hugging Face model takes.
-        reading: see `Reading`.
+        reading: of log-likelihoods, "chunks" or "parallel".
 
     Raises:
         ConfigError: the first of them.
@@ -145,16 +120,23 @@ def check_arguments(given: Mapping[str, Any], known: Collection[str], reading: s
             raise ConfigError(f"unknown argument {name}={given[name]} in --model_args; {hint}")
 
 
-def check_batch_size(batch_size: object) -> None:
-    """Refuse what is no number.
+def check_settings(
+    protocol: str = IN_PREFILL, question_tokens: int = 64, reading: str = CHUNKS, batch_size: int | str = 1
+) -> None:
+    """Refuse settings of ours that are out of range; they are those of `cskv.harness.model.CSKVLM`.
 
     Raises:
-        ConfigError: "auto" or a number below 1.
+        ConfigError: the first of them.
     """
+    for name, value, choices in (("protocol", protocol, PROTOCOLS), ("reading", reading, (CHUNKS, PARALLEL))):
+        if value not in choices:
+            raise ConfigError(f"{name} is {value!r}; expected {' or '.join(choices)}")
+    if not isinstance(question_tokens, int) or question_tokens < 1:
+        raise ConfigError(f"question_tokens is {question_tokens!r}; expected a whole number, at least 1")
     if str(batch_size).startswith("auto"):
         raise ConfigError(
             f"batch_size is {batch_size!r}, which tries texts of the greatest length through the cache, five times a "
             "guess, and says nothing of generation; give a number"
         )
-    if not str(batch_size).isdigit() or int(str(batch_size)) < 1:
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
         raise ConfigError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")

@@ -16,7 +16,6 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 import cskv
-from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.attach import attach
 from cskv.attachment.cache_bytes import adapter_report
 from cskv.compression.reading import check_readable
@@ -24,16 +23,10 @@ from cskv.errors import ConfigError, CSKVError, UnsupportedModelError, first_lin
 from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL
 from cskv.evaluation.forward import forward
 from cskv.harness import MODEL
-from cskv.harness.arguments import (
-    MISSING,
-    PARALLEL,
-    Reading,
-    check_arguments,
-    check_batch_size,
-    find_compressor,
-)
+from cskv.harness.arguments import CHUNKS, MISSING, PARALLEL, check_arguments, check_settings, find_compressor
 from cskv.harness.reading import chunked_logits, parallel_logits
 from cskv.models.compat import cache_kwarg
+from cskv.models.placement import device_of
 from cskv.models.survey import survey
 
 REPORTED_TOKENS = 131_072  # the longest cache that the results give the bytes of
@@ -72,41 +65,35 @@ class CSKVLM(HFLM):
         group: int | None = None,
         protocol: str = IN_PREFILL,
         question_tokens: int = 64,
-        reading: str = "chunks",
+        reading: str = CHUNKS,
         device: str | None = None,
         batch_size: int | str = 1,
         revision: str | None = None,
         **kwargs: Any,
     ) -> None:
         check_arguments(kwargs, inspect.signature(HFLM.__init__).parameters, reading)
-        check_batch_size(batch_size)
-        self._how = Reading(attention, protocol, question_tokens, reading)
+        check_settings(protocol, question_tokens, reading, batch_size)
+        self._attention, self._reading = attention, reading
+        self._protocol, self._question_tokens = protocol, question_tokens
         self._compressor = find_compressor(adapter, pretrained, revision, window, group)
         self._longest_continuation: int | None = None
-        self._load(device or ("cuda" if torch.cuda.is_available() else "cpu"), int(batch_size), kwargs)
+        base, revision = self._compressor.base, self._compressor.revision
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            super().__init__(base, revision=revision, device=device, batch_size=int(batch_size), **kwargs)
+        except CSKVError:
+            raise
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, AssertionError) as error:
+            name = base if isinstance(base, str) else type(base).__name__
+            raise CSKVError(f"cannot load the model {name}: {first_line(error)}") from error
         self._surveyed = survey(self.model)
         compressor = self._compressor.adapter
         if compressor is not None:
             if reading == PARALLEL:
                 check_readable(self._surveyed)
                 self._surveyed.recipes  # noqa: B018 (found before anything is attached)
-                compressor.to(self.model.device)
+                compressor.to(device_of(self.model))
             attach(self.model, compressor, attention=attention)
-
-    def _load(self, device: str, batch_size: int, kwargs: dict[str, Any]) -> None:
-        """Let the harness load the model and its tokenizer.
-
-        Raises:
-            CSKVError: it cannot.
-        """
-        base = self._compressor.base
-        try:
-            super().__init__(base, revision=self._compressor.revision, device=device, batch_size=batch_size, **kwargs)
-        except CSKVError:
-            raise
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, AssertionError) as error:
-            name = base if isinstance(base, str) else type(base).__name__
-            raise CSKVError(f"cannot load the model {name}: {first_line(error)}") from error
 
     def _get_backend(self, *args: Any, **kwargs: Any) -> None:
         super()._get_backend(*args, **kwargs)
@@ -116,7 +103,7 @@ class CSKVLM(HFLM):
             )
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        """Only continuations are scored: a long context needs no logits of its own."""
+        """Score continuations; a long context needs no logits of its own."""
         self._longest_continuation = max((len(continuation) for _, _, continuation in requests), default=None)
         try:
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
@@ -125,10 +112,10 @@ class CSKVLM(HFLM):
 
     @torch.no_grad()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """(batch, kept, vocabulary) logits. The harness aligns fewer positions than tokens at the end of the text."""
+        """Return (batch, kept, vocabulary) logits; the harness takes them for the last ones of the text."""
         if attn_mask is not None or labels is not None:
             raise UnsupportedModelError("encoder-decoders have no cache to compress; expected a decoder")
-        if self._how.reading == PARALLEL:
+        if self._reading == PARALLEL:
             return parallel_logits(self._surveyed, self._compressor.adapter, inps)
         # Of a batch, the ends of shorter rows lie anywhere; a batch of long contexts has one row.
         longest = self._longest_continuation
@@ -136,10 +123,10 @@ class CSKVLM(HFLM):
         return chunked_logits(self.model, inps, self._compressor.window, self._compressor.group, keep)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        if self._how.protocol == CONTEXT_FIRST:
+        if self._protocol == CONTEXT_FIRST:
             if generation_kwargs.get("num_beams", 1) != 1:
                 raise ConfigError("protocol=context-first prefills a cache of one beam; leave num_beams out")
-            split = context.shape[1] - self._how.question_tokens
+            split = context.shape[1] - self._question_tokens
             if split > 0:  # shorter prompts are a question altogether
                 mask = generation_kwargs.get("attention_mask")
                 seen = None if mask is None else mask[:, :split]
@@ -153,29 +140,27 @@ class CSKVLM(HFLM):
 
     def facts(self) -> dict[str, Any]:
         """Return what decides the figures, JSON-ready; sizes in bytes."""
-        how, chosen = self._how, self._compressor
+        chosen = self._compressor
         facts: dict[str, Any] = {
             "version": cskv.__version__,
             "adapter": chosen.name,
             "base_model": chosen.base if isinstance(chosen.base, str) else str(self.config.name_or_path),
             "window": chosen.window,
             "group": chosen.group,
-            "reading": how.reading,
-            "protocol": how.protocol,
-            "question_tokens": how.question_tokens if how.protocol == CONTEXT_FIRST else None,
+            "reading": self._reading,
+            "protocol": self._protocol,
+            "question_tokens": self._question_tokens if self._protocol == CONTEXT_FIRST else None,
         }
-        return facts if chosen.adapter is None else facts | self._adapter_facts(chosen.adapter)
-
-    def _adapter_facts(self, adapter: CSKVAdapter) -> dict[str, Any]:
-        bits = {
-            str(i): [16.0 if grid is None else grid.bits_per_latent for grid in adapter.grids(i)]
-            for i in adapter.layer_indices
-        }
+        if (adapter := chosen.adapter) is None:
+            return facts
         tokens = min(self.max_length, REPORTED_TOKENS)
-        return {
-            "attention": self._how.attention,
+        return facts | {
+            "attention": self._attention,
             "settings": adapter.config.to_dict(),
             "ranks": adapter.describe()["ranks"],
-            "bits_per_latent": bits,
+            "bits_per_latent": {
+                str(i): [16.0 if grid is None else grid.bits_per_latent for grid in adapter.grids(i)]
+                for i in adapter.layer_indices
+            },
             "cache": adapter_report(adapter, tokens, self.model.dtype).to_dict(),
         }

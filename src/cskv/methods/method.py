@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,8 @@ class Method:
         budget: the share of the cache that it is meant to keep; None for the uncompressed cache.
         on: puts it on a model, as a context that gives what makes its empty caches, or None for the model's own.
         facts: what it is, JSON-ready.
-        pads: whether rows of different lengths can be read together, padded on the left.
-        streams: whether it compresses a text as it grows, and not only the prompt.
+        pads: rows of different lengths can be read together, padded on the left.
+        streams: it compresses a text as it grows, and not only the prompt.
         first_piece, piece: tokens per forward in which a text is read, so that it is compressed as in decoding.
     """
 
@@ -54,7 +54,7 @@ def label(name: str, budget: float | None) -> str:
 
 def uncompressed() -> Method:
     """Return the method that is the model's own cache."""
-    return Method("uncompressed", None, _bare, {"kind": "uncompressed"})
+    return Method("uncompressed", None, lambda _model: nullcontext(), {"kind": "uncompressed"})
 
 
 def compressed(adapter: CSKVAdapter, name: str, budget: float | None = None, **facts: Any) -> Method:
@@ -87,8 +87,3 @@ def compressed(adapter: CSKVAdapter, name: str, budget: float | None = None, **f
         first_piece=config.window + config.group,
         piece=config.group,
     )
-
-
-@contextmanager
-def _bare(_model: PreTrainedModel) -> Iterator[None]:
-    yield None

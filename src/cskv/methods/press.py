@@ -7,7 +7,6 @@ transformers than this library's newest (0.5.5: below 5.3), so it goes into an e
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.metadata
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ RATIO = "compression_ratio"
 
 
 def press(name: str, budget: float) -> Method:
-    """A press that keeps a share of the prompt's tokens.
+    """Return the method that keeps a share of the prompt's tokens.
 
     Args:
         name: "streaming", "h2o", or the class name of any press that is made from a compression ratio alone.
@@ -37,58 +36,41 @@ def press(name: str, budget: float) -> Method:
     """
     if not 0.0 < budget < 1.0:
         raise CSKVError(f"{name} is to keep {budget} of the tokens; expected a share between 0 and 1")
-    kvpress = _kvpress()
+    try:
+        kvpress: Any = importlib.import_module("kvpress")
+    except ImportError as error:
+        raise CSKVError(
+            f"methods that drop tokens need kvpress, which cannot be imported ({error}); it takes transformers below "
+            "5.3, so give it an environment of its own: pip install cskv kvpress"
+        ) from error
+    version = importlib.metadata.version("kvpress")
     kind = KNOWN.get(name, name)
     made = getattr(kvpress, kind, None)
-    if not (isinstance(made, type) and dataclasses.is_dataclass(made) and RATIO in _fields(made)):
+    if not (isinstance(made, type) and RATIO in getattr(made, "__dataclass_fields__", ())):
         raise CSKVError(
-            f"kvpress {_version()} has no press {kind!r} that takes a compression ratio; expected "
+            f"kvpress {version} has no press {kind!r} that takes a compression ratio; expected "
             f"{', '.join(KNOWN)} or the name of such a class"
         )
 
     @contextmanager
     def on(model: PreTrainedModel) -> Iterator[None]:
         pressed: Any = made(**{RATIO: 1.0 - budget})
-        with _attention(model, "eager" if kind == "ObservedAttentionPress" else None), pressed(model):
-            yield None
+        before = model.config._attn_implementation
+        switched = kind == "ObservedAttentionPress" and before != "eager"
+        if switched:
+            model.set_attn_implementation("eager")
+        try:
+            with pressed(model):
+                yield None
+        finally:
+            if switched:
+                model.set_attn_implementation(before)
 
     return Method(
         TITLES.get(kind, kind.removesuffix("Press")),
         budget,
         on,
-        {"kind": "kvpress", "press": kind, "kvpress": _version()},
+        {"kind": "kvpress", "press": kind, "kvpress": version},
         pads=False,  # padding would be taken for the first tokens
         streams=False,
     )
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
-    """Another attention implementation for a while; None changes nothing."""
-    before = model.config._attn_implementation
-    if implementation is None or implementation == before:
-        yield
-        return
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _fields(kind: Any) -> set[str]:
-    return {entry.name for entry in dataclasses.fields(kind)}
-
-
-def _version() -> str:
-    return importlib.metadata.version("kvpress")
-
-
-def _kvpress() -> Any:
-    try:
-        return importlib.import_module("kvpress")
-    except ImportError as error:
-        raise CSKVError(
-            f"methods that drop tokens need kvpress, which cannot be imported ({error}); it takes transformers below "
-            "5.3, so give it an environment of its own: pip install cskv kvpress"
-        ) from error

@@ -19,21 +19,16 @@ from transformers import PreTrainedModel, QuantizedCache
 
 from cskv.errors import CacheError, CSKVError
 from cskv.methods.method import Method, NewCache
+from cskv.models.placement import device_of
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A package that transformers can quantise its cache with.
-
-    Attributes:
-        module: what is imported.
-        package: its name in a package index.
-        axis: the axis that makes groups of consecutive channels of a token, as transformers advises.
-    """
+    """A package that transformers can quantise its cache with."""
 
     module: str
-    package: str
-    axis: int
+    package: str  # its name in a package index
+    axis: int  # makes groups of consecutive channels of a token, as transformers advises
 
 
 BACKENDS = {"hqq": Backend("hqq", "hqq", 1), "quanto": Backend("optimum.quanto", "optimum-quanto", 0)}
@@ -47,7 +42,7 @@ def quantized_cache(
     q_group_size: int = 64,
     residual_length: int = 128,
 ) -> QuantizedCache:
-    """An empty quantised cache, for one batch: `functools.partial(quantized_cache, model, nbits=2)` makes fresh ones.
+    """Make an empty cache, for one batch: `functools.partial(quantized_cache, model, nbits=2)` makes fresh ones.
 
     Args:
         model: a decoder, not attached, whose layers all cache every token.
@@ -63,7 +58,7 @@ def quantized_cache(
     """
     known = _backend(backend)
     if backend == "quanto":
-        _build_kernel(model.device)
+        _build_kernel(device_of(model))
     try:
         return QuantizedCache(
             backend=backend,
@@ -79,7 +74,7 @@ def quantized_cache(
 
 
 def quantized(nbits: int, backend: str = "hqq", **settings: Any) -> Method:
-    """The quantised cache as a method; `settings` are those of `quantized_cache`.
+    """Return the quantised cache as a method; `settings` are those of `quantized_cache`.
 
     Raises:
         CSKVError: the backend is unknown, its package is missing, or its kernel cannot be built.
@@ -95,11 +90,7 @@ def quantized(nbits: int, backend: str = "hqq", **settings: Any) -> Method:
 
 
 def _backend(name: str) -> Backend:
-    """The backend of this name, known to be installed.
-
-    Raises:
-        CSKVError: the name is unknown or the package missing.
-    """
+    """Return the backend of this name, known to be installed."""
     if name not in BACKENDS:
         raise CSKVError(f"backend is {name!r}; expected one of {', '.join(sorted(BACKENDS))}")
     backend = BACKENDS[name]
@@ -113,11 +104,7 @@ def _backend(name: str) -> Backend:
 
 
 def _build_kernel(device: torch.device) -> None:
-    """Make quanto compile what it unpacks with now, so that no measurement pays for it.
-
-    Raises:
-        CSKVError: it could not be compiled.
-    """
+    """Make quanto compile what it unpacks with now, so that no measurement pays for it."""
     try:
         importlib.import_module(BACKENDS["quanto"].module)  # registers the operator
         torch.ops.quanto.unpack(torch.zeros(1, dtype=torch.uint8, device=device), 4)

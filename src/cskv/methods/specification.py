@@ -18,24 +18,22 @@ EXAMPLES = "uncompressed, svd@0.2, asvd@0.2, pca@0.2, quantized@4, streaming@0.2
 
 
 def split(text: str) -> tuple[str, float | None]:
-    """The name and the budget of a specification: a share of the cache, or bits for a quantised one.
+    """Return the name and the budget of a specification: a share of the cache, or bits for a quantised one.
 
     Raises:
         CSKVError: it names no method, or its budget is no such number.
     """
     name, at, number = text.partition("@")
-    known = name in (*QUANTISED, *TITLES, *KNOWN) or name.endswith("Press")
     if name == "uncompressed" and not at:
         return name, None
-    if not known:
+    if name not in (*QUANTISED, *TITLES, *KNOWN) and not name.endswith("Press"):
         raise CSKVError(f"there is no baseline {text!r}; expected one like {EXAMPLES}")
     try:
         budget = float(number)
     except ValueError:
         raise CSKVError(f"baseline {text!r} has no budget; expected NAME@SHARE, or NAME@BITS for quantized") from None
-    fits = budget in (1, 2, 3, 4, 8) if name in QUANTISED else 0.0 < budget <= 1.0
-    if not fits:
-        wanted = "1, 2, 3, 4 or 8 bits" if name in QUANTISED else "a share in (0, 1]"
+    wanted = "1, 2, 3, 4 or 8 bits" if name in QUANTISED else "a share in (0, 1]"
+    if not (budget in (1, 2, 3, 4, 8) if name in QUANTISED else 0.0 < budget <= 1.0):
         raise CSKVError(f"baseline {text!r} has budget {number}; expected {wanted}")
     return name, budget
 
