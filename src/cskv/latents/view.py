@@ -22,10 +22,6 @@ class Latents(Protocol):
     """Latents of the tokens from the first on."""
 
     @property
-    def batch(self) -> int:
-        """Sequences."""
-
-    @property
     def length(self) -> int:
         """Tokens."""
 
@@ -48,7 +44,7 @@ class Latents(Protocol):
     def read(
         self, start: int = 0, stop: int | None = None, scratch: Scratch | None = None
     ) -> Float[Tensor, "batch tokens rank"]:
-        """The latents of a range of tokens, in the dtype in which they were appended.
+        """Read a range of tokens, in the dtype in which they were appended.
 
         Args:
             start, stop: the range; None reads to the end.
@@ -67,10 +63,6 @@ class PlainLatents:
     tokens: Float[Tensor, "batch tokens rank"]
     lengths: None = field(default=None, init=False)
     granularity: int = field(default=1, init=False)
-
-    @property
-    def batch(self) -> int:
-        return self.tokens.shape[0]
 
     @property
     def length(self) -> int:
@@ -110,10 +102,6 @@ class PackedLatents:
     dtype: torch.dtype
     token_block: Int[Tensor, " tokens"] | None = None
     lengths: None = field(default=None, init=False)
-
-    @property
-    def batch(self) -> int:
-        return self.payload.shape[0]
 
     @property
     def length(self) -> int:

@@ -37,23 +37,14 @@ class Prefill(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Groups of tokens that are sealed at the end of the step.
-
-    Attributes:
-        request: (groups,): row in the block table.
-        first: (groups,): position of the first token.
-    """
+    """Groups that are sealed at the end of the step, (groups,): row in the block table, position of the first token."""
 
     request: Tensor
     first: Tensor
 
 
 class Kept(NamedTuple):
-    """Tokens of the step that go into the rings.
-
-    Attributes:
-        row, request, position: (tokens,): row in the batch, row in the block table, and position in the request.
-    """
+    """Tokens of the step that go into the rings, (tokens,): row in the batch, row in the block table, and position."""
 
     row: Tensor
     request: Tensor
@@ -61,12 +52,7 @@ class Kept(NamedTuple):
 
 
 class Recent(NamedTuple):
-    """Tokens that were in the rings before the step, oldest first.
-
-    Attributes:
-        position: (requests, slots): position in the request.
-        exists: (requests, slots): False where a request has fewer tokens.
-    """
+    """Tokens that were in the rings before the step, oldest first, (requests, slots): position, and if it exists."""
 
     position: Tensor
     exists: Tensor

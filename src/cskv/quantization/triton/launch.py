@@ -40,6 +40,7 @@ def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantis
     if not latents.numel():
         return Quantised(payload, scales, minima)
     strides = latents.stride(0), latents.stride(1)
+    slots = 8 // min(width for bits, _ in grid.widths for width in planes(bits))
     kernels.parameters[(-(-rows * columns // BLOCKS), batch)](
         latents, *bits, block_table(grid, latents.device), tokens, rows, columns, *strides,
         BLOCK_TOKENS=grid.block_tokens, BLOCK_CHANNELS=min(grid.block_channels, grid.rank), BLOCKS=BLOCKS,
@@ -47,11 +48,6 @@ def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantis
     kernels.codes[(-(-tokens // TOKENS), -(-row_bytes // BYTES), batch)](
         latents, *bits, payload, byte_table(grid, latents.device), channel_table(grid, latents.device), tokens,
         row_bytes, rows, columns, *strides,
-        BLOCK_TOKENS=grid.block_tokens, SLOTS=_slots(grid), TOKENS=TOKENS, BYTES=BYTES,
+        BLOCK_TOKENS=grid.block_tokens, SLOTS=slots, TOKENS=TOKENS, BYTES=BYTES,
     )  # fmt: skip
     return Quantised(payload, scales, minima)
-
-
-@cache
-def _slots(grid: Grid) -> int:
-    return 8 // min(width for bits, _ in grid.widths for width in planes(bits))
