@@ -18,7 +18,7 @@ from jaxtyping import BFloat16, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from cskv.errors import ConfigError
-from cskv.quantization.grid import PARAMETER_DTYPE, Grid, bytes_per_token, dequantise
+from cskv.quantization.grid import PARAMETER_DTYPE, Grid, dequantise
 from cskv.scratch import Scratch
 
 ALIGNMENT = 16  # bytes
@@ -44,7 +44,7 @@ class PageLayout:
     def bytes_per_token(self) -> float:
         """Bytes of one token's latents in full blocks, padding aside."""
         parts = (self.k_rank, self.k_grid), (self.v_rank, self.v_grid)
-        return sum(bytes_per_token(rank, grid, self.dtype) for rank, grid in parts)
+        return sum(r * (self.dtype.itemsize if grid is None else grid.bits_per_latent / 8) for r, grid in parts)
 
     def page_bytes(self, block_size: int) -> int:
         """Count the bytes of a page.

@@ -98,11 +98,6 @@ class Grid:
         return tuple(blocks)
 
 
-def bytes_per_token(rank: int, grid: Grid | None, dtype: torch.dtype) -> float:
-    """Return the bytes of one token's latents: codes, minima and scales of full blocks, or numbers of `dtype`."""
-    return rank * (8 * dtype.itemsize if grid is None else grid.bits_per_latent) / 8
-
-
 class Quantised(NamedTuple):
     """Latents on their grid: the packed codes of tokens, and the scale and the minimum of every block."""
 

@@ -32,17 +32,14 @@ class Backend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """Return the name in vLLM's registry."""
         return NAME
 
     @staticmethod
     def get_impl_cls() -> type[Impl]:
-        """Return the implementation of attention."""
         return Impl
 
     @staticmethod
     def get_builder_cls() -> type[StepBuilder]:
-        """Return the builder of metadata."""
         return StepBuilder
 
     @staticmethod
@@ -96,12 +93,10 @@ class RingBackend(Backend):
 
     @staticmethod
     def get_name() -> str:
-        """Return the name in vLLM's registry."""
         return NAME + "_RING"
 
     @staticmethod
     def get_builder_cls() -> type[RingBuilder]:
-        """Return the builder of metadata."""
         return RingBuilder
 
 
@@ -174,4 +169,4 @@ class Impl(AttentionImpl):
 
 
 register_backend(NAME, f"{__name__}.{Backend.__name__}")
-register_backend(NAME + "_RING", PREFIX + RingBackend.__name__)
+register_backend(NAME + "_RING", f"{__name__}.{RingBackend.__name__}")

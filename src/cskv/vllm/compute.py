@@ -79,8 +79,7 @@ def attend(
         keys, values: (tokens, kv_heads, head_dim), of the step's own tokens.
         output: (tokens, q_heads, head_dim): where the result goes.
     """
-    if step.decodes:
-        n = step.decodes
+    if n := step.decodes:
         output[:n] = _decode(step, cache, rules, query[:n], keys[:n], values[:n])
     for prefill in step.prefills:
         rows = prefill.rows

@@ -193,10 +193,9 @@ class RingLayer(nn.Module, AttentionLayerBase):
 
     def _bundle(self, vllm_config: Any) -> list[RingLayer]:
         """Return the layers whose rings share a page with this one's."""
-        model = vllm_config.model_config
+        layers = vllm_config.model_config.get_total_num_hidden_layers()
         stages = vllm_config.parallel_config.pipeline_parallel_size
-        ends = [get_pp_indices(model.get_total_num_hidden_layers(), i, stages) for i in range(stages)]
-        counts = [stop - start for start, stop in ends]
+        counts = [stop - start for start, stop in (get_pp_indices(layers, i, stages) for i in range(stages))]
         self._cut = rings_of(self._share, vllm_config.cache_config.block_size, counts)
         context = vllm_config.compilation_config.static_forward_context
         here = [other for other in context.values() if isinstance(other, RingLayer)]

@@ -73,8 +73,7 @@ def find_rope(
         return None if found.norm_style is NormStyle.NONE else Rotation(None, None, found.heads)
     cos, sin = tables  # type: ignore[misc]
     plain = bool(getattr(parent.rotary_emb, "is_neox_style", False))
-    heads = split_heads(k[None], head_dim)
-    norm = kernel_norm(found, heads)
+    norm = kernel_norm(found, split_heads(k[None], head_dim))
     is_plain = plain and (found.norm_style is NormStyle.NONE or norm is not None)
     return Rotation(cos[None], sin[None], found.heads, is_plain, norm)
 
