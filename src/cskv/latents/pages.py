@@ -44,7 +44,9 @@ class PageLayout:
     def bytes_per_token(self) -> float:
         """Bytes of one token's latents in full blocks, padding aside."""
         parts = (self.k_rank, self.k_grid), (self.v_rank, self.v_grid)
-        return sum(r * (self.dtype.itemsize if grid is None else grid.bits_per_latent / 8) for r, grid in parts)
+        return (
+            sum(rank * (8 * self.dtype.itemsize if grid is None else grid.bits_per_latent) for rank, grid in parts) / 8
+        )
 
     def page_bytes(self, block_size: int) -> int:
         """Count the bytes of a page.
