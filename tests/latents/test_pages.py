@@ -114,7 +114,7 @@ def test_a_token_is_where_the_layout_says(name: str) -> None:
 def check(paged: PagedLatents, alone: list[Latents | None], start: int, stop: int | None) -> None:
     """The range of every request, read together and one by one."""
     got = paged.read(start, stop)
-    end = paged.most if stop is None else min(stop, paged.most)
+    end = paged.length if stop is None else min(stop, paged.length)
     assert got.shape == (len(alone), max(0, end - start), paged.rank)
     assert got.dtype == paged.dtype
     for row, latents in zip(got, alone):
@@ -140,7 +140,7 @@ def test_it_is_every_request_by_itself(
     pairs = in_pages(k, v, layout, block_size, most=max(lengths) + above, names=names)
     for paged, parts, grid in zip(pairs, (k, v), (layout.k_grid, layout.v_grid)):
         alone = [by_itself(part, grid) if len(part) else None for part in parts]
-        assert (paged.batch, paged.length, paged.granularity) == (len(lengths), max(lengths) + above, block_size)
+        assert (paged.length, paged.granularity) == (max(lengths) + above, block_size)
         check(paged, alone, start, None if size is None else start + size)
 
 

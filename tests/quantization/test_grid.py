@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cskv import ConfigError, CSKVConfig
-from cskv.quantization.grid import Grid, bytes_per_token, dequantise, quantise
+from cskv.latents.pages import PageLayout
+from cskv.quantization.grid import Grid, dequantise, quantise
 
 
 def stored(latents: Tensor, grid: Grid) -> Tensor:
@@ -83,7 +84,7 @@ def test_grids_are_told_apart_by_their_settings_alone() -> None:
     ],
 )
 def test_bytes_of_a_token_by_hand(grid: Grid | None, dtype: torch.dtype, size: float) -> None:
-    assert bytes_per_token(32, grid, dtype) == size
+    assert PageLayout(32, 32, dtype, grid, grid).bytes_per_token == 2 * size
 
 
 def test_bits_per_latent_count_the_parameters() -> None:

@@ -18,7 +18,7 @@ from jaxtyping import BFloat16, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from cskv.errors import ConfigError
-from cskv.quantization.grid import PARAMETER_DTYPE, Grid, bytes_per_token, dequantise
+from cskv.quantization.grid import PARAMETER_DTYPE, Grid, dequantise
 from cskv.scratch import Scratch
 
 ALIGNMENT = 16  # bytes
@@ -44,7 +44,9 @@ class PageLayout:
     def bytes_per_token(self) -> float:
         """Bytes of one token's latents in full blocks, padding aside."""
         parts = (self.k_rank, self.k_grid), (self.v_rank, self.v_grid)
-        return sum(bytes_per_token(rank, grid, self.dtype) for rank, grid in parts)
+        return (
+            sum(rank * (8 * self.dtype.itemsize if grid is None else grid.bits_per_latent) for rank, grid in parts) / 8
+        )
 
     def page_bytes(self, block_size: int) -> int:
         """Count the bytes of a page.
@@ -52,39 +54,37 @@ class PageLayout:
         Raises:
             ConfigError: blocks of the grids do not fit into the page evenly.
         """
-        return self._parts(block_size)[-1].stop
+        return sum(_aligned(rows * columns * dtype.itemsize) for dtype, rows, columns in self._parts(block_size))
 
     def pages(self, storage: UInt8[Tensor, "pages bytes"], block_size: int) -> tuple[Pages, Pages]:
         """View the key and the value latents in the memory of all pages."""
-        k, v, *parameters = self._parts(block_size)
-        k_parameters, v_parameters = parameters[:2], parameters[2:]
+        views, start = [], 0
+        for dtype, rows, columns in self._parts(block_size):
+            stop = start + rows * columns * dtype.itemsize
+            views.append(storage[:, start:stop].view(dtype).unflatten(1, (rows, columns)))
+            start = _aligned(stop)
+        k, v, *parameters = views
+        of_keys = 0 if self.k_grid is None else 2
         return (
-            self._view(storage, block_size, self.k_rank, self.k_grid, k, k_parameters),
-            self._view(storage, block_size, self.v_rank, self.v_grid, v, v_parameters),
+            Pages(k, self.dtype, self.k_grid, *parameters[:of_keys]),
+            Pages(v, self.dtype, self.v_grid, *parameters[of_keys:]),
         )
 
-    def _parts(self, block_size: int) -> list[slice]:
-        """Locate both latents, or their codes, and the scales and minima of either, in the bytes of a page."""
-        sizes = []
+    def _parts(self, block_size: int) -> list[tuple[torch.dtype, int, int]]:
+        """List dtype, rows and columns: of both latents, or their codes, then of scales and minima of packed ones."""
+        latents, parameters = [], []
         for rank, grid in ((self.k_rank, self.k_grid), (self.v_rank, self.v_grid)):
-            sizes.append(block_size * (rank * self.dtype.itemsize if grid is None else grid.row_bytes))
-        for grid in (self.k_grid, self.v_grid):
-            sizes += [0 if grid is None else _parameter_bytes(grid, block_size)] * 2
-        parts, start = [], 0
-        for size in sizes:
-            parts.append(slice(start, start + -(-size // ALIGNMENT) * ALIGNMENT))
-            start = parts[-1].stop
-        return parts
-
-    def _view(
-        self, storage: Tensor, block_size: int, rank: int, grid: Grid | None, data: slice, parameters: list[slice]
-    ) -> Pages:
-        if grid is None:
-            tokens = _as(storage[:, data], self.dtype, block_size, rank)
-            return Pages(tokens, self.dtype)
-        rows, columns = block_size // grid.block_tokens, grid.channel_blocks
-        scales, minima = (_as(storage[:, part], PARAMETER_DTYPE, rows, columns) for part in parameters)
-        return Pages(_as(storage[:, data], torch.uint8, block_size, grid.row_bytes), self.dtype, grid, scales, minima)
+            if grid is None:
+                latents.append((self.dtype, block_size, rank))
+                continue
+            if block_size % grid.block_tokens:
+                raise ConfigError(
+                    f"a page of {block_size} tokens cannot hold groups of {grid.block_tokens}: give a block size that "
+                    "is a multiple of the group"
+                )
+            latents.append((torch.uint8, block_size, grid.row_bytes))
+            parameters += [(PARAMETER_DTYPE, block_size // grid.block_tokens, grid.channel_blocks)] * 2
+        return latents + parameters
 
 
 @dataclass(frozen=True)
@@ -121,31 +121,23 @@ class PagedLatents:
 
     Attributes:
         pages: of all requests.
-        table: the block table: each request's pages in order, for `most` tokens. Entries past the last are arbitrary.
+        table: the block table: each request's pages in order, for `length` tokens. Entries past the last are arbitrary.
         lengths: tokens of each request.
-        most, least: an upper bound on the lengths, and a lower one, such as 0. Sizes follow from them, so that the host
-            need not wait for the device to learn the lengths.
+        length, least: an upper bound on the lengths, and a lower one, such as 0. Sizes follow from them, so that the
+            host need not wait for the device to learn the lengths.
     """
 
     pages: Pages
     table: Int[Tensor, "batch blocks"]
     lengths: Int[Tensor, " batch"]
-    most: int
+    length: int
     least: int = 0
 
     def __post_init__(self) -> None:
-        if self.table.shape[1] * self.pages.block_size < self.most:
+        if self.table.shape[1] * self.pages.block_size < self.length:
             raise ValueError(
-                f"a table of {self.table.shape[1]} pages of {self.pages.block_size} tokens holds no {self.most}"
+                f"a table of {self.table.shape[1]} pages of {self.pages.block_size} tokens holds no {self.length}"
             )
-
-    @property
-    def batch(self) -> int:
-        return self.table.shape[0]
-
-    @property
-    def length(self) -> int:
-        return self.most
 
     @property
     def rank(self) -> int:
@@ -165,7 +157,7 @@ class PagedLatents:
     ) -> Float[Tensor, "batch tokens rank"]:
         """Read a range of tokens; zeros where a request has no such token."""
         scratch = Scratch() if scratch is None else scratch
-        stop = max(start, self.most if stop is None else min(stop, self.most))
+        stop = max(start, self.length if stop is None else min(stop, self.length))
         size, grid = self.pages.block_size, self.pages.grid
         first = start // size
         names = self.table[:, first : -(-stop // size)]
@@ -190,16 +182,5 @@ class PagedLatents:
         return out.view(names.shape[0], names.shape[1] * part.shape[1], part.shape[2])
 
 
-def _parameter_bytes(grid: Grid, block_size: int) -> int:
-    """Count the bytes of the scales, or of the minima, of a page."""
-    if block_size % grid.block_tokens:
-        raise ConfigError(
-            f"a page of {block_size} tokens cannot hold groups of {grid.block_tokens}: give a block size that is a "
-            "multiple of the group"
-        )
-    return block_size // grid.block_tokens * grid.channel_blocks * PARAMETER_DTYPE.itemsize
-
-
-def _as(part: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    """View the bytes of every page as rows of numbers."""
-    return part.view(dtype)[:, : rows * columns].unflatten(1, (rows, columns))
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -7,53 +7,14 @@ cache without kernels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import BFloat16, Bool, Float, Int, UInt8
 from torch import Tensor
 
+from cskv.latents.pages import PagedLatents
 from cskv.quantization.grid import Grid, dequantise
 from cskv.scratch import Scratch
-
-
-@runtime_checkable
-class Latents(Protocol):
-    """Latents of the tokens from the first on."""
-
-    @property
-    def batch(self) -> int:
-        """Sequences."""
-
-    @property
-    def length(self) -> int:
-        """Tokens."""
-
-    @property
-    def rank(self) -> int:
-        """Latents per token."""
-
-    @property
-    def lengths(self) -> Int[Tensor, " batch"] | None:
-        """Tokens of every sequence, where they differ; `length` is the largest then. None: all have `length`."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which they are read."""
-
-    @property
-    def granularity(self) -> int:
-        """Tokens that are best read together: a range should begin at a multiple of so many."""
-
-    def read(
-        self, start: int = 0, stop: int | None = None, scratch: Scratch | None = None
-    ) -> Float[Tensor, "batch tokens rank"]:
-        """The latents of a range of tokens, in the dtype in which they were appended.
-
-        Args:
-            start, stop: the range; None reads to the end.
-            scratch: where packed latents are unpacked; the result is valid until it is used again.
-        """
 
 
 @dataclass(frozen=True)
@@ -67,10 +28,6 @@ class PlainLatents:
     tokens: Float[Tensor, "batch tokens rank"]
     lengths: None = field(default=None, init=False)
     granularity: int = field(default=1, init=False)
-
-    @property
-    def batch(self) -> int:
-        return self.tokens.shape[0]
 
     @property
     def length(self) -> int:
@@ -112,10 +69,6 @@ class PackedLatents:
     lengths: None = field(default=None, init=False)
 
     @property
-    def batch(self) -> int:
-        return self.payload.shape[0]
-
-    @property
     def length(self) -> int:
         return self.payload.shape[1]
 
@@ -139,6 +92,19 @@ class PackedLatents:
         else:
             rows = torch.arange(start, start + payload.shape[1], device=payload.device) // size
         return dequantise(payload, scales, minima, self.grid, rows, self.dtype, scratch)
+
+
+Latents = PlainLatents | PackedLatents | PagedLatents
+"""Latents of the tokens from the first on, with
+
+length: tokens, of the longest sequence where they differ.
+lengths: tokens of every sequence, (batch,), where they differ; None where all have `length`.
+rank: latents per token.
+dtype: in which they are read.
+granularity: tokens that are best read together: a range should begin at a multiple of so many.
+read: a range of tokens, (batch, tokens, rank); None reads to the end. Packed latents are unpacked into the scratch, and
+    the result is valid until that is used again.
+"""
 
 
 @dataclass(frozen=True)

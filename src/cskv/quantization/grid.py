@@ -98,18 +98,8 @@ class Grid:
         return tuple(blocks)
 
 
-def bytes_per_token(rank: int, grid: Grid | None, dtype: torch.dtype) -> float:
-    """Return the bytes of one token's latents: codes, minima and scales of full blocks, or numbers of `dtype`."""
-    return rank * (8 * dtype.itemsize if grid is None else grid.bits_per_latent) / 8
-
-
 class Quantised(NamedTuple):
-    """Latents on their grid.
-
-    Attributes:
-        payload: packed codes, (batch, tokens, row_bytes).
-        scales, minima: of every block, (batch, token blocks, channel blocks).
-    """
+    """Latents on their grid: the packed codes of tokens, and the scale and the minimum of every block."""
 
     payload: UInt8[Tensor, "batch tokens bytes"]
     scales: BFloat16[Tensor, "batch token_blocks channel_blocks"]
@@ -170,10 +160,9 @@ def dequantise(
     if grid.channel_blocks == grid.rank:
         scale, minimum = scales.to(computed), minima.to(computed)
     else:
-        scale = _by_channel(
-            scales, grid, scratch.take("scale", (*scales.shape[:2], grid.rank), computed, scales.device)
-        )
-        minimum = _by_channel(minima, grid, scratch.take("minimum", scale.shape, computed, minima.device))
+        shape = (*scales.shape[:2], grid.rank)
+        scale = _by_channel(scales, grid, scratch.take("scale", shape, computed, scales.device))
+        minimum = _by_channel(minima, grid, scratch.take("minimum", shape, computed, minima.device))
     blocks = values.view(batch, tokens // rows, rows, grid.rank)
     torch.addcmul(minimum[:, :, None], blocks, scale[:, :, None], out=blocks)
     return values.to(dtype)

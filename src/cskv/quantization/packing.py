@@ -39,8 +39,13 @@ def pack(codes: UInt8[Tensor, "*rows channels"], bits: int) -> UInt8[Tensor, "*r
     """
     parts, shift = [], 0
     for width in planes(bits):
-        plane = (codes >> shift) & ((1 << width) - 1)
-        parts.append(_pack_plane(plane, width))
+        plane, per_byte = (codes >> shift) & ((1 << width) - 1), 8 // width
+        size = -(-codes.shape[-1] // per_byte)
+        plane = torch.nn.functional.pad(plane, (0, size * per_byte - codes.shape[-1])).unflatten(-1, (per_byte, size))
+        packed = plane[..., 0, :].clone()
+        for index in range(1, per_byte):
+            packed |= plane[..., index, :] << (index * width)
+        parts.append(packed)
         shift += width
     return torch.cat(parts, dim=-1)
 
@@ -65,13 +70,3 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int, out: UInt8[Tensor, "
             if shift:
                 own |= part << shift
         first, shift = first + size, shift + width
-
-
-def _pack_plane(codes: Tensor, width: int) -> Tensor:
-    per_byte = 8 // width
-    size = -(-codes.shape[-1] // per_byte)
-    codes = torch.nn.functional.pad(codes, (0, size * per_byte - codes.shape[-1])).unflatten(-1, (per_byte, size))
-    packed = codes[..., 0, :].clone()
-    for index in range(1, per_byte):
-        packed |= codes[..., index, :] << (index * width)
-    return packed

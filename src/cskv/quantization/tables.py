@@ -32,17 +32,14 @@ def channel_table(grid: Grid, device: torch.device) -> Int32[Tensor, "entries ra
     """
     columns: list[list[int]] = []
     for bits, channels, own in grid.runs:
-        count, byte, entries = channels.stop - channels.start, own.start, []
-        left = 0
+        count, byte, left = channels.stop - channels.start, own.start, 0
+        run: list[list[int]] = [[] for _ in range(count)]
         for width in planes(bits):
             size = -(-count * width // 8)
-            entries.append((byte, size, width, left))
+            for channel, column in enumerate(run):
+                column += [byte + channel % size, channel // size * width, (1 << width) - 1, left]
             byte, left = byte + size, left + width
-        for channel in range(count):
-            column = []
-            for first, size, width, left in entries:
-                column += [first + channel % size, channel // size * width, (1 << width) - 1, left]
-            columns.append(column + [0] * (4 * most_planes(grid) - len(column)))
+        columns += [column + [0] * (4 * most_planes(grid) - len(column)) for column in run]
     table = [[block, *column] for block, column in zip(grid.block_of, columns, strict=True)]
     return torch.tensor(table, dtype=torch.int32).T.contiguous().to(device)
 

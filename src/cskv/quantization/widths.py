@@ -66,9 +66,7 @@ def choose_widths(
     Raises:
         ConfigError: the budget does not give every projection a step of the least width.
     """
-    by_key = {
-        key: _widenings(_stepped(table, step), step * _costs(block[key], choices)) for key, table in errors.items()
-    }
+    by_key = {key: _widenings(table, step, step * _costs(block[key], choices)) for key, table in errors.items()}
     savings, costs = (torch.cat([found[i].flatten() for found in by_key.values()]) for i in (0, 1))
     if (least := float(costs[savings.isposinf()].sum())) > budget:
         latents = "a latent" if step == 1 else f"{step} latents"
@@ -101,12 +99,7 @@ def _costs(block: tuple[int, int], choices: Sequence[int]) -> Tensor:
     return torch.tensor([bits + parameters if 0 < bits < 16 else bits for bits in choices], dtype=torch.float64)
 
 
-def _stepped(errors: Tensor, step: int) -> Tensor:
-    """Sum the errors of each step of neighbours; channels beyond the last whole step are never kept."""
-    return errors.double()[: len(errors) // step * step].unflatten(0, (-1, step)).sum(1)
-
-
-def _widenings(errors: Tensor, costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _widenings(errors: Tensor, step: int, costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find the widths worth having, from 0 up: those on the lower convex hull of every channel's errors over costs.
 
     Returns:
@@ -114,6 +107,8 @@ def _widenings(errors: Tensor, costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         the first dimension, is negative where nothing is left to gain, and infinite for the first of the best channel,
         which is kept in any case.
     """
+    # Of each step of neighbours; channels beyond the last whole step are never kept.
+    errors = errors.double()[: len(errors) // step * step].unflatten(0, (-1, step)).sum(1)
     at = torch.zeros(len(errors), 1, dtype=torch.long)
     steps = []
     for _ in costs[1:]:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -22,7 +21,6 @@ from cskv.vllm.compute import attend, write
 from cskv.vllm.step import Step, plan_step
 
 NAME = "CSKV"
-PREFIX = "cskv.vllm.backend."
 
 
 class Backend(AttentionBackend):
@@ -34,17 +32,14 @@ class Backend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """Return the name in vLLM's registry."""
         return NAME
 
     @staticmethod
     def get_impl_cls() -> type[Impl]:
-        """Return the implementation of attention."""
         return Impl
 
     @staticmethod
     def get_builder_cls() -> type[StepBuilder]:
-        """Return the builder of metadata."""
         return StepBuilder
 
     @staticmethod
@@ -76,9 +71,8 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Step:
         """Plan the step. Layers whose ranks differ have builders of their own, and share the result."""
-        made = getattr(common_attn_metadata, "_cskv_step", None)
+        common, made = common_attn_metadata, getattr(common_attn_metadata, "_cskv_step", None)
         if made is None:
-            common = common_attn_metadata
             lengths = common.seq_lens_cpu_upper_bound
             if lengths is None:
                 lengths = common.seq_lens.cpu()
@@ -90,7 +84,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
                 self._window,
                 self._group,
             )
-            common_attn_metadata._cskv_step = made
+            common._cskv_step = made
         return made
 
 
@@ -99,12 +93,10 @@ class RingBackend(Backend):
 
     @staticmethod
     def get_name() -> str:
-        """Return the name in vLLM's registry."""
         return NAME + "_RING"
 
     @staticmethod
     def get_builder_cls() -> type[RingBuilder]:
-        """Return the builder of metadata."""
         return RingBuilder
 
 
@@ -131,7 +123,7 @@ class RingBuilder(AttentionMetadataBuilder[RingPages]):
 
 
 class Impl(AttentionImpl):
-    """Attends and writes, for a `cskv.vllm.layer.CompressedAttention`."""
+    """Attends and writes."""
 
     def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, *_: Any, **__: Any) -> None:
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
@@ -152,7 +144,7 @@ class Impl(AttentionImpl):
         """Attend, then write the step's tokens into the cache.
 
         Args:
-            layer: a `CompressedAttention`.
+            layer: a `cskv.vllm.layer.CompressedAttention`.
             query: (tokens, q_heads, head_dim).
             key: (tokens, k_rank + v_rank): not keys, but the latents of both.
             value: (tokens, 2, kv_heads, head_dim): keys and values.
@@ -167,21 +159,14 @@ class Impl(AttentionImpl):
             torch.empty(layer.rebuilt_bytes, dtype=torch.uint8, device=query.device)  # so that it is measured
             return output.fill_(0)
         step, tokens = attn_metadata, attn_metadata.tokens
-        cache = layer.cache(self._ring_page(layer))
-        latents = layer.split(key[:tokens])
+        cache = layer.cache()
+        latents = key[:tokens].split([layer.layout.k_rank, layer.layout.v_rank], dim=-1)
         keys, values = value[:tokens].unbind(1)
         heads = output.view(-1, self.num_heads, self.head_size)
         attend(step, cache, layer.rules, query[:tokens], keys, values, heads)
         write(step, cache, keys, values, latents)
         return output
 
-    @staticmethod
-    def _ring_page(layer: Any) -> Tensor | None:
-        if layer.ring_name is None:
-            return None
-        metadata: Any = get_forward_context().attn_metadata
-        return metadata[layer.ring_name].page
 
-
-register_backend(NAME, PREFIX + Backend.__name__)
-register_backend(NAME + "_RING", PREFIX + RingBackend.__name__)
+register_backend(NAME, f"{__name__}.{Backend.__name__}")
+register_backend(NAME + "_RING", f"{__name__}.{RingBackend.__name__}")

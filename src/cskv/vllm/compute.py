@@ -79,8 +79,7 @@ def attend(
         keys, values: (tokens, kv_heads, head_dim), of the step's own tokens.
         output: (tokens, q_heads, head_dim): where the result goes.
     """
-    if step.decodes:
-        n = step.decodes
+    if n := step.decodes:
         output[:n] = _decode(step, cache, rules, query[:n], keys[:n], values[:n])
     for prefill in step.prefills:
         rows = prefill.rows
@@ -113,8 +112,7 @@ def _decode(step: Step, cache: LayerCache, rules: LayerRules, query: Tensor, key
         old_keys, old_values = cache.ring.recent(cache.rings, cache.ring_page[:n], step.recent.position[:n], exists)
         keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
         exists = torch.nn.functional.pad(exists, (0, 1), value=True)
-    k, v = _latents(cache, step.table[:n], step.sealed[:n], step.most, step.least)
-    inputs = rules.inputs(View(keys, values, k, v, exists))
+    inputs = rules.inputs(_view(step, cache, slice(n), step.most, step.least, keys, values, exists))
     return attention(query[:, :, None], inputs, scratch=rules.scratch)[:, :, 0]
 
 
@@ -123,21 +121,13 @@ def _prefill(
 ) -> Tensor:
     """Attend in one request: (new, q_heads, head_dim)."""
     query, keys, values = (part.transpose(0, 1)[None] for part in (query, keys, values))
-    recent = prefill.length - prefill.sealed
+    of_request, recent = slice(prefill.request, prefill.request + 1), prefill.length - prefill.sealed
     if recent and cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
-        of_request = slice(prefill.request, prefill.request + 1)
         position, exists = (part[of_request] for part in step.recent)
         held = cache.ring.recent(cache.rings, cache.ring_page[of_request], position, exists)
         keys = torch.cat([held[0][:, :, :recent], keys], dim=2)
         values = torch.cat([held[1][:, :, :recent], values], dim=2)
-    k, v = _latents(
-        cache,
-        step.table[prefill.request : prefill.request + 1],
-        step.sealed[prefill.request : prefill.request + 1],
-        prefill.sealed,
-        prefill.sealed,
-    )
-    inputs = rules.inputs(View(keys, values, k, v))
+    inputs = rules.inputs(_view(step, cache, of_request, prefill.sealed, prefill.sealed, keys, values))
     if attends_to_latents(query.shape[2], query.shape[1], keys.shape[1]):
         result = attention(query, inputs, scratch=rules.scratch)
     elif rules.logits.softcap is not None:  # torch's own attention has none
@@ -147,13 +137,16 @@ def _prefill(
     return result[0].transpose(0, 1)
 
 
-def _latents(
-    cache: LayerCache, table: Tensor, lengths: Tensor, most: int, least: int
-) -> tuple[PagedLatents | None, PagedLatents | None]:
-    """Return the sealed tokens of keys and values; they share the table and the lengths, as kernels need it."""
+def _view(
+    step: Step, cache: LayerCache, requests: slice, most: int, least: int, keys: Tensor, values: Tensor,
+    exists: Tensor | None = None,
+) -> View:  # fmt: skip
+    """Join exact and sealed tokens; keys and values share the table and the lengths, as kernels need it."""
     if not most:
-        return None, None
-    return PagedLatents(cache.k, table, lengths, most, least), PagedLatents(cache.v, table, lengths, most, least)
+        return View(keys, values, exists=exists)
+    table, lengths = step.table[requests], step.sealed[requests]
+    k, v = (PagedLatents(pages, table, lengths, most, least) for pages in (cache.k, cache.v))
+    return View(keys, values, k, v, exists)
 
 
 def _on_rebuilt(query: Tensor, inputs: AttentionInputs) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.adapter.folder import CONFIG_FILE
+from cskv.compression.bytes import bytes_per_token
 from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
 from cskv.files import write_folder, write_text
-from cskv.latents.pages import PageLayout
 from cskv.models.signature import read_signature
 from cskv.vllm.architectures import PREFIX
 from cskv.vllm.source import SUBFOLDER, BaseConfig, BaseFiles, is_exported, list_files, read_config
@@ -108,7 +108,8 @@ def export(
     write_folder(
         out, lambda folder: linked.extend(_fill(folder, adapter, base, config, files, copy)), replace=overwrite
     )
-    dtype, layers = served_dtype(config), {index: adapter.factors(index) for index in adapter.layer_indices}
+    dtype = served_dtype(config)
+    uncompressed, compressed = bytes_per_token(adapter, dtype)
     return ExportReport(
         folder=out,
         base=base,
@@ -116,11 +117,8 @@ def export(
         window=adapter.config.window,
         group=adapter.config.group,
         dtype=str(dtype).removeprefix("torch."),
-        uncompressed_bytes_per_token=sum(2 * pair.k.kv_dim * dtype.itemsize for pair in layers.values()),
-        bytes_per_token=sum(
-            PageLayout(pair.k.rank, pair.v.rank, dtype, *adapter.grids(index)).bytes_per_token
-            for index, pair in layers.items()
-        ),
+        uncompressed_bytes_per_token=uncompressed,
+        bytes_per_token=compressed,
         linked=tuple(linked),
         copied=tuple(name for name in files.weights if name not in linked),
         left_out=files.left_out,
@@ -187,11 +185,14 @@ def _check_layers(adapter: CSKVAdapter, config: BaseConfig, base: Path, files: B
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     layers = range(text.num_hidden_layers)
     info = BaseModelInfo.from_config(text, str(base))
-    kinds = sorted(set(_layer_kinds(config)) - {"full_attention"})
-    if kinds:
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        slides = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+        kinds = ["sliding_attention"] if slides else []
+    if others := sorted(set(kinds) - {"full_attention"}):
         raise UnsupportedModelError(
-            f"{base} has layers of {', '.join(kinds)}; with vLLM only models whose layers all attend to all tokens are "
-            "served, others run with transformers (cskv.attach)"
+            f"{base} has layers of {', '.join(others)}; with vLLM only models whose layers all attend to all tokens "
+            "are served, others run with transformers (cskv.attach)"
         )
     adapter.base.check_same(info, "the adapter was made for", "give the base model that it names")
     if adapter.layer_indices != list(layers):
@@ -202,14 +203,6 @@ def _check_layers(adapter: CSKVAdapter, config: BaseConfig, base: Path, files: B
     sites = [_Layer(index, kv_heads * head_dim, text.hidden_size) for index in layers]
     signature = read_signature([base / name for name in files.weights], sites)
     adapter.check_fits(_Described(dataclasses.replace(info, signature=signature), sites))
-
-
-def _layer_kinds(config: BaseConfig) -> list[str]:
-    kinds = getattr(config.text, "layer_types", None)
-    if kinds is not None:
-        return list(kinds)
-    slides = getattr(config.text, "sliding_window", None) is not None
-    return ["sliding_attention"] if slides and getattr(config.text, "use_sliding_window", True) else []
 
 
 def _fill(

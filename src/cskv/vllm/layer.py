@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from vllm.distributed.utils import get_pp_indices
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
@@ -44,13 +45,7 @@ class CompressedAttention(Attention):
     """
 
     def __init__(
-        self,
-        original: Attention,
-        parent: nn.Module,
-        forward: Any,
-        child: str,
-        share: ServedShard,
-        vllm_config: Any,
+        self, original: Attention, parent: nn.Module, forward: Any, child: str, share: ServedShard, vllm_config: Any
     ) -> None:
         name = original.layer_name
         del vllm_config.compilation_config.static_forward_context[name]
@@ -81,11 +76,6 @@ class CompressedAttention(Attention):
         channels = self.num_kv_heads * self.head_size
         return REBUILT * self._longest * channels * self.layout.dtype.itemsize
 
-    @property
-    def ring_name(self) -> str | None:
-        """Name of the layer that owns the rings' pages; None without rings."""
-        return None if self.ring_layer is None else self.ring_layer.page_name
-
     def stage(self, hidden_states: Tensor) -> None:
         """Project the layer's input to latents; those of commuting keys are made from keys later."""
         self.staged.append(linear(hidden_states, self.down, self.down_bias))
@@ -107,10 +97,6 @@ class CompressedAttention(Attention):
         )
         return output.view(tokens, -1)
 
-    def split(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Split into (key latents, value latents)."""
-        return latents[:, : self.layout.k_rank], latents[:, self.layout.k_rank :]
-
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Load the factors and probe how keys are normalised and rotated."""
         super().process_weights_after_loading(act_dtype)
@@ -125,11 +111,10 @@ class CompressedAttention(Attention):
     def _placed(self, factors: LayerFactors) -> LayerFactors:
         """Join the down-projections that read the layer's input into one product, of which the factors hold views."""
         parts = [factors.v] if self._commuting else [factors.k, factors.v]
-        biases = [part.down_bias for part in parts]
         bias = None
-        if any(part is not None for part in biases):
-            pairs = zip(biases, parts, strict=True)
-            bias = torch.cat([p.down.new_zeros(p.rank) if b is None else b for b, p in pairs])
+        if any(part.down_bias is not None for part in parts):
+            zeros = (part.down.new_zeros(part.rank) for part in parts)
+            bias = torch.cat([z if part.down_bias is None else part.down_bias for z, part in zip(zeros, parts)])
         self.register_buffer("down", torch.cat([part.down for part in parts]), persistent=False)
         self.register_buffer("down_bias", bias, persistent=False)
         self.register_buffer("k_down", factors.k.down if self._commuting else None, persistent=False)
@@ -158,12 +143,14 @@ class CompressedAttention(Attention):
         super().bind_kv_cache(kv_cache)
         self._pages = self.layout.pages(kv_cache[:, 0, 0], self._block_size)
 
-    def cache(self, ring_page: Tensor | None) -> LayerCache:
-        """Return the layer's memory, with the ring pages of a step's requests."""
+    def cache(self) -> LayerCache:
+        """Return the layer's memory, with the ring pages of the step's requests."""
         k, v = self._pages  # type: ignore[misc]
         if self.ring_layer is None:
             return LayerCache(k, v)
-        return LayerCache(k, v, self.ring_layer.ring, self.ring_layer.rings, ring_page)
+        metadata: Any = get_forward_context().attn_metadata
+        page = metadata[self.ring_layer.page_name].page
+        return LayerCache(k, v, self.ring_layer.ring, self.ring_layer.rings, page)
 
 
 class RingLayer(nn.Module, AttentionLayerBase):
@@ -206,10 +193,9 @@ class RingLayer(nn.Module, AttentionLayerBase):
 
     def _bundle(self, vllm_config: Any) -> list[RingLayer]:
         """Return the layers whose rings share a page with this one's."""
-        model = vllm_config.model_config
+        layers = vllm_config.model_config.get_total_num_hidden_layers()
         stages = vllm_config.parallel_config.pipeline_parallel_size
-        ends = [get_pp_indices(model.get_total_num_hidden_layers(), i, stages) for i in range(stages)]
-        counts = [stop - start for start, stop in ends]
+        counts = [stop - start for start, stop in (get_pp_indices(layers, i, stages) for i in range(stages))]
         self._cut = rings_of(self._share, vllm_config.cache_config.block_size, counts)
         context = vllm_config.compilation_config.static_forward_context
         here = [other for other in context.values() if isinstance(other, RingLayer)]

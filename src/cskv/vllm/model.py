@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -19,44 +19,38 @@ from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 from cskv.errors import UnsupportedModelError
 from cskv.vllm.architectures import PREFIX
 from cskv.vllm.layer import CompressedAttention
-from cskv.vllm.served import Served, find_served
+from cskv.vllm.served import find_served
 from cskv.vllm.shards import ServedShard
 
 
 class Compressed:
-    """Mixin for a model class of vLLM's: exchanges the attention layers."""
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        model = vllm_config.model_config
-        exchange(self, find_served(model.model, model.revision, model.hf_config), vllm_config)  # type: ignore[arg-type]
-
-
-def exchange(model: nn.Module, served: Served, vllm_config: Any) -> None:
-    """Replace every attention layer of a model that vLLM has built.
+    """Mixin for a model class of vLLM's: exchanges the attention layers.
 
     Raises:
         UnsupportedModelError: there is none, or one that is not served.
     """
-    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    share = ServedShard.of_rank(served, vllm_config.model_config, rank, ranks)
-    found = [
-        (parent, name, layer)
-        for parent in model.modules()
-        for name, layer in parent.named_children()
-        if isinstance(layer, Attention)
-    ]
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention layer of the usual kind; it is not served"
-        )
-    for parent, name, layer in found:
-        _refuse(parent, layer)
-        forward = type(parent).forward
-        compressed = CompressedAttention(layer, parent, forward, name, share, vllm_config)
-        setattr(parent, name, compressed)
-        cls: Any = type(parent)
-        parent.__class__ = _staging(cls, name)
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        config, model = vllm_config.model_config, cast(nn.Module, self)
+        served = find_served(config.model, config.revision, config.hf_config)
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        share = ServedShard.of_rank(served, config, rank, ranks)
+        found = [
+            (parent, name, layer)
+            for parent in model.modules()
+            for name, layer in parent.named_children()
+            if isinstance(layer, Attention)
+        ]
+        if not found:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} has no attention layer of the usual kind; it is not served"
+            )
+        for parent, name, layer in found:
+            _refuse(parent, layer)
+            cls: Any = type(parent)
+            setattr(parent, name, CompressedAttention(layer, parent, cls.forward, name, share, vllm_config))
+            parent.__class__ = _staging(cls, name)
 
 
 @cache

@@ -6,7 +6,6 @@ every combination of norm and rotation. A layer that matches none is refused whe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,23 +32,13 @@ TOKENS = 8
 _tables: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
 
-@dataclass
-class _Given:
-    """The keys and values that a layer handed to its attention."""
-
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-
 class _Recorder(nn.Module):
-    """Stands in for the attention of a layer."""
+    """Stands in for the attention of a layer, and keeps the keys and values that it is handed, (tokens, kv_dim)."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.given = _Given()
+    given: tuple[Tensor, Tensor] | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        self.given = _Given(key.clone(), value.clone())
+        self.given = key.clone().flatten(1), value.clone().flatten(1)
         return torch.zeros_like(query.flatten(1))
 
 
@@ -74,23 +63,22 @@ def find_rope(
     x = torch.randn(TOKENS, hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     x = x.to(device, dtype)
     positions = torch.arange(TOKENS, device=device)
-    given = _record(parent, forward, child, positions, x)
-    k_size = given.keys.flatten(1).shape[1]
-    *_, k, v = parent.qkv_proj(x)[0].split([parent.q_size, k_size, k_size], dim=-1)
+    keys, values = _record(parent, forward, child, positions, x)
+    _, k, v = parent.qkv_proj(x)[0].split([parent.q_size, keys.shape[1], keys.shape[1]], dim=-1)
     tables = _cos_sin(parent, dtype)
-    found = _match(parent, k, given.keys.flatten(1), tables, head_dim)
-    _check_values(parent, v, given.values.flatten(1))
+    found = _match(parent, k, keys, tables, head_dim)
+    if not torch.equal(v, values):
+        raise UnsupportedModelError(f"the values of {type(parent).__name__} are not its projection; it is not served")
     if found.rope_style is RopeStyle.NONE:
         return None if found.norm_style is NormStyle.NONE else Rotation(None, None, found.heads)
     cos, sin = tables  # type: ignore[misc]
     plain = bool(getattr(parent.rotary_emb, "is_neox_style", False))
-    heads = split_heads(k[None], head_dim)
-    norm = kernel_norm(found, heads)
+    norm = kernel_norm(found, split_heads(k[None], head_dim))
     is_plain = plain and (found.norm_style is NormStyle.NONE or norm is not None)
     return Rotation(cos[None], sin[None], found.heads, is_plain, norm)
 
 
-def _record(parent: Any, forward: Any, child: str, positions: Tensor, x: Tensor) -> Any:
+def _record(parent: Any, forward: Any, child: str, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     attention = getattr(parent, child)
     recorder = _Recorder()
     setattr(parent, child, recorder)
@@ -98,7 +86,7 @@ def _record(parent: Any, forward: Any, child: str, positions: Tensor, x: Tensor)
         forward(parent, positions=positions, hidden_states=x)
     finally:
         setattr(parent, child, attention)
-    if recorder.given.keys is None:
+    if recorder.given is None:
         raise UnsupportedModelError(f"{type(parent).__name__} did not call its attention; it is not served")
     return recorder.given
 
@@ -110,12 +98,12 @@ def _cos_sin(parent: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     if rotary is None or cache is None:
         return None
     if rotary not in _tables:
-        cos, sin = cache.to(dtype).chunk(2, dim=-1)
-        if getattr(rotary, "is_neox_style", False):
-            cos, sin = (torch.cat([part, part], dim=-1) for part in (cos, sin))
-        else:
-            cos, sin = (part.repeat_interleave(2, dim=-1) for part in (cos, sin))
-        _tables[rotary] = cos.contiguous(), sin.contiguous()
+        halves = getattr(rotary, "is_neox_style", False)
+        cos, sin = (
+            torch.cat([part, part], dim=-1) if halves else part.repeat_interleave(2, dim=-1)
+            for part in cache.to(dtype).chunk(2, dim=-1)
+        )
+        _tables[rotary] = cos, sin
     return _tables[rotary]
 
 
@@ -147,8 +135,3 @@ def _match(parent: Any, k: Tensor, keys: Tensor, tables: Any, head_dim: int) -> 
             f"closest is off by {error:.1e} of the largest); this model is not served"
         )
     return recipe
-
-
-def _check_values(parent: Any, v: Tensor, values: Tensor) -> None:
-    if not torch.equal(v, values):
-        raise UnsupportedModelError(f"the values of {type(parent).__name__} are not its projection; it is not served")

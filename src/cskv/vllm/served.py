@@ -78,11 +78,10 @@ def find_served(model: str, revision: str | None, config: Any) -> Served:
 
 
 def _folder(model: str, revision: str | None, adapter: str) -> Path:
-    inside, outside = Path(model) / adapter, Path(adapter).expanduser()
-    if inside.is_dir():
-        return inside
-    if outside.is_dir():
-        return outside
+    outside = Path(adapter).expanduser()
+    for folder in (Path(model) / adapter, outside):
+        if folder.is_dir():
+            return folder
     if not outside.is_absolute():
         if not Path(model).is_dir():
             refusal = f"cannot look for adapter folder {adapter!r} in {model!r} on the hub"

@@ -99,12 +99,24 @@ class ServedShard:
     @cached_property
     def layouts(self) -> dict[int, PageLayout]:
         """The page layout of every layer's latents."""
-        return {layer: self._layout(layer) for layer in self.served.settings.ranks}
+        config, widths, layouts = self.served.config, self.served.settings.widths, {}
+        for layer, sizes in self.served.settings.ranks.items():
+            k, v = (self.shard.rank_of(sizes[kind], config.head_groups) for kind in ("k", "v"))
+            grids = [
+                Grid.from_config(config, kind, rank, widths.get((layer, kind))) for kind, rank in (("k", k), ("v", v))
+            ]
+            layouts[layer] = PageLayout(k, v, self.dtype, *grids)
+        return layouts
 
     @cached_property
     def rings(self) -> dict[int, Ring]:
         """The ring of every layer; meaningless unless the adapter `has_ring`."""
-        return {layer: self._ring(layout) for layer, layout in self.layouts.items()}
+        config, rings = self.served.config, {}
+        for layer, layout in self.layouts.items():
+            grids = layout.k_grid, layout.v_grid
+            k, v = (0 if grid is None or grid.block_tokens == 1 else grid.rank for grid in grids)
+            rings[layer] = Ring(config.window, config.group, self.shard.heads, self.head_dim, k, v, self.dtype)
+        return rings
 
     @property
     def is_grouped(self) -> bool:
@@ -136,19 +148,3 @@ class ServedShard:
                     f"channels, its settings {groups} and {expected[1]}; train the adapter again"
                 )
         return LayerFactors(self.shard.factors(factors.k, groups), self.shard.factors(factors.v, groups))
-
-    def _layout(self, layer: int) -> PageLayout:
-        config, settings = self.served.config, self.served.settings
-        ranks = [self.shard.rank_of(settings.ranks[layer][kind], config.head_groups) for kind in ("k", "v")]
-        grids = [
-            Grid.from_config(config, kind, rank, settings.widths.get((layer, kind)))
-            for kind, rank in zip(("k", "v"), ranks, strict=True)
-        ]
-        return PageLayout(ranks[0], ranks[1], self.dtype, grids[0], grids[1])
-
-    def _ring(self, layout: PageLayout) -> Ring:
-        config = self.served.config
-        waiting = [
-            0 if grid is None or grid.block_tokens == 1 else grid.rank for grid in (layout.k_grid, layout.v_grid)
-        ]
-        return Ring(config.window, config.group, self.shard.heads, self.head_dim, waiting[0], waiting[1], self.dtype)

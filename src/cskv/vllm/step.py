@@ -6,8 +6,8 @@ others. The host knows all lengths, so that it plans what to seal and keep, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,23 +37,14 @@ class Prefill(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Groups of tokens that are sealed at the end of the step.
-
-    Attributes:
-        request: (groups,): row in the block table.
-        first: (groups,): position of the first token.
-    """
+    """Groups that are sealed at the end of the step, (groups,): row in the block table, position of the first token."""
 
     request: Tensor
     first: Tensor
 
 
 class Kept(NamedTuple):
-    """Tokens of the step that go into the rings.
-
-    Attributes:
-        row, request, position: (tokens,): row in the batch, row in the block table, and position in the request.
-    """
+    """Tokens of the step that go into the rings, (tokens,): row in the batch, row in the block table, and position."""
 
     row: Tensor
     request: Tensor
@@ -61,12 +52,7 @@ class Kept(NamedTuple):
 
 
 class Recent(NamedTuple):
-    """Tokens that were in the rings before the step, oldest first.
-
-    Attributes:
-        position: (requests, slots): position in the request.
-        exists: (requests, slots): False where a request has fewer tokens.
-    """
+    """Tokens that were in the rings before the step, oldest first, (requests, slots): position, and if it exists."""
 
     position: Tensor
     exists: Tensor
@@ -128,7 +114,7 @@ def plan_step(starts: Numbers, lengths: Numbers, table: Tensor, slots: Tensor, w
         for i in range(decodes, requests)
     )
     position = sealed[:, None] + np.arange(window + group - 1)
-    sent = _sender(table.device)
+    sent = partial(_sent, device=table.device)
     decoding = sealed[:decodes]
     return Step(
         tokens=tokens,
@@ -166,9 +152,6 @@ def _counting(count: Numbers) -> Numbers:
     return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
 
 
-def _sender(device: torch.device) -> Callable[[npt.NDArray[Any]], Tensor]:
-    def sent(numbers: npt.NDArray[Any]) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(numbers))
-        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-
-    return sent
+def _sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
+    host = torch.from_numpy(np.ascontiguousarray(numbers))
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -15,9 +15,9 @@ from cskv.attention.triton import launch
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.pages import PagedLatents, PageLayout
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
+from cskv.quantization.dispatch import by_kernels
 from cskv.quantization.grid import Grid, quantise
 from cskv.quantization.triton import kernels as quantization_kernels
-from cskv.quantization.triton import launch as quantization_launch
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -94,4 +94,4 @@ if __name__ == "__main__":
     step(205, packed=True, rotated=False, page=16)
     step(208, packed=False, rotated=False, page=64)  # and do not
     step(205, packed=True, rotated=True, page=64)
-    quantization_launch.quantise(torch.zeros(1, 32, 205).bfloat16(), Grid.uniform(205, 4, (32, 1)))
+    by_kernels(torch.zeros(1, 32, 205).bfloat16(), Grid.uniform(205, 4, (32, 1)))

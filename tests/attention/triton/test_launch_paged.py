@@ -134,7 +134,7 @@ def test_no_length_is_above_the_bound() -> None:
     view = problem.paged()
     assert isinstance(view.k, PagedLatents)
     longer = view.k.lengths + 16
-    parts = [replace(part, lengths=longer, most=64) for part in (view.k, view.v)]  # type: ignore[type-var]
+    parts = [replace(part, lengths=longer, length=64) for part in (view.k, view.v)]  # type: ignore[type-var]
     short = replace(problem, lengths=(64, 49))
     inputs = short.inputs(view=View(view.keys, view.values, *parts))
     out = launch.attention(problem.query(), inputs)

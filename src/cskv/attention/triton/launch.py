@@ -33,8 +33,8 @@ from cskv.attention.triton.arguments import (
 from cskv.attention.triton.plan import Plan, Shapes, padded, plan, smaller
 from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import PagedLatents
-from cskv.latents.view import Latents, PackedLatents, PlainLatents
-from cskv.quantization.triton.launch import installed
+from cskv.latents.view import Latents, PackedLatents
+from cskv.quantization.dispatch import installed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 JOIN_STEP, JOIN_BLOCK = 64, 64
@@ -99,8 +99,6 @@ def _dtype_refusal(query: Tensor, k: Latents, v: Latents, factors: LayerFactors)
     if query.dtype not in DTYPES:
         return f"its kernels compute in 16 or 32 bits, and the query is {query.dtype}"
     for latents, up in ((k, factors.k.up), (v, factors.v.up)):
-        if not isinstance(latents, PlainLatents | PackedLatents | PagedLatents):
-            return f"its kernels cannot read {type(latents).__name__}"
         if not latents.dtype == up.dtype == query.dtype:
             return f"queries, factors and latents differ in dtype: {query.dtype}, {up.dtype} and {latents.dtype}"
     return None

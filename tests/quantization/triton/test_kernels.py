@@ -17,8 +17,6 @@ from tests.interpreter import mend_interpreter
 pytest.importorskip("triton")
 mend_interpreter()
 
-from cskv.quantization.triton import launch  # noqa: E402
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 15)), min_size=1, max_size=3).map(tuple)
 
@@ -34,7 +32,7 @@ def _full_new_memory() -> Iterator[None]:
 
 
 def check(latents: Tensor, grid: Grid) -> None:
-    made = launch.quantise(latents.to(DEVICE), grid)
+    made = dispatch.by_kernels(latents.to(DEVICE), grid)
     for part, true in zip(made, quantise(latents, grid)):
         assert part.dtype == true.dtype
         assert torch.equal(part.cpu(), true)
@@ -67,7 +65,7 @@ def test_constant_blocks(value: float) -> None:
 
 def test_codes_half_way_are_rounded_to_even() -> None:
     latents = torch.tensor([0, 0.5, 1.5, 2.5, 14.5, 15.0])[None, :, None]
-    assert launch.quantise(latents.to(DEVICE), Grid.uniform(1, 4, (32, 1)))[0].flatten().tolist() == [
+    assert dispatch.by_kernels(latents.to(DEVICE), Grid.uniform(1, 4, (32, 1)))[0].flatten().tolist() == [
         0,
         0,
         2,
