@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from jaxtyping import Int
@@ -21,7 +21,6 @@ from cskv.errors import DataError
 from cskv.training.settings import TrainingSettings
 
 
-@runtime_checkable
 class Samples(Protocol):
     """Token samples, each (tokens,) int64, that can be iterated again: a list of tensors, or `TokenSamples`."""
 
