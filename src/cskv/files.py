@@ -60,11 +60,6 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, text_writer(text))
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, object], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file of CPU copies of `tensors`, atomically."""
-    write_atomically(path, tensors_writer(tensors, metadata))
-
-
 def text_writer(text: str) -> Write:
     """Return what writes `text` as UTF-8, for `write_together`."""
     return lambda file: file.write_text(text, encoding="utf-8")

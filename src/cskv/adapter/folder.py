@@ -159,15 +159,12 @@ def read_settings(folder: Path) -> Settings:
                 for kind, runs in kinds.items()
             },
         )
-    except ConfigError as error:
+        ranks = {(index, kind): of[kind] for index, of in settings.ranks.items() for kind in ("k", "v")}
+        check_widths(settings.config, ranks, settings.widths)
+    except (AdapterError, ConfigError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE} lacks or garbles {error}; the folder is damaged") from error
-    ranks = {(index, kind): of[kind] for index, of in settings.ranks.items() for kind in ("k", "v")}
-    try:
-        check_widths(settings.config, ranks, settings.widths)
-    except AdapterError as error:
-        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
     return settings
 
 

@@ -14,32 +14,29 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from cskv.calibration.hooks import Watcher, decode, evaluation_mode, watching
+from cskv.calibration.hooks import decode
 from cskv.calibration.statistics import Statistics
 from cskv.errors import DataError
+from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.placement import device_of, plain_arithmetic
 from cskv.models.probe import SiteRecipe
-from cskv.models.sites import AttentionSite
+from cskv.models.sites import AttentionSite, Watcher, watching
 from cskv.models.survey import survey
-
-__all__ = ["Statistics", "calibrate"]
 
 Progress = Callable[[int, int | None], None]
 
 
 class _Means:
-    """Running means of named quantities, by layer: fp64 sums on the layer's device, and token counts."""
+    """Running means of named quantities, by layer: fp64 sums on the layer's device, each with a token count."""
 
     def __init__(self) -> None:
-        self.sums: dict[int, dict[str, Tensor]] = {}
-        self.tokens: dict[int, dict[str, int]] = {}
+        self.sums: dict[int, dict[str, tuple[Tensor, int]]] = {}
         self.shifts: dict[tuple[int, str], Tensor] = {}
 
     def add(self, layer_idx: int, name: str, total: Tensor, tokens: int) -> None:
         sums = self.sums.setdefault(layer_idx, {})
-        counts = self.tokens.setdefault(layer_idx, {})
-        sums[name] = sums[name] + total if name in sums else total
-        counts[name] = counts.get(name, 0) + tokens
+        before, count = sums.get(name, (torch.zeros_like(total), 0))
+        sums[name] = before + total, count + tokens
 
     def add_input(self, layer_idx: int, x: Tensor) -> None:
         flat = x.flatten(0, -2)
@@ -62,7 +59,7 @@ class _Means:
 
     def means(self) -> dict[int, dict[str, Tensor]]:
         means = {
-            layer_idx: {name: total / self.tokens[layer_idx][name] for name, total in sums.items()}
+            layer_idx: {name: total / count for name, (total, count) in sums.items()}
             for layer_idx, sums in sorted(self.sums.items())
         }
         for (layer_idx, kind), shift in self.shifts.items():

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cskv.adapter.base_model import BaseModelInfo, Surveyed
 from cskv.errors import AdapterError, DataError
-from cskv.files import write_tensors
+from cskv.files import tensors_writer, write_atomically
 
 FORMAT = "cskv-statistics-1"
 HIDDEN_SIZED = ("input.mean_abs", "input.mean")
@@ -109,7 +109,8 @@ class Statistics:
         """
         tensors = {f"layers.{i}.{name}": tensor for i, layer in self.layers.items() for name, tensor in layer.items()}
         facts = {"base": asdict(self.base), "tokens": self.tokens, "source": self.source, "seed": self.seed}
-        write_tensors(path, tensors, metadata={"format": FORMAT, "statistics": json.dumps(facts, sort_keys=True)})
+        metadata = {"format": FORMAT, "statistics": json.dumps(facts, sort_keys=True)}
+        write_atomically(path, tensors_writer(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

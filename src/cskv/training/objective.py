@@ -5,11 +5,12 @@ before any norm and RoPE. RoPE is orthogonal, so the paper's loss on rotated key
 stored in few bits, what is compared is rebuilt from what the cache would read of them (quantisation-aware training,
 section 3.3). Layer inputs come from the frozen model, so no layer's factors influence another's loss.
 
-Reconstruction counts every channel alike, and its minimum has a closed form. What is wanted is the model's output.
-Distillation minimises the KL divergence of the next-token distributions over whole texts, old tokens read compressed
-and the window exactly, in one differentiable forward (`cskv.compression.reading`). Start it from PCA factors. It keeps
-the activations of the whole model for the backward pass, so it needs the memory of fine-tuning with a frozen base, or
-with gradient checkpointing those of one layer; logits are made a few positions at a time.
+Reconstruction counts every channel alike, and its minimum has a closed form, PCA of the keys and values, which training
+from SVD or ASVD approaches step by step, as the paper does. What is wanted is the model's output. Distillation minimises
+the KL divergence of the next-token distributions over whole texts, old tokens read compressed and the window exactly,
+in one differentiable forward (`cskv.compression.reading`). Start it from PCA factors. It keeps the activations of the
+whole model for the backward pass, so it needs the memory of fine-tuning with a frozen base, or with gradient
+checkpointing those of one layer; logits are made a few positions at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from cskv.calibration.hooks import Observation
 from cskv.compression.divergence import Divergence
 from cskv.factorization.factors import Factors
 from cskv.models.placement import device_of
-from cskv.models.survey import survey
+from cskv.models.survey import Survey
 from cskv.quantization.fake import read_back
 from cskv.quantization.grid import Grid
 
@@ -65,20 +66,30 @@ class Reconstruction(nn.Module):
         return mse_loss(rebuilt.float(), exact.to(device, torch.float32))
 
 
-class WholeTexts:
-    """The input of distillation: the token ids themselves. The counterpart of `cskv.calibration.hooks.Teacher`.
+class Distillation(nn.Module):
+    """The compressor as a module from token ids to its loss, so that DistributedDataParallel can wrap it.
+
+    It is its own teacher: what it observes are the tokens.
 
     Args:
-        model: the base model, with its language-model head.
+        base: the base model, with its language-model head; no submodule of this one, so that its weights are not
+            trained.
+        adapter: its factors are the parameters; fp32.
+        checkpointed: whether the backward pass runs every layer again instead of keeping its activations.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    parts = ("loss",)
+
+    def __init__(self, base: Survey, adapter: CSKVAdapter, *, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self._base, self._checkpointed = base, checkpointed
+        self._divergence = Divergence(base)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Keep the weights of the base from collecting gradients inside the block."""
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        trainable = [parameter for parameter in self._base.model.parameters() if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:
@@ -89,25 +100,7 @@ class WholeTexts:
 
     def observe(self, input_ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
         """Return the tokens on the device where the model takes them."""
-        return input_ids.to(device_of(self.model))
-
-
-class Distillation(nn.Module):
-    """The compressor as a module from token ids to its loss, so that DistributedDataParallel can wrap it.
-
-    Args:
-        model: the base model; no submodule of this one, so that its weights are not trained.
-        adapter: its factors are the parameters; fp32.
-        checkpointed: whether the backward pass runs every layer again instead of keeping its activations.
-    """
-
-    parts = ("loss",)
-
-    def __init__(self, model: nn.Module, adapter: CSKVAdapter, *, checkpointed: bool = False) -> None:
-        super().__init__()
-        self._checkpointed = checkpointed
-        self.adapter = adapter
-        self._divergence = Divergence(survey(model))
+        return input_ids.to(device_of(self._base.model))
 
     def forward(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, " 1"]:
         """Return KL(uncompressed || compressed), in nats per token."""

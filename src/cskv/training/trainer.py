@@ -4,9 +4,6 @@ With the paper's objective (section 3.2), each step runs the base model once wit
 input and exact keys and values, and does one forward and backward of the compressor; with distillation, the gradient
 comes through the model. AdamW; fp32 master weights. On several processes (torchrun, accelerate launch) each one has
 the whole base and its own samples, and gradients are averaged.
-
-The minimum of the paper's loss over all factors of a rank has a closed form (PCA of the keys and values); training gets
-there step by step from SVD or ASVD, and is what the paper does.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from cskv.models.survey import survey
 from cskv.training.checkpoint import Checkpoints, TrainingState
 from cskv.training.interruption import Interruption
 from cskv.training.log import StepRecord, TrainingLog, progress_bar
-from cskv.training.objective import Distillation, Reconstruction, WholeTexts
+from cskv.training.objective import Distillation, Reconstruction
 from cskv.training.settings import TrainingSettings
 from cskv.training.stream import Samples, SampleStream
 
@@ -110,8 +107,7 @@ class _Run:
             mixed_precision="no",
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        distilling = settings.objective == "distillation"
-        self.teacher = WholeTexts(model) if distilling else Teacher(model, found.sites)
+        self.is_writer = self.accelerator.is_main_process
         self.stream = SampleStream(samples, settings, self.accelerator.process_index, self.accelerator.num_processes)
         adapter.to(self.accelerator.device, torch.float32)
         for parameter in adapter.parameters():
@@ -122,11 +118,13 @@ class _Run:
             weight_decay=settings.weight_decay,
             fused=self.accelerator.device.type in ("cpu", "cuda"),
         )
-        self.objective: Distillation | Reconstruction = (
-            Distillation(model, adapter, checkpointed=settings.gradient_checkpointing)
-            if distilling
-            else Reconstruction(adapter, bf16=settings.mixed_precision == "bf16")
-        )
+        self.objective: Distillation | Reconstruction
+        self.teacher: Distillation | Teacher
+        if settings.objective == "distillation":
+            self.objective = self.teacher = Distillation(found, adapter, checkpointed=settings.gradient_checkpointing)
+        else:
+            self.objective = Reconstruction(adapter, bf16=settings.mixed_precision == "bf16")
+            self.teacher = Teacher(model, found.sites)
         self.module = self.accelerator.prepare(self.objective)
         self.checkpoints = None if output is None else Checkpoints(output, self._facts(), found.base)
 
@@ -161,10 +159,6 @@ class _Run:
         if state.loss is None:
             raise CSKVError("the run has no steps; give at least one")
         return TrainingResult(**asdict(state), resumed_from=start.step)
-
-    @property
-    def is_writer(self) -> bool:
-        return self.accelerator.is_main_process
 
     def _step(self, step: int, batches: Iterator[Tensor], tokens: int, began: float) -> StepRecord:
         accumulation = self.settings.accumulation
