@@ -7,7 +7,7 @@ the first forward's mean is taken off: a large mean would otherwise drown small 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
@@ -19,9 +19,8 @@ from cskv.calibration.statistics import Statistics
 from cskv.errors import DataError
 from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.placement import device_of, plain_arithmetic
-from cskv.models.probe import SiteRecipe
-from cskv.models.sites import AttentionSite, Watcher, watching
-from cskv.models.survey import survey
+from cskv.models.sites import Watcher, watching
+from cskv.models.survey import Survey, survey
 
 Progress = Callable[[int, int | None], None]
 
@@ -100,11 +99,11 @@ def calibrate(
         DataError: there are no samples, or a layer's statistics are not finite; the message names the layer.
     """
     found = survey(model)
-    base = found.base
+    base = found.base  # runs the projections, so before anything watches them
     means = _Means()
     watchers: dict[str, Any] = {"inputs": means.add_input}
     if covariance:
-        watchers |= _moment_watchers(means, found.sites, found.recipes)
+        watchers |= _moment_watchers(means, found)
     total = len(samples) if isinstance(samples, Sized) else None
     tokens = 0
 
@@ -132,10 +131,8 @@ def calibrate(
         return statistics()
 
 
-def _moment_watchers(
-    means: _Means, sites: Sequence[AttentionSite], recipes: Mapping[int, SiteRecipe]
-) -> dict[str, Watcher]:
-    kv_dims = {site.layer_idx: site.kv_dim for site in sites}
+def _moment_watchers(means: _Means, found: Survey) -> dict[str, Watcher]:
+    recipes, kv_dims = found.recipes, {site.layer_idx: site.kv_dim for site in found.sites}
 
     def on_keys(layer_idx: int, y: Tensor) -> None:
         means.add_output(layer_idx, "k", y)

@@ -10,8 +10,6 @@ Names and contents, all fp64, all means over tokens:
     query.energy         (kv_dim,)         mean of q^2 after the norm, summed over the query heads of each kv head
 
 All but the first two come with `covariance=True`, the default.
-
-A further statistic is one more name here: files and checks do not change.
 """
 
 from __future__ import annotations

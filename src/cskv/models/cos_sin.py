@@ -1,9 +1,4 @@
-"""Cos and sin for keys that were sealed long ago.
-
-`FixedCosSin` recomputes them from position numbers with the model's own rotary embedding. `StoredCosSin` keeps them as
-they were given, for embeddings that change with the length of the sequence (dynamic, longrope), read several positions
-a token (mRoPE), or are not understood.
-"""
+"""Cos and sin for keys that were sealed long ago: recomputed from position numbers, or kept."""
 
 from __future__ import annotations
 
@@ -22,7 +17,11 @@ FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "proportion
 
 
 class StoredCosSin:
-    """Keeps cos and sin themselves: 2 * rotary_dim numbers a token, shared by all layers."""
+    """Keeps cos and sin themselves: 2 * rotary_dim numbers a token, shared by all layers.
+
+    For embeddings that change with the length of the sequence (dynamic, longrope), read several positions a token
+    (mRoPE), or are not understood.
+    """
 
     def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
         """Return the tensors that a `PositionTable` stores for the tokens of a forward."""

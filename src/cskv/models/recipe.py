@@ -105,7 +105,7 @@ def candidates(
         rotations: pairs (style, function); the function is None for `RopeStyle.NONE`.
     """
     modules = [norm for norm in (getattr(module, name, None) for name in norms) if isinstance(norm, nn.Module)]
-    used = [style for style in NormStyle if style is not NormStyle.NONE]
+    used = (NormStyle.PER_HEAD, NormStyle.FLAT, NormStyle.AFTER_ROPE)
     for norm, norm_style in [(None, NormStyle.NONE), *product(modules, used)]:
         for rope_style, rotate in rotations:
             yield Recipe(head_dim, norm, norm_style, rope_style, rotate)

@@ -48,7 +48,7 @@ class TrainingLog:
 
     def __init__(self, output: Path, last_step: int) -> None:
         self.path = output / FILE
-        kept = (line for line in _whole_lines(self.path) if _record(self.path, line).step <= last_step)
+        kept = (line for line, record in _records(self.path) if record.step <= last_step)
         write_text(self.path, "".join(kept))
 
     def append(self, record: StepRecord) -> None:
@@ -67,48 +67,39 @@ def read_log(path: str | Path) -> list[StepRecord]:
     Raises:
         CSKVError: a line is no record.
     """
-    return [_record(Path(path), line) for line in _whole_lines(Path(path))]
+    return [record for _, record in _records(Path(path))]
 
 
-def _record(path: Path, line: str) -> StepRecord:
-    try:
-        record = StepRecord(**json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise CSKVError(f"{path} has a line that is no record of a step ({error}); delete the file") from error
-    if type(record.step) is not int:
-        raise CSKVError(f"{path} has step {record.step!r}; expected a whole number: delete the file")
-    return record
-
-
-def _whole_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+def _records(path: Path) -> Iterator[tuple[str, StepRecord]]:
+    """Yield every whole line and its record."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        if not line.endswith("}\n"):
+            continue
+        try:
+            record = StepRecord(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise CSKVError(f"{path} has a line that is no record of a step ({error}); delete the file") from error
+        if type(record.step) is not int:
+            raise CSKVError(f"{path} has step {record.step!r}; expected a whole number: delete the file")
+        yield line, record
 
 
 @contextmanager
 def progress_bar(total_steps: int, first_step: int = 0) -> Iterator[Callable[[StepRecord], None]]:
     """Show a bar on standard error; yields what to call after each step."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        progress.TextColumn("training"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("loss {task.fields[loss]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=total_steps, completed=first_step, loss="-")
         yield lambda record: bar.update(task, completed=record.step, loss=f"{record.loss:.4g}")

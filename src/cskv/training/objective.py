@@ -5,8 +5,8 @@ before any norm and RoPE. RoPE is orthogonal, so the paper's loss on rotated key
 stored in few bits, what is compared is rebuilt from what the cache would read of them (quantisation-aware training,
 section 3.3). Layer inputs come from the frozen model, so no layer's factors influence another's loss.
 
-Reconstruction counts every channel alike, and its minimum has a closed form, PCA of the keys and values, which training
-from SVD or ASVD approaches step by step, as the paper does. What is wanted is the model's output. Distillation minimises
+Reconstruction counts every channel alike, and its minimum has a closed form, PCA of keys and values, which training
+from SVD or ASVD approaches step by step, as in the paper. What is wanted is the model's output. Distillation minimises
 the KL divergence of the next-token distributions over whole texts, old tokens read compressed and the window exactly,
 in one differentiable forward (`cskv.compression.reading`). Start it from PCA factors. It keeps the activations of the
 whole model for the backward pass, so it needs the memory of fine-tuning with a frozen base, or with gradient
