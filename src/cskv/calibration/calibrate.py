@@ -22,8 +22,6 @@ from cskv.models.placement import device_of, plain_arithmetic
 from cskv.models.sites import Watcher, watching
 from cskv.models.survey import Survey, survey
 
-Progress = Callable[[int, int | None], None]
-
 
 class _Means:
     """Running means of named quantities, by layer: fp64 sums on the layer's device, each with a token count."""
@@ -50,7 +48,7 @@ class _Means:
         self.add(layer_idx, f"{kind}.moment", (flat.T @ flat).double(), flat.shape[0])
 
     def add_energy(self, layer_idx: int, queries: Tensor, kv_dim: int) -> None:
-        """Sum of q^2 over the query heads of each kv head, from queries of (batch, heads, tokens, head_dim)."""
+        """Add q^2, summed over the query heads of each kv head, of queries (batch, heads, tokens, head_dim)."""
         head_dim = queries.shape[-1]
         energy = queries.float().square().sum((0, 2), dtype=torch.float64)
         per_kv_head = energy.unflatten(0, (kv_dim // head_dim, -1)).sum(1)
@@ -78,7 +76,7 @@ def calibrate(
     covariance: bool = True,
     source: str | None = None,
     seed: int | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> Statistics:
     """Take statistics of a model's layers over token samples.
 

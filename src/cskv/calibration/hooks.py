@@ -58,8 +58,5 @@ class Teacher:
     def observe(self, input_ids: Int[Tensor, "batch tokens"]) -> dict[int, Observation]:
         """Run the model on tokens; nothing is kept for a backward pass."""
         decode(self.model, input_ids)
-        inputs, keys, values = self._seen
-        return {
-            site.layer_idx: Observation(*(seen.pop(site.layer_idx) for seen in (inputs, keys, values)))
-            for site in self.sites
-        }
+        indices = [site.layer_idx for site in self.sites]
+        return {index: Observation(*(seen.pop(index) for seen in self._seen)) for index in indices}

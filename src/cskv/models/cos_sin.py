@@ -66,8 +66,7 @@ class FixedCosSin:
         return cos, sin
 
     def _cos_sin(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.embedding(x, positions.to(x.device), *self.extra)
-        return cos, sin
+        return self.embedding(x, positions.to(x.device), *self.extra)
 
 
 CosSin = StoredCosSin | FixedCosSin  # of the same methods

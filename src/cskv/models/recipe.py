@@ -21,6 +21,7 @@ from cskv.attention.inputs import RMSNorm
 from cskv.errors import UnsupportedModelError
 from cskv.factorization.commuting import RopePairs
 
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 KEY_NORMS = {"k_norm": "q_norm", "k_layernorm": "q_layernorm", "key_layernorm": "query_layernorm"}  # and the queries'
 ANGLE = 0.75  # radians: neither cos nor sin is near zero
 # The largest error that is still rounding, relative to the largest value.
@@ -59,7 +60,7 @@ class Recipe:
     norm: nn.Module | None = None
     norm_style: NormStyle = NormStyle.NONE
     rope_style: RopeStyle = RopeStyle.NONE
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    rotate: Rotate | None = None
 
     def heads(
         self, channels: Float[Tensor, "batch tokens kv_dim"], cos: Tensor | None, sin: Tensor | None
@@ -88,9 +89,6 @@ class Recipe:
         rotary = cos.shape[-1]
         turned = self.rotate(heads[..., :rotary], cos, sin)  # type: ignore[misc]
         return torch.cat([turned, heads[..., rotary:]], dim=-1)
-
-
-Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def candidates(

@@ -186,16 +186,12 @@ def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-if sys.platform == "win32":
-
-    def _lock_exclusively(handle: int) -> None:
+def _lock_exclusively(handle: int) -> None:
+    if sys.platform == "win32":
         import msvcrt
 
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-
-else:
-
-    def _lock_exclusively(handle: int) -> None:
+    else:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -50,13 +50,11 @@ class Reconstruction(nn.Module):
 
     def forward(self, observations: Mapping[int, Observation]) -> Float[Tensor, " 2"]:
         """Return the key and the value loss, summed over layers; each layer's is a mean over tokens and channels."""
-        k_losses, v_losses = [], []
+        losses = []
         for layer_idx, (x, k, v) in observations.items():
-            factors = self.adapter.factors(layer_idx)
-            k_grid, v_grid = self.adapter.grids(layer_idx)
-            k_losses.append(self._loss(factors.k, k_grid, x, k))
-            v_losses.append(self._loss(factors.v, v_grid, x, v))
-        return torch.stack([torch.stack(k_losses).sum(), torch.stack(v_losses).sum()])
+            factors, (k_grid, v_grid) = self.adapter.factors(layer_idx), self.adapter.grids(layer_idx)
+            losses += [self._loss(factors.k, k_grid, x, k), self._loss(factors.v, v_grid, x, v)]
+        return torch.stack(losses).view(-1, 2).sum(0)
 
     def _loss(self, factors: Factors, grid: Grid | None, x: Tensor, exact: Tensor) -> Float[Tensor, ""]:
         device = factors.down.device  # a base spread over several devices keeps its factors on one

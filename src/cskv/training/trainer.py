@@ -9,11 +9,14 @@ the whole base and its own samples, and gradients are averaged.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,13 +29,13 @@ from cskv.errors import ConfigError, CSKVError
 from cskv.models.placement import device_of
 from cskv.models.survey import survey
 from cskv.training.checkpoint import Checkpoints, TrainingState
-from cskv.training.interruption import Interruption
 from cskv.training.log import StepRecord, TrainingLog, progress_bar
 from cskv.training.objective import Distillation, Reconstruction
 from cskv.training.settings import TrainingSettings
 from cskv.training.stream import Samples, SampleStream
 
 OnStep = Callable[[StepRecord], None]
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -214,3 +217,42 @@ class _Run:
             stack.enter_context(self.checkpoints.prepared())
         self.accelerator.wait_for_everyone()
         return self.checkpoints.restore(self.adapter, self.optimizer)
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM: inside the block a first signal is only noted; a second one acts at once.
+
+    Handlers belong to the main thread; elsewhere signals keep their meaning and nothing is ever noted.
+
+    Attributes:
+        signal: the signal noted, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._restore()
+
+    def deliver(self) -> None:
+        """Hand the noted signal to whoever handled it before: KeyboardInterrupt, or the end of the process."""
+        self._restore()
+        if self.signal is not None:
+            signal.raise_signal(self.signal)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number
+        else:
+            self.deliver()
+
+    def _restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
