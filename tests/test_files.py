@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cskv import CSKVError
-from cskv.files import text_writer, write_atomically, write_folder, write_tensors, write_text, write_together
+from cskv.files import tensors_writer, text_writer, write_atomically, write_folder, write_text, write_together
 from tests.disk import disk_full
 
 
@@ -39,7 +39,7 @@ def test_folders_are_made_and_the_file_is_readable_by_others(tmp_path) -> None:
 
 def test_tensors_are_written_whatever_their_layout(tmp_path) -> None:
     tensor = torch.arange(6.0).reshape(2, 3).T
-    write_tensors(tmp_path / "t.safetensors", {"x": tensor}, {"made": "by hand"})
+    write_atomically(tmp_path / "t.safetensors", tensors_writer({"x": tensor}, {"made": "by hand"}))
     assert torch.equal(load_file(tmp_path / "t.safetensors")["x"], tensor)
 
 
@@ -141,6 +141,6 @@ def test_what_the_system_refuses_is_one_line_with_what_to_do(tmp_path, number: i
 def test_safetensors_says_in_its_own_way_that_the_disk_is_full(tmp_path, monkeypatch) -> None:
     disk_full(monkeypatch, "t.safetensors")
     with pytest.raises(CSKVError, match="No space left on device.*free some space there") as caught:
-        write_tensors(tmp_path / "t.safetensors", {"x": torch.zeros(3)})
+        write_atomically(tmp_path / "t.safetensors", tensors_writer({"x": torch.zeros(3)}))
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == []

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from cskv.errors import CSKVError
 
-Write = Callable[[Path], None]
+Write = Callable[[Path], object]
 
 
 def write_together(folder: str | Path, files: Mapping[str, Write]) -> None:
@@ -32,7 +32,7 @@ def write_together(folder: str | Path, files: Mapping[str, Write]) -> None:
         CSKVError: the folder cannot be made or written.
     """
     folder = Path(folder)
-    with _refusing(folder / next(iter(files)) if len(files) == 1 else folder), contextlib.ExitStack() as leftovers:
+    with writing_to(folder / next(iter(files)) if len(files) == 1 else folder), contextlib.ExitStack() as leftovers:
         folder.mkdir(parents=True, exist_ok=True)
         written = {}
         for name, write in files.items():
@@ -60,14 +60,9 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, text_writer(text))
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, object], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file of CPU copies of `tensors`, atomically."""
-    write_atomically(path, tensors_writer(tensors, metadata))
-
-
 def text_writer(text: str) -> Write:
     """Return what writes `text` as UTF-8, for `write_together`."""
-    return lambda file: _fill(file, text)
+    return lambda file: file.write_text(text, encoding="utf-8")
 
 
 def tensors_writer(tensors: Mapping[str, object], metadata: Mapping[str, str] | None = None) -> Write:
@@ -90,7 +85,7 @@ def write_folder(path: str | Path, fill: Write, *, replace: bool = False) -> Non
         CSKVError: the folder cannot be written, or is not empty.
     """
     path = Path(path).resolve()  # a rename would replace a link, not the folder that it leads to
-    with _refusing(path), contextlib.ExitStack() as leftovers:
+    with writing_to(path), contextlib.ExitStack() as leftovers:
         path.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         leftovers.callback(shutil.rmtree, room, ignore_errors=True)
@@ -131,10 +126,6 @@ def _exchanged(new: Path, path: Path) -> bool:
     return renameat2(here, os.fsencode(new), here, os.fsencode(path), exchange) == 0
 
 
-def _fill(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-
-
 def _flush(path: Path) -> None:
     """Make a file, or the names in a folder, last through a power cut; folders only where the system can do that."""
     with contextlib.suppress(*([OSError] if path.is_dir() else [])):
@@ -146,17 +137,16 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Turn what the system and safetensors raise, each in its own way, into one line about `path`."""
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn what the system and safetensors raise, each in its own way, into one line: the reason, and what to do.
+
+    Raises:
+        CSKVError: the block failed to write.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: str | Path, error: Exception) -> CSKVError:
-    """Return the error to raise for a file or folder that cannot be written: the system's reason, and what to do."""
-    reason = getattr(error, "strerror", None) or str(error)
-    full = re.search("space|quota", reason, re.IGNORECASE)
-    advice = "free some space there, or choose another folder" if full else "choose a writable folder"
-    return CSKVError(f"cannot write {path}: {reason}; {advice}")
+        reason = getattr(error, "strerror", None) or str(error)
+        full = re.search("space|quota", reason, re.IGNORECASE)
+        advice = "free some space there, or choose another folder" if full else "choose a writable folder"
+        raise CSKVError(f"cannot write {path}: {reason}; {advice}") from error

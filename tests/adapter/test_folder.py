@@ -119,10 +119,10 @@ def test_a_newer_folder_is_read_as_far_as_it_is_known(folder: Path) -> None:
 
 
 def test_a_layer_is_that_of_the_whole_folder(folder: Path, adapter: CSKVAdapter) -> None:
-    settings, whole = read_settings(folder), read_folder(folder)
+    settings, whole = read_folder(folder)
     for index in (0, 3):
         layer = read_layer(folder, settings, index)
-        for of in (whole.layers[index], adapter.factors(index)):
+        for of in (whole[index], adapter.factors(index)):
             for ours, theirs in zip((layer.k, layer.v), (of.k, of.v)):
                 for name in ("down", "up", "bias", "down_bias"):
                     assert torch.equal(getattr(ours, name), getattr(theirs, name))

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from cskv.training.interruption import Interruption
+from cskv.training.trainer import Interruption
 
 
 def test_a_signal_is_noted_and_delivered_later() -> None:

@@ -61,7 +61,12 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         self.config = config
         self.base = base
         self.metrics: dict[str, Any] = dict(metrics or {})
-        self.layers = nn.ModuleDict({str(index): _LayerModule(layers[index]) for index in sorted(layers)})
+        self.layers = nn.ModuleDict(
+            {
+                str(index): nn.ModuleDict({kind: _FactorModule(getattr(layers[index], kind)) for kind in ("k", "v")})
+                for index in sorted(layers)
+            }
+        )
 
     @property
     def layer_indices(self) -> list[int]:
@@ -72,7 +77,8 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         """Return the factors of one layer. Their tensors are this module's parameters: gradients reach them."""
         if str(layer_idx) not in self.layers:
             raise AdapterError(f"the adapter has no layer {layer_idx}; it has {self.layer_indices}")
-        return self.layers[str(layer_idx)].factors()  # type: ignore[operator]
+        layer: Any = self.layers[str(layer_idx)]
+        return LayerFactors(layer["k"].factors(), layer["v"].factors())
 
     def grid(self, layer_idx: int, kind: str) -> Grid | None:
         """Return the grid of one layer's key ("k") or value ("v") latents; None where they keep the model's dtype."""
@@ -185,9 +191,10 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
             AdapterError: no such folder, or its files are missing, truncated, or do not agree with each other.
         """
         folder = Path(pretrained_model_name_or_path)
-        return cls(
-            *read_folder(folder if folder.is_dir() else download_adapter(str(pretrained_model_name_or_path), **hub))
-        )
+        if not folder.is_dir():
+            folder = download_adapter(str(pretrained_model_name_or_path), **hub)
+        settings, layers = read_folder(folder)
+        return cls(settings.config, layers, settings.base, settings.metrics, settings.widths)
 
 
 class _FactorModule(nn.Module):
@@ -200,13 +207,3 @@ class _FactorModule(nn.Module):
 
     def factors(self) -> Factors:
         return Factors(self.down, self.up, self.bias, self.down_bias)  # type: ignore[arg-type]
-
-
-class _LayerModule(nn.Module):
-    def __init__(self, factors: LayerFactors) -> None:
-        super().__init__()
-        self.k = _FactorModule(factors.k)
-        self.v = _FactorModule(factors.v)
-
-    def factors(self) -> LayerFactors:
-        return LayerFactors(self.k.factors(), self.v.factors())

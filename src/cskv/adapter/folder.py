@@ -49,16 +49,6 @@ class Settings(NamedTuple):
     widths: dict[tuple[int, str], Widths]
 
 
-class Contents(NamedTuple):
-    """The contents of a folder."""
-
-    config: CSKVConfig
-    layers: dict[int, LayerFactors]
-    base: BaseModelInfo
-    metrics: dict[str, Any]
-    widths: dict[tuple[int, str], Widths]
-
-
 def download_adapter(model_id: str, **kwargs: Any) -> Path:
     """Fetch an adapter's files from the hub into its local cache.
 
@@ -169,15 +159,12 @@ def read_settings(folder: Path) -> Settings:
                 for kind, runs in kinds.items()
             },
         )
-    except ConfigError as error:
+        ranks = {(index, kind): of[kind] for index, of in settings.ranks.items() for kind in ("k", "v")}
+        check_widths(settings.config, ranks, settings.widths)
+    except (AdapterError, ConfigError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE} lacks or garbles {error}; the folder is damaged") from error
-    ranks = {(index, kind): of[kind] for index, of in settings.ranks.items() for kind in ("k", "v")}
-    try:
-        check_widths(settings.config, ranks, settings.widths)
-    except AdapterError as error:
-        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
     return settings
 
 
@@ -203,22 +190,20 @@ def check_widths(
             raise AdapterError(f"layer {part[0]} {part[1]} has {ranks[part]} latents, and widths for {total}")
 
 
-def read_folder(folder: Path) -> Contents:
-    """Read a folder and check that its files agree with each other.
+def read_folder(folder: Path) -> tuple[Settings, dict[int, LayerFactors]]:
+    """Read a folder's settings, and its factors by layer, and check that they agree with each other.
 
     Raises:
         AdapterError: a file is missing, damaged, or does not fit the others.
     """
     settings = read_settings(folder)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
-    layers = {index: _layer_from(tensors, index, folder) for index in settings.ranks}
+    layers = {index: _layer_from(tensors, folder, settings, index) for index in settings.ranks}
     if tensors:
         raise AdapterError(
             f"{folder / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {sorted(tensors)[:3]}"
         )
-    for index, layer in layers.items():
-        _check_ranks(folder, index, layer, settings)
-    return Contents(settings.config, layers, settings.base, settings.metrics, settings.widths)
+    return settings, layers
 
 
 def read_layer(folder: Path, settings: Settings, index: int) -> LayerFactors:
@@ -227,17 +212,7 @@ def read_layer(folder: Path, settings: Settings, index: int) -> LayerFactors:
     Raises:
         AdapterError: as for `read_folder`.
     """
-    layer = _layer_from(_read_tensors(folder / WEIGHTS_FILE, f"layers.{index}."), index, folder)
-    _check_ranks(folder, index, layer, settings)
-    return layer
-
-
-def _check_ranks(folder: Path, index: int, layer: LayerFactors, settings: Settings) -> None:
-    got = {"k": layer.k.rank, "v": layer.v.rank, "kv_dim": layer.k.kv_dim}
-    if got != settings.ranks[index]:
-        raise AdapterError(
-            f"{folder}: layer {index} has ranks {got} in {WEIGHTS_FILE}, {settings.ranks[index]} in {CONFIG_FILE}"
-        )
+    return _layer_from(_read_tensors(folder / WEIGHTS_FILE, f"layers.{index}."), folder, settings, index)
 
 
 def _base(values: dict[str, Any]) -> BaseModelInfo:
@@ -282,7 +257,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise AdapterError(f"{path} is truncated or corrupted ({error}); copy or train the adapter again") from error
 
 
-def _layer_from(tensors: dict[str, Tensor], index: int, folder: Path) -> LayerFactors:
+def _layer_from(tensors: dict[str, Tensor], folder: Path, settings: Settings, index: int) -> LayerFactors:
     pair = {}
     for kind in ("k", "v"):
         prefix = f"layers.{index}.{kind}"
@@ -300,4 +275,9 @@ def _layer_from(tensors: dict[str, Tensor], index: int, folder: Path) -> LayerFa
                 f"{folder / WEIGHTS_FILE}: {prefix} has down {tuple(down.shape)} and up {tuple(up.shape)}"
             )
         pair[kind] = Factors(down, up, bias, down_bias)
+    got = {"k": pair["k"].rank, "v": pair["v"].rank, "kv_dim": pair["k"].kv_dim}
+    if got != settings.ranks[index]:
+        raise AdapterError(
+            f"{folder}: layer {index} has ranks {got} in {WEIGHTS_FILE}, {settings.ranks[index]} in {CONFIG_FILE}"
+        )
     return LayerFactors(pair["k"], pair["v"])

@@ -7,39 +7,33 @@ the first forward's mean is taken off: a large mean would otherwise drown small 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from cskv.calibration.hooks import Watcher, decode, evaluation_mode, watching
+from cskv.calibration.hooks import decode
 from cskv.calibration.statistics import Statistics
 from cskv.errors import DataError
+from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.placement import device_of, plain_arithmetic
-from cskv.models.probe import SiteRecipe
-from cskv.models.sites import AttentionSite
-from cskv.models.survey import survey
-
-__all__ = ["Statistics", "calibrate"]
-
-Progress = Callable[[int, int | None], None]
+from cskv.models.sites import Watcher, watching
+from cskv.models.survey import Survey, survey
 
 
 class _Means:
-    """Running means of named quantities, by layer: fp64 sums on the layer's device, and token counts."""
+    """Running means of named quantities, by layer: fp64 sums on the layer's device, each with a token count."""
 
     def __init__(self) -> None:
-        self.sums: dict[int, dict[str, Tensor]] = {}
-        self.tokens: dict[int, dict[str, int]] = {}
+        self.sums: dict[int, dict[str, tuple[Tensor, int]]] = {}
         self.shifts: dict[tuple[int, str], Tensor] = {}
 
     def add(self, layer_idx: int, name: str, total: Tensor, tokens: int) -> None:
         sums = self.sums.setdefault(layer_idx, {})
-        counts = self.tokens.setdefault(layer_idx, {})
-        sums[name] = sums[name] + total if name in sums else total
-        counts[name] = counts.get(name, 0) + tokens
+        before, count = sums.get(name, (torch.zeros_like(total), 0))
+        sums[name] = before + total, count + tokens
 
     def add_input(self, layer_idx: int, x: Tensor) -> None:
         flat = x.flatten(0, -2)
@@ -54,7 +48,7 @@ class _Means:
         self.add(layer_idx, f"{kind}.moment", (flat.T @ flat).double(), flat.shape[0])
 
     def add_energy(self, layer_idx: int, queries: Tensor, kv_dim: int) -> None:
-        """Sum of q^2 over the query heads of each kv head, from queries of (batch, heads, tokens, head_dim)."""
+        """Add q^2, summed over the query heads of each kv head, of queries (batch, heads, tokens, head_dim)."""
         head_dim = queries.shape[-1]
         energy = queries.float().square().sum((0, 2), dtype=torch.float64)
         per_kv_head = energy.unflatten(0, (kv_dim // head_dim, -1)).sum(1)
@@ -62,7 +56,7 @@ class _Means:
 
     def means(self) -> dict[int, dict[str, Tensor]]:
         means = {
-            layer_idx: {name: total / self.tokens[layer_idx][name] for name, total in sums.items()}
+            layer_idx: {name: total / count for name, (total, count) in sums.items()}
             for layer_idx, sums in sorted(self.sums.items())
         }
         for (layer_idx, kind), shift in self.shifts.items():
@@ -82,7 +76,7 @@ def calibrate(
     covariance: bool = True,
     source: str | None = None,
     seed: int | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> Statistics:
     """Take statistics of a model's layers over token samples.
 
@@ -103,11 +97,11 @@ def calibrate(
         DataError: there are no samples, or a layer's statistics are not finite; the message names the layer.
     """
     found = survey(model)
-    base = found.base
+    base = found.base  # runs the projections, so before anything watches them
     means = _Means()
     watchers: dict[str, Any] = {"inputs": means.add_input}
     if covariance:
-        watchers |= _moment_watchers(means, found.sites, found.recipes)
+        watchers |= _moment_watchers(means, found)
     total = len(samples) if isinstance(samples, Sized) else None
     tokens = 0
 
@@ -135,10 +129,8 @@ def calibrate(
         return statistics()
 
 
-def _moment_watchers(
-    means: _Means, sites: Sequence[AttentionSite], recipes: Mapping[int, SiteRecipe]
-) -> dict[str, Watcher]:
-    kv_dims = {site.layer_idx: site.kv_dim for site in sites}
+def _moment_watchers(means: _Means, found: Survey) -> dict[str, Watcher]:
+    recipes, kv_dims = found.recipes, {site.layer_idx: site.kv_dim for site in found.sites}
 
     def on_keys(layer_idx: int, y: Tensor) -> None:
         means.add_output(layer_idx, "k", y)

@@ -10,8 +10,6 @@ Names and contents, all fp64, all means over tokens:
     query.energy         (kv_dim,)         mean of q^2 after the norm, summed over the query heads of each kv head
 
 All but the first two come with `covariance=True`, the default.
-
-A further statistic is one more name here: files and checks do not change.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from torch import Tensor
 
 from cskv.adapter.base_model import BaseModelInfo, Surveyed
 from cskv.errors import AdapterError, DataError
-from cskv.files import write_tensors
+from cskv.files import tensors_writer, write_atomically
 
 FORMAT = "cskv-statistics-1"
 HIDDEN_SIZED = ("input.mean_abs", "input.mean")
@@ -109,7 +107,8 @@ class Statistics:
         """
         tensors = {f"layers.{i}.{name}": tensor for i, layer in self.layers.items() for name, tensor in layer.items()}
         facts = {"base": asdict(self.base), "tokens": self.tokens, "source": self.source, "seed": self.seed}
-        write_tensors(path, tensors, metadata={"format": FORMAT, "statistics": json.dumps(facts, sort_keys=True)})
+        metadata = {"format": FORMAT, "statistics": json.dumps(facts, sort_keys=True)}
+        write_atomically(path, tensors_writer(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -21,7 +21,7 @@ _beside: dict[str, str] = {}  # our registered names -> the implementation that 
 
 
 def name_of(prefix: str, implementation: str) -> str:
-    """Under which name our function is registered beside one of transformers'."""
+    """Return the name under which our function is registered beside one of transformers'."""
     # No "sdpa" or "flash" in the name: transformers looks for those substrings.
     return prefix if implementation == "sdpa" else f"{prefix}_{implementation.replace('flash', 'fl')}"
 

@@ -14,15 +14,9 @@ CACHE_NAMES = ("cache", "past_key_values")  # renamed in 5.24
 def cache_kwarg(model: nn.Module) -> str:
     """Return the name under which a model's `forward` takes its cache."""
     parameters = inspect.signature(model.forward).parameters
-    for name in CACHE_NAMES:
-        if name in parameters:
-            return name
-    return CACHE_NAMES[-1]
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
 
 
 def output_cache(outputs: Any) -> Cache | None:
     """Return the cache in a model's or `generate`'s output, or None."""
-    for name in CACHE_NAMES:
-        if name in outputs:
-            return outputs[name]
-    return None
+    return next((outputs[name] for name in CACHE_NAMES if name in outputs), None)

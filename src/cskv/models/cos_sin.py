@@ -1,45 +1,34 @@
-"""Cos and sin for keys that were sealed long ago.
-
-`FixedCosSin` recomputes them from position numbers with the model's own rotary embedding. `StoredCosSin` keeps them as
-they were given, for embeddings that change with the length of the sequence (dynamic, longrope), read several positions
-a token (mRoPE), or are not understood.
-"""
+"""Cos and sin for keys that were sealed long ago: recomputed from position numbers, or kept."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cskv.errors import UnsupportedModelError
+from cskv.models.calls import AttentionCall
 
 PIECE = 1024  # tokens whose cos and sin are made at a time on a CPU
 # Scalings in which cos and sin are a function of the position alone (transformers' `rope_type`).
 FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 
 
-class CosSin(Protocol):
-    """A form in which cos and sin are stored for each token."""
+class StoredCosSin:
+    """Keeps cos and sin themselves: 2 * rotary_dim numbers a token, shared by all layers.
+
+    For embeddings that change with the length of the sequence (dynamic, longrope), read several positions a token
+    (mRoPE), or are not understood.
+    """
 
     def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
         """Return the tensors that a `PositionTable` stores for the tokens of a forward."""
-        ...
-
-    def cos_sin(self, rows: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, (batch or 1, tokens, rotary_dim), of stored rows. `x` gives dtype and device."""
-        ...
-
-
-class StoredCosSin:
-    """Keeps cos and sin themselves: 2 * rotary_dim numbers a token, shared by all layers."""
-
-    def rows(self, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> tuple[Tensor, ...]:
         return cos, sin
 
     def cos_sin(self, rows: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, (batch or 1, tokens, rotary_dim), of stored rows. `x` gives dtype and device."""
         cos, sin = rows
         return cos.to(x.device), sin.to(x.device)
 
@@ -77,41 +66,34 @@ class FixedCosSin:
         return cos, sin
 
     def _cos_sin(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.embedding(x, positions.to(x.device), *self.extra)
-        return cos, sin
+        return self.embedding(x, positions.to(x.device), *self.extra)
 
 
-def find_cos_sin(
-    embeddings: Mapping[nn.Module, Tensor],
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    kind: str | None,
-) -> CosSin:
-    """Find the cheapest form that gives back exactly `cos` and `sin`, in every forward.
+CosSin = StoredCosSin | FixedCosSin  # of the same methods
+
+
+def find_cos_sin(embeddings: Mapping[nn.Module, Tensor], call: AttentionCall, kind: str | None) -> CosSin:
+    """Find the cheapest form that gives back exactly the cos and sin of a call, in every forward.
 
     Args:
         embeddings: the rotary embeddings that ran in the same forward, and the positions that each was given.
-        x: the layer input.
-        cos, sin: what the attention layer was given, (batch or 1, tokens, rotary_dim).
-        position_ids: what it was given beside them, (batch or 1, tokens), or None.
+        call: of the attention layer.
         kind: the layer's type in `config.layer_types`, or None.
     """
-    if position_ids is None or position_ids.ndim != 2:
+    if call.position_ids is None or call.position_ids.ndim != 2:
         return StoredCosSin()
     for module, given in embeddings.items():
         # A multimodal embedding reads several rows of positions, alike for text but not for an image, of which the
         # layer is told one.
-        if not torch.equal(given, position_ids) or not _is_fixed(module, kind):
+        if not torch.equal(given, call.position_ids) or not _is_fixed(module, kind):
             continue
         for extra in ((kind,), ()) if kind else ((),):
             rope = FixedCosSin(module, extra)
             try:
-                again = rope.cos_sin((position_ids,), x)
+                cos, sin = rope.cos_sin((call.position_ids,), call.x)
             except (TypeError, AttributeError, KeyError, ValueError):  # this embedding is called in another way
                 continue
-            if torch.equal(again[0], cos) and torch.equal(again[1], sin):
+            if torch.equal(cos, call.cos) and torch.equal(sin, call.sin):
                 return rope
     return StoredCosSin()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     otherwise change what the model says next.
     """
     modes = [(module, module.training) for module in model.modules()]
-    states = [_RotaryState(module) for module in model.modules() if is_rotary_embedding(module)]
-    model.eval()
-    try:
-        yield
-    finally:
-        for state in states:
-            state.restore()
-        for module, training in modes:
-            module.training = training
+    with ExitStack() as states:
+        for module, _ in modes:
+            if is_rotary_embedding(module):
+                states.enter_context(_restoring(module))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def is_rotary_embedding(module: nn.Module) -> bool:
@@ -33,21 +34,20 @@ def is_rotary_embedding(module: nn.Module) -> bool:
     return type(module).__name__.endswith("RotaryEmbedding")
 
 
-class _RotaryState:
-    """The attributes and buffers of a rotary embedding, which may be replaced and written to."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._attributes = dict(vars(module))
-        self._buffers = dict(module._buffers)
-        tensors = (*self._attributes.values(), *self._buffers.values())
-        self._values = [(tensor, tensor.clone()) for tensor in tensors if isinstance(tensor, Tensor)]
-
-    @torch.inference_mode()  # in which any tensor may be written to
-    def restore(self) -> None:
-        for held, saved in ((vars(self._module), self._attributes), (self._module._buffers, self._buffers)):
+@contextmanager
+def _restoring(module: nn.Module) -> Iterator[None]:
+    """Give a module back its attributes and buffers, which may be replaced and written to."""
+    stores = [(held, dict(held)) for held in (vars(module), module._buffers)]
+    values = [
+        (tensor, tensor.clone()) for _, saved in stores for tensor in saved.values() if isinstance(tensor, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        for held, saved in stores:
             for name in held.keys() - saved.keys():
                 del held[name]
             held.update(saved)
-        for tensor, value in self._values:
-            tensor.copy_(value)
+        with torch.inference_mode():  # in which any tensor may be written to
+            for tensor, value in values:
+                tensor.copy_(value)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from cskv.attention import reference
 from cskv.attention.inputs import Logits
-from cskv.models.attention_interface import Original, Switch
+from cskv.models.attention_interface import Original, Switch, implementation_of
+from cskv.models.recipe import TOLERANCE
 
 PREFIX = "cskv_probe"
 UNDERSTOOD = frozenset({"sdpa", "eager"})  # whose masks are None, or say of every query and key what is read
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,16 @@ def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], Un
         return result
 
     def understood(module: nn.Module) -> Understanding:
-        if id(module) not in ignored:
-            implementation = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
-            if implementation in UNDERSTOOD:
-                return Understanding(why_rebuild="it does not call transformers' attention interface")
-            return Understanding(
-                why_rebuild=f"its attention is {implementation!r}, not {' or '.join(sorted(UNDERSTOOD))}"
-            )
-        found = ignored[id(module)]
-        if found is None:
-            return Understanding(why_rebuild="its attention function does more than is understood")
-        if any(len(group) > 1 for group in readers.values() if id(module) in group):
-            return Understanding(found, "another layer reads its keys and values too")
-        return Understanding(found)
+        found, implementation, why = ignored.get(id(module)), implementation_of(module), None
+        if implementation not in UNDERSTOOD:
+            why = f"its attention is {implementation!r}, not {' or '.join(sorted(UNDERSTOOD))}"
+        elif id(module) not in ignored:
+            why = "it does not call transformers' attention interface"
+        elif found is None:
+            why = "its attention function does more than is understood"
+        elif any(len(group) > 1 for group in readers.values() if id(module) in group):
+            why = "another layer reads its keys and values too"
+        return Understanding(found or frozenset(), why)
 
     switch = Switch(modules, PREFIX, lambda *args, **kwargs: _current[-1](*args, **kwargs), only=UNDERSTOOD)
     _current.append(check)

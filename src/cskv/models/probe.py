@@ -7,9 +7,10 @@ cached is kept. A family that matches none is refused at attach time, rather tha
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,10 @@ from cskv.models.recipe import (
     kernel_norm,
     rotation_of,
 )
-from cskv.models.sites import AttentionSite
+from cskv.models.sites import AttentionSite, watching
 
 PROBE_TOKENS = 8
 VALUE_NORMS = ("v_norm",)
-Positions = dict[nn.Module, Tensor]  # of every rotary embedding that ran
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,14 @@ class SiteRecipe:
     attention: Understanding
 
 
-@dataclass
-class _Record:
-    call: AttentionCall | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
+class _Forward(NamedTuple):
+    """The records of one forward, by layer index; positions by the rotary embedding that was given them."""
+
+    cache: DynamicCache
+    calls: dict[int, AttentionCall]
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    positions: dict[nn.Module, Tensor]
 
 
 def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]:
@@ -86,36 +89,45 @@ def probe(model: nn.Module, sites: list[AttentionSite]) -> dict[int, SiteRecipe]
     device = device_of(model)
     with plain_arithmetic(device), evaluation_mode(model):
         with understanding(modules) as understood:
-            cache, records, positions = _run(model, sites, device)
-        return {
-            site.layer_idx: _recipe(site, records[site.layer_idx], cache, positions, understood(site.module))
-            for site in sites
-        }
+            forward = _run(model, sites, device)
+        return {site.layer_idx: _recipe(site, forward, understood(site.module)) for site in sites}
 
 
-def _run(
-    model: nn.Module, sites: list[AttentionSite], device: torch.device
-) -> tuple[DynamicCache, dict[int, _Record], Positions]:
+def _run(model: nn.Module, sites: list[AttentionSite], device: torch.device) -> _Forward:
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     tokens = (torch.arange(1, PROBE_TOKENS + 1, device=device) % config.vocab_size)[None]
-    cache = DynamicCache(config=config)
+    forward = _Forward(DynamicCache(config=config), {}, {}, {}, {})
+    readers = {site.module: (site.layer_idx, CallReader(site.module)) for site in sites}
+
+    def on_call(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        layer_idx, reader = readers[module]
+        forward.calls[layer_idx] = reader.read(args, kwargs)
+
+    def on_positions(embedding: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        if isinstance(given, Tensor):
+            forward.positions[embedding] = given
+
+    embeddings = [module for module in model.modules() if is_rotary_embedding(module)]
     decoder = model.base_model
-    with _recording(model, sites) as (records, positions):
-        decoder(input_ids=tokens, use_cache=True, **{cache_kwarg(decoder): cache})  # type: ignore[operator, arg-type]
-    return cache, records, positions
+    with watching(sites, keys=forward.keys.__setitem__, values=forward.values.__setitem__), ExitStack() as hooks:
+        for modules, hook in ((readers, on_call), (embeddings, on_positions)):
+            for module in modules:
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        decoder(input_ids=tokens, use_cache=True, **{cache_kwarg(decoder): forward.cache})  # type: ignore[operator, arg-type]
+    return forward
 
 
-def _recipe(
-    site: AttentionSite, record: _Record, cache: DynamicCache, positions: Positions, attention: Understanding
-) -> SiteRecipe:
-    call = record.call
-    if call is None or record.k is None or record.v is None or site.layer_idx >= len(cache.layers):
+def _recipe(site: AttentionSite, forward: _Forward, attention: Understanding) -> SiteRecipe:
+    index = site.layer_idx
+    call, k, v = forward.calls.get(index), forward.keys.get(index), forward.values.get(index)
+    if call is None or k is None or v is None or index >= len(forward.cache.layers):
         raise UnsupportedModelError(f"{site.name} ({type(site.module).__name__}) did not run or filled no cache")
-    layer = cache.layers[site.layer_idx]
+    layer = forward.cache.layers[index]
     key_candidates = candidates(site.module, KEY_NORMS, site.head_dim, _rotations(site.module, call))
     value_candidates = candidates(site.module, VALUE_NORMS, site.head_dim, [(RopeStyle.NONE, None)])
-    keys = _match(site, "keys", key_candidates, record.k, call, layer.keys)
-    values = _match(site, "values", value_candidates, record.v, call, layer.values)
+    keys = _match(site, "keys", key_candidates, k, call, layer.keys)
+    values = _match(site, "values", value_candidates, v, call, layer.values)
     rotated = keys.rope_style is not RopeStyle.NONE and call.cos is not None
     norm = kernel_norm(keys, layer.keys) if rotated else None
     odd_norm = norm is None and keys.norm_style is not NormStyle.NONE
@@ -123,52 +135,12 @@ def _recipe(
         _queries(site, keys),
         keys,
         values,
-        rope=_rope(positions, site, call) if rotated else None,
+        rope=_rope(forward.positions, site, call) if rotated else None,
         pairs=find_pairs(keys, call.cos) if rotated else None,  # type: ignore[arg-type]
         plain_rope=rotated and not odd_norm and _rotates_plainly(keys, layer.keys, call),
         key_norm=norm,
         attention=attention,
     )
-
-
-@contextlib.contextmanager
-def _recording(model: nn.Module, sites: list[AttentionSite]) -> Iterator[tuple[dict[int, _Record], Positions]]:
-    records = {site.layer_idx: _Record() for site in sites}
-    positions: Positions = {}
-
-    def on_positions(embedding: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
-        if isinstance(given, Tensor):
-            positions[embedding] = given
-
-    embeddings = [module for module in model.modules() if is_rotary_embedding(module)]
-    handles = [module.register_forward_pre_hook(on_positions, with_kwargs=True) for module in embeddings]
-    try:
-        for site in sites:
-            handles += _record_site(site, records[site.layer_idx])
-        yield records, positions
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _record_site(site: AttentionSite, record: _Record) -> list[torch.utils.hooks.RemovableHandle]:
-    reader = CallReader(site.module)
-
-    def on_call(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        record.call = reader.read(args, kwargs)
-
-    def on_keys(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-        record.k = site.k.select(output)
-
-    def on_values(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-        record.v = site.v.select(output)
-
-    return [
-        site.module.register_forward_pre_hook(on_call, with_kwargs=True),
-        site.k.linear.register_forward_hook(on_keys),
-        site.v.linear.register_forward_hook(on_values),
-    ]
 
 
 def _rotations(module: nn.Module, call: AttentionCall) -> list[tuple[RopeStyle, Rotate | None]]:
@@ -210,7 +182,7 @@ def _match(
     return best
 
 
-def _rope(positions: Positions, site: AttentionSite, call: AttentionCall) -> CosSin:
+def _rope(positions: dict[nn.Module, Tensor], site: AttentionSite, call: AttentionCall) -> CosSin:
     layer_types = getattr(getattr(site.module, "config", None), "layer_types", None)
     kind = layer_types[site.layer_idx] if layer_types else None
-    return find_cos_sin(positions, call.x, call.cos, call.sin, call.position_ids, kind)  # type: ignore[arg-type]
+    return find_cos_sin(positions, call, kind)

@@ -119,14 +119,11 @@ def _is_plain(linear: nn.Module) -> bool:
 @contextmanager
 def _without_bias(linear: nn.Module) -> Iterator[None]:
     """Take the biases off for a while: beside one in the hundreds, low precision would lose the weight."""
-    taken: list[tuple[dict[str, Any], Tensor]] = []
-    for part in linear.modules():
-        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, vars(part))
-        for held in stores:
-            bias = held.get("bias")
-            if isinstance(bias, Tensor):
-                held["bias"] = None
-                taken.append((held, bias))
+    parts = linear.modules()
+    stores: list[dict[str, Any]] = [held for part in parts for held in (part._parameters, part._buffers, vars(part))]
+    taken = [(held, held["bias"]) for held in stores if isinstance(held.get("bias"), Tensor)]
+    for held, _ in taken:
+        held["bias"] = None
     try:
         yield
     finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from cskv.attention.inputs import RMSNorm
 from cskv.errors import UnsupportedModelError
 from cskv.factorization.commuting import RopePairs
 
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 KEY_NORMS = {"k_norm": "q_norm", "k_layernorm": "q_layernorm", "key_layernorm": "query_layernorm"}  # and the queries'
 ANGLE = 0.75  # radians: neither cos nor sin is near zero
 # The largest error that is still rounding, relative to the largest value.
@@ -60,7 +60,7 @@ class Recipe:
     norm: nn.Module | None = None
     norm_style: NormStyle = NormStyle.NONE
     rope_style: RopeStyle = RopeStyle.NONE
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    rotate: Rotate | None = None
 
     def heads(
         self, channels: Float[Tensor, "batch tokens kv_dim"], cos: Tensor | None, sin: Tensor | None
@@ -91,9 +91,6 @@ class Recipe:
         return torch.cat([turned, heads[..., rotary:]], dim=-1)
 
 
-Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
 def candidates(
     module: nn.Module, norms: Iterable[str], head_dim: int, rotations: Iterable[tuple[RopeStyle, Rotate | None]]
 ) -> Iterator[Recipe]:
@@ -106,7 +103,7 @@ def candidates(
         rotations: pairs (style, function); the function is None for `RopeStyle.NONE`.
     """
     modules = [norm for norm in (getattr(module, name, None) for name in norms) if isinstance(norm, nn.Module)]
-    used = [style for style in NormStyle if style is not NormStyle.NONE]
+    used = (NormStyle.PER_HEAD, NormStyle.FLAT, NormStyle.AFTER_ROPE)
     for norm, norm_style in [(None, NormStyle.NONE), *product(modules, used)]:
         for rope_style, rotate in rotations:
             yield Recipe(head_dim, norm, norm_style, rope_style, rotate)
@@ -176,29 +173,16 @@ def find_pairs(keys: Recipe, cos: Tensor) -> RopePairs:
     Raises:
         UnsupportedModelError: the rotation turns other than pairs of channels.
     """
-    turned = _turned_unit_vectors(keys, cos.shape[-1])
-    partners: dict[int, int] = {}
-    for channel, row in enumerate(turned):
-        others = [other for other in row.nonzero().flatten().tolist() if other != channel]
-        if len(others) > 1:
-            raise UnsupportedModelError(f"RoPE turns channel {channel} into {len(others)} others; expected one partner")
-        if others:
-            partners[channel] = others[0]
-    if any(partners.get(partner) != channel for channel, partner in partners.items()):
-        raise UnsupportedModelError(f"RoPE's partners are not mutual: {partners}")
+    angles = torch.full((1, keys.head_dim, cos.shape[-1]), ANGLE, dtype=torch.float64)
+    unit_vectors = torch.eye(keys.head_dim, dtype=torch.float64)[None, None]
+    turned = keys.rotated(unit_vectors, angles.cos(), angles.sin())[0, 0]
+    mixes = (turned != 0).fill_diagonal_(False)
+    others = mixes.sum(1)
+    if others.max() > 1:
+        most = int(others.argmax())
+        raise UnsupportedModelError(f"RoPE turns channel {most} into {others[most]} others; expected one partner")
+    if not torch.equal(mixes, mixes.T):
+        raise UnsupportedModelError(f"RoPE's partners are not mutual: {dict(mixes.nonzero().tolist())}")
     # A real unit vector becomes cos e_real + sin e_imaginary; an imaginary one gets -sin.
-    real = [channel for channel, partner in sorted(partners.items()) if turned[channel, partner] > 0]
-    imaginary = [partners[channel] for channel in real]
-    rest = [channel for channel in range(keys.head_dim) if channel not in partners]
-    return RopePairs(*(torch.tensor(channels, dtype=torch.long) for channels in (real, imaginary, rest)))
-
-
-def _turned_unit_vectors(keys: Recipe, width: int) -> Tensor:
-    """Return (head_dim, head_dim): row i is unit vector i after the rotation."""
-    vectors = torch.eye(keys.head_dim, dtype=torch.float64)[None, None]
-    shape = (1, keys.head_dim, width)
-    return keys.rotated(
-        vectors,
-        torch.full(shape, math.cos(ANGLE), dtype=torch.float64),
-        torch.full(shape, math.sin(ANGLE), dtype=torch.float64),
-    )[0, 0]
+    real, imaginary = (mixes & (turned > 0)).nonzero().T.contiguous()
+    return RopePairs(real, imaginary, (others == 0).nonzero().flatten())

@@ -72,9 +72,7 @@ def read_signature(files: Sequence[Path], sites: Sequence[LayerShape]) -> Signat
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    match = IN_FILES.search(name)
-                    site = None if match is None else shapes.get(int(match["layer"]))
-                    if match is not None and site is not None:
+                    if (match := IN_FILES.search(name)) and (site := shapes.get(int(match["layer"]))):
                         parts = _parts(tensors.get_tensor(name), match["kind"], site)
                         layers.setdefault(match["layer"], {}).update(parts)
         except SafetensorError as error:

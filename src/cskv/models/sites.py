@@ -7,6 +7,8 @@ projection is not assumed from the names: `cskv.models.probe` compares with what
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +21,7 @@ from cskv.errors import UnsupportedModelError
 from cskv.models.projection import Projection, features_of
 
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj")
+Watcher = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
         raise UnsupportedModelError(
             f"{name} has no attention module with k_proj/v_proj or qkv_proj and a layer_idx; see docs/add-a-family.md"
         )
-    kinds = _uncompressed_layers(model)
+    # Layers of a fresh cache; none where transformers decides at the first forward.
+    kinds = [type(layer) for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers]  # type: ignore[operator, union-attr]
     full = [(path, module) for path, module in found if not kinds or kinds[module.layer_idx] is DynamicLayer]
     if not full:
         raise UnsupportedModelError(
@@ -107,23 +111,23 @@ def _has_projections(module: nn.Module) -> bool:
     return (separate or hasattr(module, "qkv_proj")) and not getattr(module, "is_cross_attention", False)
 
 
-def _uncompressed_layers(model: nn.Module) -> list[type]:
-    """Return the class of every layer of a fresh cache; none where transformers decides at the first forward."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # type: ignore[operator, union-attr]
-    return [type(layer) for layer in cache.layers]
-
-
 def _site(path: str, module: nn.Module, dtype: torch.dtype) -> AttentionSite:
     head_dim = getattr(module, "head_dim", None)
     if not isinstance(head_dim, int):
         raise UnsupportedModelError(f"{path} ({type(module).__name__}) does not tell its head_dim")
     if hasattr(module, "qkv_proj"):
-        q, k, v = _fused(path, module, head_dim, dtype)
+        queries = module.config.num_attention_heads * head_dim
+        kv_dim = module.config.num_key_value_heads * head_dim
+        total = features_of(module.qkv_proj)[1]
+        if queries + 2 * kv_dim != total:
+            raise UnsupportedModelError(
+                f"{path}.qkv_proj has {total} rows; expected {queries} query + 2 x {kv_dim} key and value rows"
+            )
+        bounds = pairwise((0, queries, queries + kv_dim, total))
+        q, k, v = (Projection(module.qkv_proj, start, stop, dtype) for start, stop in bounds)
     else:
-        q, k, v = (
-            Projection(linear, 0, features_of(linear)[1], dtype)
-            for linear in (module.q_proj, module.k_proj, module.v_proj)
-        )
+        linears = (module.q_proj, module.k_proj, module.v_proj)
+        q, k, v = (Projection(linear, 0, features_of(linear)[1], dtype) for linear in linears)
     if k.kv_dim != v.kv_dim or k.kv_dim % head_dim:
         raise UnsupportedModelError(
             f"{path}: keys have {k.kv_dim} and values {v.kv_dim} channels; expected equal multiples of {head_dim}"
@@ -131,18 +135,41 @@ def _site(path: str, module: nn.Module, dtype: torch.dtype) -> AttentionSite:
     return AttentionSite(path, module.layer_idx, module, q, k, v, head_dim)
 
 
-def _fused(
-    path: str, module: nn.Module, head_dim: int, dtype: torch.dtype
-) -> tuple[Projection, Projection, Projection]:
-    config = module.config
-    queries = config.num_attention_heads * head_dim
-    kv_dim = config.num_key_value_heads * head_dim
-    total = features_of(module.qkv_proj)[1]
-    if queries + 2 * kv_dim != total:
-        raise UnsupportedModelError(
-            f"{path}.qkv_proj has {total} rows; expected {queries} query + 2 x {kv_dim} key and value rows"
-        )
-    linear = module.qkv_proj
-    bounds = (0, queries, queries + kv_dim, total)
-    q, k, v = (Projection(linear, start, stop, dtype) for start, stop in pairwise(bounds))
-    return q, k, v
+@contextmanager
+def watching(
+    sites: Sequence[AttentionSite],
+    *,
+    inputs: Watcher | None = None,
+    keys: Watcher | None = None,
+    values: Watcher | None = None,
+    queries: Watcher | None = None,
+) -> Iterator[None]:
+    """Call the watchers with (layer index, tensor) during every forward inside the block.
+
+    Args:
+        sites: the layers to watch.
+        inputs: gets the layer input x, (batch, tokens, hidden).
+        keys: gets the key projection's output, bias included, before any norm and RoPE, (batch, tokens, kv_dim).
+        values, queries: the same of the value and the query projection.
+    """
+    with ExitStack() as hooks:
+        for site in sites:
+            if inputs is not None:
+                hook = site.module.register_forward_pre_hook(_input_hook(site.layer_idx, inputs), with_kwargs=True)
+                hooks.callback(hook.remove)
+            for projection, watcher in ((site.q, queries), (site.k, keys), (site.v, values)):
+                if watcher is not None:
+                    hook = projection.linear.register_forward_hook(_output_hook(site.layer_idx, projection, watcher))
+                    hooks.callback(hook.remove)
+        yield
+
+
+def _input_hook(layer_idx: int, watcher: Watcher) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        watcher(layer_idx, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    return hook
+
+
+def _output_hook(layer_idx: int, projection: Projection, watcher: Watcher) -> Callable[..., None]:
+    return lambda _module, _args, output: watcher(layer_idx, projection.select(output))

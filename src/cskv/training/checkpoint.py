@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.errors import CSKVError
-from cskv.files import tensors_writer, text_writer, unwritable, write_folder
+from cskv.files import tensors_writer, text_writer, write_folder, writing_to
 
 FOLDER = "checkpoints"
 FACTORS_FILE = "factors.safetensors"
@@ -80,20 +80,15 @@ class Checkpoints:
         Raises:
             CSKVError: the folder cannot be written, or another run is at work in it.
         """
-        try:
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.output / LOCK_FILE).open("ab")
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
         with lock:
             self._lock(lock.fileno())
-            try:
+            with writing_to(self.folder):
                 for leftover in self.folder.glob(".step-*"):
                     shutil.rmtree(leftover)
-                with tempfile.TemporaryFile(dir=self.folder):
-                    pass
-            except OSError as error:
-                raise unwritable(self.folder, error) from error
+                tempfile.TemporaryFile(dir=self.folder).close()
             yield
 
     def _lock(self, handle: int) -> None:
@@ -149,19 +144,20 @@ class Checkpoints:
                 BaseModelInfo.from_dict(described["base"]).check_weights(
                     self.base, f"checkpoint {path} was written for", f"load that, or delete {self.folder}"
                 )
+        except CSKVError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            if isinstance(error, CSKVError):
-                raise
             raise CSKVError(f"checkpoint {path} is damaged ({error}); delete it to start again") from error
-        _load_factors(module, factors, path)
+        if {n: t.shape for n, t in factors.items()} != {n: p.shape for n, p in module.named_parameters()}:
+            raise CSKVError(f"the factors in checkpoint {path} have other names or shapes than this run's; delete it")
+        module.load_state_dict(factors, strict=False)  # biases are no parameters, and not in it
         load_optimizer_tensors(module, optimizer, moments)
         return state
 
     def _refuse_other_facts(self, path: Path, theirs: dict[str, Any]) -> None:
-        names = sorted(set(theirs) | set(self.facts))
         differing = [
             f"{name} {theirs.get(name)!r} (now {self.facts.get(name)!r})"
-            for name in names
+            for name in sorted(theirs.keys() | self.facts.keys())
             if theirs.get(name) != self.facts.get(name)
         ]
         if differing:
@@ -190,25 +186,12 @@ def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _load_factors(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    parameters = dict(module.named_parameters())
-    if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in tensors.items()}:
-        raise CSKVError(f"the factors in checkpoint {path} have other names or shapes than this run's; delete it")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
-if sys.platform == "win32":
-
-    def _lock_exclusively(handle: int) -> None:
+def _lock_exclusively(handle: int) -> None:
+    if sys.platform == "win32":
         import msvcrt
 
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-
-else:
-
-    def _lock_exclusively(handle: int) -> None:
+    else:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

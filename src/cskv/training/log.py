@@ -1,4 +1,4 @@
-"""The training log: one JSON object a line, in `train_log.jsonl`, for a person to plot.
+"""Reports of a training run: a progress bar, and a log, `train_log.jsonl`, of one JSON object a line to plot.
 
 {"step": 1, "loss": 0.31, "k_loss": 0.2, "v_loss": 0.11, "lr": 5e-05, "tokens": 1024, "seconds": 0.8}
 """
@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO
 
 from cskv.errors import CSKVError
-from cskv.files import unwritable, write_text
+from cskv.files import write_text, writing_to
 
 FILE = "train_log.jsonl"
 
@@ -49,11 +48,8 @@ class TrainingLog:
 
     def __init__(self, output: Path, last_step: int) -> None:
         self.path = output / FILE
-        write_text(self.path, "".join(_lines_until(self.path, last_step)))
-        try:
-            self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise unwritable(self.path, error) from error
+        kept = (line for line, record in _records(self.path) if record.step <= last_step)
+        write_text(self.path, "".join(kept))
 
     def append(self, record: StepRecord) -> None:
         """Write one line, at once: a person may be watching.
@@ -61,18 +57,8 @@ class TrainingLog:
         Raises:
             CSKVError: the disk is full, for instance.
         """
-        try:
-            self._file.write(json.dumps(asdict(record)) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise unwritable(self.path, error) from error
-
-    def __enter__(self) -> TrainingLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with suppress(OSError):  # it tries again to write what `append` could not, and said so
-            self._file.close()
+        with writing_to(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
 
 
 def read_log(path: str | Path) -> list[StepRecord]:
@@ -81,25 +67,39 @@ def read_log(path: str | Path) -> list[StepRecord]:
     Raises:
         CSKVError: a line is no record.
     """
-    return [_record(Path(path), line) for line in _whole_lines(Path(path))]
+    return [record for _, record in _records(Path(path))]
 
 
-def _record(path: Path, line: str) -> StepRecord:
-    try:
-        record = StepRecord(**json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise CSKVError(f"{path} has a line that is no record of a step ({error}); delete the file") from error
-    if type(record.step) is not int:
-        raise CSKVError(f"{path} has step {record.step!r}; expected a whole number: delete the file")
-    return record
+def _records(path: Path) -> Iterator[tuple[str, StepRecord]]:
+    """Yield every whole line and its record."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        if not line.endswith("}\n"):
+            continue
+        try:
+            record = StepRecord(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise CSKVError(f"{path} has a line that is no record of a step ({error}); delete the file") from error
+        if type(record.step) is not int:
+            raise CSKVError(f"{path} has step {record.step!r}; expected a whole number: delete the file")
+        yield line, record
 
 
-def _lines_until(path: Path, last_step: int) -> list[str]:
-    return [line for line in _whole_lines(path) if _record(path, line).step <= last_step]
+@contextmanager
+def progress_bar(total_steps: int, first_step: int = 0) -> Iterator[Callable[[StepRecord], None]]:
+    """Show a bar on standard error; yields what to call after each step."""
+    from rich import progress
+    from rich.console import Console
 
-
-def _whole_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+    columns = (
+        progress.TextColumn("training"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("loss {task.fields[loss]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("training", total=total_steps, completed=first_step, loss="-")
+        yield lambda record: bar.update(task, completed=record.step, loss=f"{record.loss:.4g}")

@@ -71,8 +71,7 @@ class TrainingSettings:
             raise ConfigError(f"weight_decay is {self.weight_decay!r}; expected a number, at least 0")
         if self.max_grad_norm is not None and (not is_number(self.max_grad_norm) or self.max_grad_norm <= 0):
             raise ConfigError(f"max_grad_norm is {self.max_grad_norm!r}; expected a number above 0, or None")
-        known = (("objective", OBJECTIVES), ("schedule", SCHEDULES), ("mixed_precision", PRECISIONS))
-        for name, choices in known:
+        for name, choices in (("objective", OBJECTIVES), ("schedule", SCHEDULES), ("mixed_precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
         if self.objective == "distillation" and self.mixed_precision != "no":

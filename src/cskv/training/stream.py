@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from jaxtyping import Int
@@ -21,7 +21,6 @@ from cskv.errors import DataError
 from cskv.training.settings import TrainingSettings
 
 
-@runtime_checkable
 class Samples(Protocol):
     """Token samples, each (tokens,) int64, that can be iterated again: a list of tensors, or `TokenSamples`."""
 
@@ -70,10 +69,8 @@ class SampleStream:
 
     def fingerprint(self) -> str:
         """Hash the number of samples and the first one's tokens: what tells this set from another one."""
-        first = next(iter(self.samples))
-        digest = hashlib.sha256(first.cpu().to(torch.int64).numpy().tobytes())
-        digest.update(str(len(self.samples)).encode())
-        return digest.hexdigest()[:16]
+        first = next(iter(self.samples)).cpu().to(torch.int64).numpy().tobytes()
+        return hashlib.sha256(first + str(len(self.samples)).encode()).hexdigest()[:16]
 
     def _order(self, start_step: int) -> Iterator[Int[Tensor, " tokens"]]:
         usable = self.steps_per_epoch * self.per_step

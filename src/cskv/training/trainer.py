@@ -4,38 +4,38 @@ With the paper's objective (section 3.2), each step runs the base model once wit
 input and exact keys and values, and does one forward and backward of the compressor; with distillation, the gradient
 comes through the model. AdamW; fp32 master weights. On several processes (torchrun, accelerate launch) each one has
 the whole base and its own samples, and gradients are averaged.
-
-The minimum of the paper's loss over all factors of a rank has a closed form (PCA of the keys and values); training gets
-there step by step from SVD or ASVD, and is what the paper does.
 """
 
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.calibration.hooks import Teacher, device_of
+from cskv.adapter.base_model import FACTS
+from cskv.calibration.hooks import Teacher
 from cskv.errors import ConfigError, CSKVError
+from cskv.models.placement import device_of
 from cskv.models.survey import survey
 from cskv.training.checkpoint import Checkpoints, TrainingState
-from cskv.training.distillation import Distillation, WholeTexts
-from cskv.training.interruption import Interruption
-from cskv.training.log import StepRecord, TrainingLog
-from cskv.training.objective import Reconstruction
-from cskv.training.progress import progress_bar
+from cskv.training.log import StepRecord, TrainingLog, progress_bar
+from cskv.training.objective import Distillation, Reconstruction
 from cskv.training.settings import TrainingSettings
 from cskv.training.stream import Samples, SampleStream
 
 OnStep = Callable[[StepRecord], None]
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -110,20 +110,24 @@ class _Run:
             mixed_precision="no",
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        distilling = settings.objective == "distillation"
-        self.teacher = WholeTexts(model) if distilling else Teacher(model, found.sites)
+        self.is_writer = self.accelerator.is_main_process
         self.stream = SampleStream(samples, settings, self.accelerator.process_index, self.accelerator.num_processes)
         adapter.to(self.accelerator.device, torch.float32)
         for parameter in adapter.parameters():
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
-            adapter.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=self._fusable()
+            adapter.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=self.accelerator.device.type in ("cpu", "cuda"),
         )
-        self.objective: Distillation | Reconstruction = (
-            Distillation(model, adapter, checkpointed=settings.gradient_checkpointing)
-            if distilling
-            else Reconstruction(adapter, bf16=settings.mixed_precision == "bf16")
-        )
+        self.objective: Distillation | Reconstruction
+        self.teacher: Distillation | Teacher
+        if settings.objective == "distillation":
+            self.objective = self.teacher = Distillation(found, adapter, checkpointed=settings.gradient_checkpointing)
+        else:
+            self.objective = Reconstruction(adapter, bf16=settings.mixed_precision == "bf16")
+            self.teacher = Teacher(model, found.sites)
         self.module = self.accelerator.prepare(self.objective)
         self.checkpoints = None if output is None else Checkpoints(output, self._facts(), found.base)
 
@@ -133,7 +137,7 @@ class _Run:
             start = state = self._restore(stack)
             callbacks = [] if on_step is None or not self.is_writer else [on_step]
             if self.output is not None and self.is_writer:
-                callbacks.append(stack.enter_context(TrainingLog(self.output, start.step)).append)
+                callbacks.append(TrainingLog(self.output, start.step).append)
             if show_progress and self.is_writer:
                 callbacks.append(stack.enter_context(progress_bar(total, start.step)))
             interruption = stack.enter_context(Interruption())
@@ -147,17 +151,17 @@ class _Run:
                 for callback in callbacks:
                     callback(record)
                 stopping = self._any_process(interruption.signal is not None)
-                if stopping or record.step % self.settings.checkpoint_every == 0 or record.step == total:
-                    self._save(state)
+                due = stopping or record.step % self.settings.checkpoint_every == 0 or record.step == total
+                if due and self.checkpoints is not None and self.is_writer:
+                    self.checkpoints.save(self.adapter, self.optimizer, state)
                 if stopping:
                     stack.close()
                     interruption.deliver()
                     raise KeyboardInterrupt(f"another process was stopped at step {record.step}")
-        return self._result(state, start.step)
-
-    @property
-    def is_writer(self) -> bool:
-        return self.accelerator.is_main_process
+        self.accelerator.wait_for_everyone()
+        if state.loss is None:
+            raise CSKVError("the run has no steps; give at least one")
+        return TrainingResult(**asdict(state), resumed_from=start.step)
 
     def _step(self, step: int, batches: Iterator[Tensor], tokens: int, began: float) -> StepRecord:
         accumulation = self.settings.accumulation
@@ -174,7 +178,8 @@ class _Run:
                 self.accelerator.backward(parts.sum() / accumulation)
             losses += parts.detach() / accumulation
             seen += batch.numel()
-        parts_now = dict(zip(self.objective.parts, self._mean_over_processes(losses), strict=True))
+        means = self.accelerator.reduce(losses, "mean").tolist()
+        parts_now = dict(zip(self.objective.parts, means, strict=True))
         loss = sum(parts_now.values())
         if not math.isfinite(loss):
             self._refuse_loss(step + 1, parts_now)
@@ -186,15 +191,8 @@ class _Run:
         seconds = time.perf_counter() - began
         return StepRecord(step + 1, loss, parts_now.get("k_loss"), parts_now.get("v_loss"), lr, tokens, seconds)
 
-    def _mean_over_processes(self, losses: Tensor) -> list[float]:
-        if self.accelerator.num_processes > 1:
-            losses = self.accelerator.reduce(losses, "mean")
-        return losses.tolist()
-
     def _any_process(self, flag: bool) -> bool:
         """Signals reach processes between different steps; all of them must stop after the same one."""
-        if self.accelerator.num_processes == 1:
-            return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
 
     def _refuse_loss(self, step: int, parts: dict[str, float]) -> None:
@@ -207,10 +205,9 @@ class _Run:
 
     def _facts(self) -> dict[str, Any]:
         """Collect what must be equal for a checkpoint to be continued: all that has a say in the numbers."""
-        base = asdict(self.adapter.base)
         facts = {**self.settings.to_dict(), **self.adapter.config.to_dict()}
         del facts["checkpoint_every"]
-        facts |= {name: base[name] for name in ("model_type", "hidden_size", "num_layers")}
+        facts |= {name: getattr(self.adapter.base, name) for name in FACTS}
         return facts | {"samples": self.stream.fingerprint(), "processes": self.accelerator.num_processes}
 
     def _restore(self, stack: ExitStack) -> TrainingState:
@@ -221,15 +218,41 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return self.checkpoints.restore(self.adapter, self.optimizer)
 
-    def _save(self, state: TrainingState) -> None:
-        if self.checkpoints is not None and self.is_writer:
-            self.checkpoints.save(self.adapter, self.optimizer, state)
 
-    def _fusable(self) -> bool:
-        return self.accelerator.device.type in ("cpu", "cuda")
+class Interruption:
+    """Ctrl-C and SIGTERM: inside the block a first signal is only noted; a second one acts at once.
 
-    def _result(self, state: TrainingState, resumed_from: int) -> TrainingResult:
-        self.accelerator.wait_for_everyone()
-        if state.loss is None:
-            raise CSKVError("the run has no steps; give at least one")
-        return TrainingResult(**asdict(state), resumed_from=resumed_from)
+    Handlers belong to the main thread; elsewhere signals keep their meaning and nothing is ever noted.
+
+    Attributes:
+        signal: the signal noted, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._restore()
+
+    def deliver(self) -> None:
+        """Hand the noted signal to whoever handled it before: KeyboardInterrupt, or the end of the process."""
+        self._restore()
+        if self.signal is not None:
+            signal.raise_signal(self.signal)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number
+        else:
+            self.deliver()
+
+    def _restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
