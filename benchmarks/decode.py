@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, Row, Wrong, add_method_options, parser, run
+from common import Row, Wrong, parse, parser, run
 from decode_methods import BEST, SDPA, Method, Ours, Skipped, methods
 from decode_problem import KINDS, Problem, Shape
 from decode_tables import tables
@@ -151,24 +151,15 @@ def _error(output: Tensor, expected: Tensor) -> float:
 
 def main(arguments: Sequence[str] | None = None, shape: Shape = Shape()) -> int:  # noqa: B008
     """Measure what is missing and print ratios."""
-    options = parser(__doc__, "1K and 2K tokens, batch 1 and 4, a few repeats")
-    add_method_options(options, list(methods()))
-    options.add_argument("--lengths", type=int, nargs="+", help="cached tokens (1K to 64K)")
-    options.add_argument("--batches", type=int, nargs="+", help="sequences (1, 4, 16)")
+    options = parser(__doc__, "1K and 2K tokens, batch 1 and 4, a few repeats", list(methods()))
     options.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     options.add_argument("--budget", type=float, default=0.4, help="seconds of timing per method and row")
-    asked = options.parse_args(arguments)
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
-    lengths = asked.lengths or ((1024, 2048) if asked.quick else LENGTHS)
-    batches = asked.batches or ((1, 4) if asked.quick else BATCHES)
+    asked = parse(options, arguments, "decode", whole=(LENGTHS, BATCHES), quick=((1024, 2048), (1, 4)))
     names = tuple(name for name in methods() if name in (SDPA, BEST, *asked.methods))
     repeats = {"budget": 0.05, "least": 2, "most": 4} if asked.quick else {"budget": asked.budget}
     settings = Settings(shape, getattr(torch, asked.dtype), torch.device(asked.device), asked.backend, names, **repeats)
-    path = asked.out or (ROOT / "outputs" / "decode-quick.json" if asked.quick else RESULTS / "decode.json")
-    cells = [(batch, tokens) for batch in batches for tokens in lengths]
-    jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, settings) for batch, tokens in cells}
-    return run(path, settings.to_dict(), jobs, tables, names)
+    jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, settings) for batch, tokens in asked.cells}
+    return run(asked.out, settings.to_dict(), jobs, tables, names)
 
 
 if __name__ == "__main__":

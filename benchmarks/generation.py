@@ -20,7 +20,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, Row, Wrong, add_method_options, parser, run
+from common import Row, Wrong, parse, parser, run
 from decode_timing import summary
 from pages import Table
 from torch import Tensor, nn
@@ -220,18 +220,13 @@ def table(results: dict[str, Any]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing and print the table."""
-    options = parser(__doc__, "a tiny model, prompts of 128 tokens")
-    add_method_options(options, list(METHODS))
-    options.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16_384], help="tokens of the prompt")
-    options.add_argument("--batches", type=int, nargs="+", default=[1])
+    options = parser(__doc__, "a tiny model, prompts of 128 tokens", list(METHODS))
     options.add_argument("--kv-heads", type=int, default=16, help="of 16 query heads")
-    asked = options.parse_args(arguments)
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
+    asked = parse(options, arguments, "generation", whole=((1024, 4096, 16_384), (1,)), quick=((128,), (1,)))
     settings = Settings(kv_heads=asked.kv_heads, device=asked.device, backend=asked.backend)
     if asked.quick:
         tiny = {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 4, "vocabulary": 128, "steps": 2, "rounds": 2}
-        settings, asked.lengths = replace(settings, **tiny), [128]
+        settings = replace(settings, **tiny)
     names = [name for name in METHODS if name in (UNCOMPRESSED, *asked.methods)]
 
     @cache
@@ -239,11 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = settings.model()
         return {name: Runner(name, model, settings) for name in names}
 
-    cells = [(batch, tokens) for batch in asked.batches for tokens in asked.lengths]
-    jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, runners, settings) for batch, tokens in cells}
-    path = asked.out or (ROOT / "outputs" / "generation-quick.json" if asked.quick else RESULTS / "generation.json")
+    jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, runners, settings) for batch, tokens in asked.cells}
     ours = asdict(settings) | {"threads": torch.get_num_threads()}
-    return run(path, ours, jobs, lambda results: [table(results)], names)
+    return run(asked.out, ours, jobs, lambda results: [table(results)], names)
 
 
 if __name__ == "__main__":

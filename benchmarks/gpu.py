@@ -16,25 +16,39 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Wrong, write_results
 from decode import BATCHES, LENGTHS, Settings, measure, set_up
-from decode_goals import gpu_goals
-from decode_methods import BEST, Ours, methods
+from decode_methods import BEST, DENSE, Method, Ours, methods
 from decode_problem import Shape
-from decode_tables import tables
+from decode_tables import gpu_goals, tables
 from decode_timing import Stopwatch, summary
-from gpu_tuning import fastest, tuning
 
+from cskv.attention.triton import launch
+from cskv.attention.triton.plan import Plan, Shapes, split
 from cskv.evaluation.environment import environment
 from cskv.files import write_text
 
 GOAL_TOKENS, GOAL_BATCHES = 65_536, (1, 8)
 ODD_SIZES = ((1, 64), (1, 1000), (3, 2049))  # batch and tokens of the correctness section
 COPIED = 2**30  # bytes
+# Other plans for the Triton kernels than those that `cskv.attention.triton.plan` reasons out; `splits` multiplies.
+VARIANTS: tuple[dict[str, int], ...] = (
+    {},
+    {"warps": 4},
+    {"warps": 8},
+    {"stages": 3},
+    {"tile": 32},
+    {"tile": 128},
+    {"tile": 128, "warps": 8},
+    {"value_block": 128},
+    {"stages": 1},
+    {"splits": 2},
+)
 
 
 class Run:
@@ -102,29 +116,32 @@ def add_cell(run: Run, batch: int, tokens: int) -> None:
     run.decode["rows"][f"{batch} x {tokens}"] = row
 
 
+def calls_of(ready: dict[str, Method]) -> dict[str, Callable[[], object]]:
+    """Return the attention call alone of every method that attends by the library, and of the best other one."""
+    found: dict[str, Callable[[], object]] = {}
+    for name, method in ready.items():
+        if name == BEST:
+            found[name] = method.attend_again
+        elif isinstance(method, Ours) and name != DENSE:
+            found[name] = partial(method.attend, method.append())
+    return found
+
+
 def attention_calls(run: Run, batch: int, tokens: int) -> dict[str, Any]:
     """The attention call alone, launched kernel by kernel and replayed as a CUDA graph; bytes per second of both."""
     copy = run.found["copy_bytes_per_second"]["median"]
     stopwatch, found = Stopwatch(run.settings.device), {}
     with torch.inference_mode():
         ready, _ = set_up(tokens, batch, run.settings)
-        for name, method in ready.items():
-            if isinstance(method, Ours) and name != "dense rebuild":
-                view = method.append()
-                call: Callable[[], object] = lambda m=method, v=view: m.attend(v)  # noqa: E731
-            elif name == BEST:
-                call = method.attend_again
-            else:
-                continue
-            own: dict[str, Any] = {"read_nbytes": method.read_nbytes()}
+        for name, call in calls_of(ready).items():
+            own: dict[str, Any] = {"read_nbytes": ready[name].read_nbytes()}
             own["eager"] = summary([stopwatch.seconds(call) for _ in range(30)])
             try:
                 replay = captured(call) if run.settings.device.type == "cuda" else call
                 own["graph"] = summary([stopwatch.seconds(replay) for _ in range(30)])
             except Exception as error:
                 own["graph_error"] = f"{type(error).__name__}: {error}"
-            best = own.get("graph", own["eager"])["median"]
-            own["bytes_per_second"] = own["read_nbytes"] / best
+            own["bytes_per_second"] = own["read_nbytes"] / own.get("graph", own["eager"])["median"]
             own["share_of_copy"] = own["bytes_per_second"] / copy
             found[name] = own
     return found
@@ -142,6 +159,52 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def tuning(settings: Settings, batch: int, tokens: int, seconds: float) -> dict[str, Any]:
+    """Time the attention call of every method under every plan, each compiled first, until so many seconds are over."""
+    deadline, stopwatch, found = time.monotonic() + seconds, Stopwatch(settings.device), {}
+    with torch.inference_mode():
+        calls = calls_of(set_up(tokens, batch, settings)[0])
+        calls.pop(BEST, None)
+        for variant in VARIANTS:
+            for name, call in calls.items():
+                if time.monotonic() > deadline:
+                    return found
+                with plans(variant) as used:
+                    call()
+                    took = summary([stopwatch.seconds(call) for _ in range(10)])
+                label = ", ".join(f"{key} {value}" for key, value in variant.items()) or "as planned"
+                found.setdefault(name, {})[label] = took | {"plan": repr(used[-1])}
+    return found
+
+
+@contextmanager
+def plans(variant: dict[str, int]) -> Iterator[list[Plan]]:
+    """Change every plan that is made in the block. The list takes what was planned."""
+    planned, used = launch.plan, []
+
+    def changed(shapes: Shapes, multiprocessors: int) -> Plan:
+        plan = planned(shapes, multiprocessors)
+        direct = {key: value for key, value in variant.items() if key != "splits"}
+        used.append(split(replace(plan, **direct), shapes.tokens, plan.splits * variant.get("splits", 1)))
+        return used[-1]
+
+    launch.plan = changed
+    try:
+        yield used
+    finally:
+        launch.plan = planned
+
+
+def fastest(found: dict[str, Any]) -> list[str]:
+    """One line per method: the best plan, and what it saves."""
+    lines = []
+    for name, by_plan in found.items():
+        best = min(by_plan, key=lambda label: by_plan[label]["median"])
+        ratio = by_plan["as planned"]["median"] / by_plan[best]["median"]
+        lines.append(f"{name}: {best} is the fastest of {len(by_plan)} plans, {ratio:.2f}x as planned")
+    return lines
 
 
 def profile(run: Run, batch: int, tokens: int) -> str:

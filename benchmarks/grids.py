@@ -14,10 +14,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from adapters import ALLOCATION_SAMPLES, Recipe
-from common import RESULTS, Jobs
+from common import Jobs
 from pages import DOCS, Table, fill_page, measured_on
-from quality import Bench, load, measure
+from quality import ALLOCATION_SAMPLES, Bench, Recipe, load, start
 from torch import Tensor
 
 from cskv.adapter.adapter import CSKVAdapter
@@ -145,12 +144,11 @@ def jobs() -> Jobs:
     return {name: lambda make=make: bench().measure(make(bench())) for name, make in makers().items()}
 
 
-def main() -> None:
-    """Measure every row that is missing, then write the table."""
-    results = measure(RESULTS / "grids.json", False, jobs)
+def write_report(results: dict[str, Any]) -> None:
+    """Put the table between the page's markers."""
     found = {name: results["rows"][name] for name in makers()}
     fill_page(DOCS / "quantisation.md", "grids", measured_on(results["environment"], "grids"), table(found).markdown())
 
 
 if __name__ == "__main__":
-    main()
+    start("grids", jobs, write_report)
