@@ -24,22 +24,23 @@ class Points:
         self.points = list(points)
 
     def find(self, method: str, budget: float | None, task: str, protocol: str | None = None) -> Pooled | None:
-        """The result of these, or None; of several sizes the largest."""
-        found = [
-            p
-            for p in self.points
-            if (p.method, p.task, p.protocol) == (method, task, protocol)
-            and (p.budget == budget if budget is None or p.budget is None else abs(p.budget - budget) < 1e-9)
-        ]
+        """Return the result of these, or None; of several sizes the largest."""
+        found = [p for p in self.points if (p.method, p.task, p.protocol) == (method, task, protocol)]
+        found = [p for p in found if p.budget == budget or (p.budget and budget and abs(p.budget - budget) < 1e-9)]
         return max(found, key=lambda p: p.size, default=None)
 
     def score(self, method: str, budget: float | None, protocol: str = IN_PREFILL, task: str = "lines") -> Value | None:
-        """The accuracy, if there is one."""
+        """Return the accuracy, if there is one."""
         point = self.find(method, budget, task, protocol)
         return None if point is None else point.score
 
+    def perplexity(self, method: str, budget: float) -> str:
+        """Format the perplexity of whole texts."""
+        point = self.find(method, budget, "perplexity")
+        return "–" if point is None or point.perplexity is None else f"{point.perplexity.mean:.2f}"
+
     def methods(self, *budgets: float | None) -> list[tuple[str, float | None]]:
-        """(method, budget) in order of first appearance, budget by budget."""
+        """Return (method, budget) in order of first appearance, budget by budget."""
         pairs = dict.fromkeys((p.method, p.budget) for p in self.points)
         return [pair for budget in budgets for pair in pairs if pair[1] == budget]
 
@@ -59,7 +60,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main_table(points: Points, pairs: Sequence[tuple[str, float | None]]) -> str:
-    """One row per method and budget: bytes, accuracies, perplexity and KL."""
+    """Make a row per method and budget: bytes, accuracies, perplexity and KL."""
     headings = (
         "cache", "meant to remove", "bytes per token", "of uncompressed", "lines, question in the prompt",
         "lines, context first", "needles, context first", "perplexity", "KL, nats",
@@ -68,10 +69,7 @@ def main_table(points: Points, pairs: Sequence[tuple[str, float | None]]) -> str
 
 
 def _main_row(points: Points, method: str, budget: float | None) -> list[str]:
-    lines, text = (
-        points.find(method, budget, "lines", IN_PREFILL),
-        points.find(method, budget, "continuation"),
-    )
+    lines, text = points.find(method, budget, "lines", IN_PREFILL), points.find(method, budget, "continuation")
     cache = lines or text
     return [
         method,
@@ -98,7 +96,7 @@ def verdict(better: Value | None, worse: Value | None) -> str:
 
 
 def orderings(points: Points) -> str:
-    """The paper's order at 80 %, in both protocols."""
+    """Hold the paper's order at 80 % against ours, in both protocols."""
     rows = [
         [f"{better} above {worse}", f"{PAPER_80[better]} > {PAPER_80[worse]} %", *_compared(points, better, worse)]
         for better, worse in itertools.pairwise((TRAINED, "ASVD", "H2O-like", "StreamingLLM"))
@@ -115,13 +113,13 @@ def _compared(points: Points, better: str, worse: str) -> list[str]:
 
 
 def windows(points: Points) -> str:
-    """Accuracy over the exact window at 80 %."""
+    """Show accuracy over the exact window at 80 %."""
     rows = [
         [
             str(window),
             f"{PAPER_WINDOWS[window]} %" if window in PAPER_WINDOWS else "–",
             *(percent(points.score(f"{name}, window {window}", 0.2)) for name in (TRAINED, "ASVD")),
-            *(_perplexity(points, f"{name}, window {window}", 0.2) for name in (TRAINED, "ASVD")),
+            *(points.perplexity(f"{name}, window {window}", 0.2) for name in (TRAINED, "ASVD")),
         ]
         for window in WINDOWS
     ]
@@ -132,12 +130,12 @@ def windows(points: Points) -> str:
 
 
 def splits(points: Points) -> str:
-    """Accuracy over the split of a budget between keys and values, untrained."""
+    """Show accuracy over the split of a budget between keys and values, untrained."""
     rows = [
         [
             *(f"{100 * kept:g} %" for kept in (total, k, v)),
             percent(points.score(name, total)),
-            _perplexity(points, name, total),
+            points.perplexity(name, total),
         ]
         for (name, total), (k, v) in split_names().items()
     ]
@@ -145,13 +143,13 @@ def splits(points: Points) -> str:
 
 
 def quantisation(points: Points) -> str:
-    """4-bit latents, trained through the grid or not."""
+    """Compare 4-bit latents that were trained through the grid with others."""
     names = ("4 bits, post-training", "4 bits, QAT")
     rows = [
         [
             *(f"{100 * (1 - density):g} %", "0 %", f"{paper} %"),
             *(percent(points.score(name, density / 4)) for name in names),
-            *(_perplexity(points, name, density / 4) for name in names),
+            *(points.perplexity(name, density / 4) for name in names),
         ]
         for density, paper in PAPER_QAT.items()
     ]
@@ -160,8 +158,3 @@ def quantisation(points: Points) -> str:
         "post-training, perplexity", "QAT, perplexity",
     )  # fmt: skip
     return table(headings, rows)
-
-
-def _perplexity(points: Points, method: str, budget: float) -> str:
-    point = points.find(method, budget, "perplexity")
-    return "–" if point is None or point.perplexity is None else f"{point.perplexity.mean:.2f}"
