@@ -200,22 +200,20 @@ def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], s
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Speed and bytes over the uncompressed cache's; on a GPU, tokens per second too."""
+    """Show speed and bytes over the uncompressed cache's; on a GPU, tokens per second too."""
     rows = sorted(results["rows"].values(), key=lambda row: (row["batch"], row["tokens"]))
-    cells = []
-    for name in METHODS:
-        shown = []
-        for row in rows:
-            own, base = row["methods"].get(name), row["methods"][UNCOMPRESSED]
-            if own is None:
-                shown.append("")
-                continue
-            speed, other = own["tokens_per_second"]["median"], base["tokens_per_second"]["median"]
-            absolute = f", {speed:.0f}/s" if results["settings"]["device"] == "cuda" else ""
-            shown.append(f"{speed / other:.2f}x{absolute} ({own['nbytes'] / base['nbytes']:.0%})")
-        cells.append((name, *shown))
+
+    def show(row: Row, name: str) -> str:
+        own, base = row["methods"].get(name), row["methods"][UNCOMPRESSED]
+        if own is None:
+            return ""
+        speed, other = own["tokens_per_second"]["median"], base["tokens_per_second"]["median"]
+        absolute = f", {speed:.0f}/s" if results["settings"]["device"] == "cuda" else ""
+        return f"{speed / other:.2f}x{absolute} ({own['nbytes'] / base['nbytes']:.0%})"
+
+    cells = [(name, *(show(row, name) for row in rows)) for name in METHODS]
     title = f"Tokens per second over {UNCOMPRESSED} (bytes over its bytes)"
-    return Table(title, ("cache", *(f"batch {row['batch']}, {row['tokens']}" for row in rows)), tuple(cells))
+    return Table(title, ("cache", *(f"batch {row['batch']}, {row['tokens']}" for row in rows)), cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -62,11 +62,6 @@ class Run:
         self.decode: dict[str, Any] = {"environment": where, "settings": settings.to_dict(), "rows": {}}
         self.wrong = False
 
-    def save(self) -> None:
-        """Both files."""
-        for name, results in (("gpu.json", self.found), ("decode.json", self.decode)):
-            write_results(self.out / name, results)
-
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         """Time a section, and keep its error instead of stopping."""
@@ -81,15 +76,12 @@ class Run:
             traceback.print_exc(limit=8)
         self.found["seconds"][name] = time.monotonic() - began
         print(f"{name}: {self.found['seconds'][name]:.1f} s", flush=True)
-        self.save()
-
-    @property
-    def is_late(self) -> bool:
-        return time.monotonic() > self.deadline
+        write_results(self.out / "gpu.json", self.found)
+        write_results(self.out / "decode.json", self.decode)
 
 
 def copy_bandwidth(device: torch.device, size: int) -> dict[str, Any]:
-    """Bytes per second of a copy, those read and those written."""
+    """Measure the bytes per second of a copy, those read and those written."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     stopwatch = Stopwatch(device)
     stopwatch.seconds(lambda: target.copy_(source))
@@ -97,7 +89,7 @@ def copy_bandwidth(device: torch.device, size: int) -> dict[str, Any]:
 
 
 def correctness(run: Run) -> list[str]:
-    """Every method at lengths that no tile divides, in every dtype, against a softmax in fp32."""
+    """Check every method at lengths that no tile divides, in every dtype, against a softmax in fp32."""
     passed = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         settings = replace(run.settings, dtype=dtype)
@@ -109,7 +101,7 @@ def correctness(run: Run) -> list[str]:
 
 
 def add_cell(run: Run, batch: int, tokens: int) -> None:
-    """A row of decode.json."""
+    """Measure a row of decode.json."""
     began = time.monotonic()
     row = measure(tokens, batch, run.settings)
     row["wall_seconds"] = time.monotonic() - began  # the first one tunes and compiles kernels
@@ -128,7 +120,7 @@ def calls_of(ready: dict[str, Method]) -> dict[str, Callable[[], object]]:
 
 
 def attention_calls(run: Run, batch: int, tokens: int) -> dict[str, Any]:
-    """The attention call alone, launched kernel by kernel and replayed as a CUDA graph; bytes per second of both."""
+    """Time the attention call alone, launched kernel by kernel and replayed as a CUDA graph."""
     copy = run.found["copy_bytes_per_second"]["median"]
     stopwatch, found = Stopwatch(run.settings.device), {}
     with torch.inference_mode():
@@ -148,7 +140,7 @@ def attention_calls(run: Run, batch: int, tokens: int) -> dict[str, Any]:
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a call's kernels."""
+    """Capture a call's kernels as a CUDA graph, and return its replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -198,7 +190,7 @@ def plans(variant: dict[str, int]) -> Iterator[list[Plan]]:
 
 
 def fastest(found: dict[str, Any]) -> list[str]:
-    """One line per method: the best plan, and what it saves."""
+    """Return a line per method: the best plan, and what it saves."""
     lines = []
     for name, by_plan in found.items():
         best = min(by_plan, key=lambda label: by_plan[label]["median"])
@@ -208,7 +200,7 @@ def fastest(found: dict[str, Any]) -> list[str]:
 
 
 def profile(run: Run, batch: int, tokens: int) -> str:
-    """The kernels that a step spends its time in."""
+    """Show the kernels that a step spends its time in."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
@@ -229,7 +221,7 @@ def profile(run: Run, batch: int, tokens: int) -> str:
 
 
 def print_calls(found: dict[str, Any]) -> None:
-    """One line per method."""
+    """Print a line per method."""
     for point, by_name in found.items():
         for name, own in by_name.items():
             graph = own.get("graph", {}).get("median", float("nan"))
@@ -240,7 +232,7 @@ def print_calls(found: dict[str, Any]) -> None:
 
 
 def everything(run: Run, goal_tokens: int, lengths: Sequence[int], copied: int) -> None:
-    """All sections, the most important first."""
+    """Run all sections, the most important first."""
     device = run.settings.device
     with run.section("copy bandwidth"):
         run.found["copy_bytes_per_second"] = copy_bandwidth(device, copied)
@@ -262,7 +254,7 @@ def everything(run: Run, goal_tokens: int, lengths: Sequence[int], copied: int) 
         write_text(run.out / "profile.txt", profile(run, 1, goal_tokens))
     for batch in BATCHES:
         for tokens in lengths:
-            if run.is_late:
+            if time.monotonic() > run.deadline:
                 run.found["errors"][f"sweep, {batch} x {tokens}"] = "no time left"
             elif f"{batch} x {tokens}" not in run.decode["rows"]:
                 with run.section(f"sweep, {batch} x {tokens}"):
