@@ -15,6 +15,7 @@ from typing import Any
 if "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
 from pages import Table
 
 from cskv.evaluation.environment import environment
@@ -84,8 +85,6 @@ def parser(doc: str | None, quick: str, methods: Sequence[str] = ()) -> argparse
 
     Given `methods`, it also takes which of them are run, where, how, and on what cells.
     """
-    import torch
-
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help=quick)
     made.add_argument("--out", type=Path, help="the results file; what it holds is not measured again")
@@ -104,15 +103,12 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None, script
 
     Lengths and batch sizes that were not given are those of `sizes`, "quick" or "whole".
     """
-    import torch
-
     asked = made.parse_args(arguments)
     if asked.threads:
         torch.set_num_threads(asked.threads)
     lengths, batches = sizes["quick" if asked.quick else "whole"]
     asked.cells = [(batch, tokens) for batch in asked.batches or batches for tokens in asked.lengths or lengths]
-    quick, whole = ROOT / "outputs" / f"{script}-quick.json", RESULTS / f"{script}.json"
-    asked.out = asked.out or (quick if asked.quick else whole)
+    asked.out = asked.out or (ROOT / "outputs" / f"{script}-quick.json" if asked.quick else RESULTS / f"{script}.json")
     return asked
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from decode_problem import GROUP, KINDS, WINDOW, Problem
+from decode_timing import Stopwatch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
@@ -66,7 +66,7 @@ class Method:
 
     def nbytes(self) -> int:
         """Count the bytes of the cache that are really allocated."""
-        raise NotImplementedError
+        return 0
 
     def read_nbytes(self) -> int:
         """Count the bytes of the cache that a step has to read."""
@@ -161,20 +161,13 @@ class BestUncompressed(Method):
 
     def _seconds(self, attend: Callable[..., Tensor]) -> float:
         """Return the median of a few runs between which other memory was read, as between steps that take turns."""
-        seconds, others = [], torch.zeros(FLUSH // 4, dtype=torch.float32, device=self.problem.device)
+        seconds, stopwatch = [], Stopwatch(self.problem.device)
+        others = torch.zeros(FLUSH // 4, dtype=torch.float32, device=self.problem.device)
         keys, values = (part[:, :, : self._length] for part in (self._keys, self._values))
         for _ in range(8):
             others += 1
-            self._wait()
-            began = time.perf_counter()
-            attend(self.problem.token.query, keys, values)
-            self._wait()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(stopwatch.seconds(partial(attend, self.problem.token.query, keys, values)))
         return statistics.median(seconds[1:])
-
-    def _wait(self) -> None:
-        if self.problem.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 class Quantized(TransformersSdpa):
@@ -269,9 +262,6 @@ class CosAndSin(Method):
 
     def step(self) -> Tensor:
         return self.problem.positions.make(self.problem.tokens)[0]
-
-    def nbytes(self) -> int:
-        return 0
 
     def read_nbytes(self) -> int:
         return 0

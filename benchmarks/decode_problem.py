@@ -148,9 +148,9 @@ class Problem:
         k, v = self.factors.k.rank, self.factors.v.rank
         return Grid.uniform(k, bits, (GROUP, 1)), Grid.uniform(v, bits, (1, 32))
 
-    def meant(self) -> tuple[Tensor, Tensor]:
-        """Rebuild the last sequence in fp32, the token to come included: two of (1, kv_heads, tokens, head_dim)."""
-        return self.rebuilt(*self._last_row)
+    def truth(self) -> Tensor:
+        """Attend to the exact keys and values of the last sequence in fp32: (q_heads, head_dim)."""
+        return self.softmax(*self.rebuilt(*self._last_row))
 
     def rebuilt(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Rebuild keys and values from latents of the first tokens, in fp32."""

@@ -47,21 +47,15 @@ TOLERANCE = 0.05  # of logits in bfloat16, root mean square over that of the ref
 
 @dataclass(frozen=True)
 class Settings:
-    """The model, and how long each cache decodes.
-
-    Attributes:
-        hidden, layers, heads, kv_heads, vocabulary: of the model.
-        steps, rounds: tokens of a stretch, and stretches; caches take turns with stretches.
-        backend: what attends to latents.
-    """
+    """The model, how long each cache decodes, where, and what attends to latents."""
 
     hidden: int = 1024
     layers: int = 4
     heads: int = 16
     kv_heads: int = 16
     vocabulary: int = 11_264
-    steps: int = 16
-    rounds: int = 4
+    steps: int = 16  # tokens of a stretch
+    rounds: int = 4  # stretches; caches take turns with them
     device: str = "cpu"
     backend: str = "auto"
 
@@ -157,11 +151,7 @@ class Runner:
 
 
 def check(runners: dict[str, Runner]) -> dict[str, float]:
-    """Return the error of every method's logits, after a short prompt.
-
-    Raises:
-        Wrong: it is larger than rounding explains.
-    """
+    """Return the error of every method's logits after a short prompt; raise `Wrong` if rounding does not explain it."""
     ids = torch.randint(3, 100, (1, CHECKED), generator=torch.Generator().manual_seed(1))
     errors = {name: runner.error(ids) for name, runner in runners.items()}
     for name, error in errors.items():
@@ -173,11 +163,7 @@ def check(runners: dict[str, Runner]) -> dict[str, float]:
 
 
 def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], settings: Settings) -> Row:
-    """Measure a row: all methods after a prompt of one length.
-
-    Raises:
-        Wrong: a method's logits are.
-    """
+    """Measure a row: all methods after a prompt of one length; raise `Wrong` if a method's logits are."""
     row: Row = {"tokens": tokens, "batch": batch, "methods": {}}
     prompt = torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(0))
     ready = runners()

@@ -152,11 +152,7 @@ def sdpa(requests: Requests) -> Method:
 
 
 def flash(requests: Requests) -> Method:
-    """Attend by vLLM to a cache in pages.
-
-    Raises:
-        ImportError: vLLM is not installed.
-    """
+    """Attend by vLLM, which may not be there to be imported, to a cache in pages."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
     from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
 
@@ -197,8 +193,7 @@ def methods(requests: Requests) -> dict[str, Method | str]:
 def check(name: str, method: Method, requests: Requests) -> float:
     """Return the largest error of the shortest and the longest request, as a share of the output.
 
-    Raises:
-        Wrong: it is further off than rounding explains.
+    It raises `Wrong` if rounding does not explain that.
     """
     output, lengths = method.step(), requests.lengths
     errors = []
@@ -211,11 +206,7 @@ def check(name: str, method: Method, requests: Requests) -> float:
 
 
 def measure(batch: int, context: int, mixed: bool, block_size: int, device: torch.device, shape: Shape = SHAPE) -> Row:
-    """Measure a row: all methods on one batch.
-
-    Raises:
-        Wrong: a method's output is.
-    """
+    """Measure a row: all methods on one batch; raise `Wrong` if a method's output is."""
     least = context // 8 if mixed and batch > 1 else context
     lengths = [context - (context - least) * row // max(1, batch - 1) for row in range(batch)]
     row: Row = {"batch": batch, "context": context, "mixed": mixed, "rank": shape.rank("joint"), "methods": {}}

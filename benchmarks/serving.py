@@ -170,11 +170,7 @@ def _logprobs(model: Any) -> list[float]:
 
 
 def measure(tokens: int, fit: int, folders: dict[str, Path], expected: dict[str, list[float]], per_token: int) -> Row:
-    """Measure a row: all methods with a pool in which `fit` uncompressed requests have room.
-
-    Raises:
-        Wrong: what a method computes is off.
-    """
+    """Measure a row: all methods with a pool in which `fit` uncompressed requests fit; raise `Wrong` if one is off."""
     options = {"kv_cache_memory_bytes": (fit * (tokens + ROOM) + 256) * per_token, "max_model_len": tokens + ROOM}
     engines = {name: Engine(folder, options | {"max_num_seqs": MOST}) for name, folder in folders.items()}
     row: Row = {"tokens": tokens, "fit": fit, "pool_bytes": options["kv_cache_memory_bytes"], "methods": {}}
