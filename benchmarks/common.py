@@ -27,6 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]
 Jobs = Mapping[str, Callable[[], Row]]
+Show = Callable[[dict[str, Any]], Sequence[Table]]
 Sizes = tuple[Sequence[int], Sequence[int]]  # lengths and batches
 
 
@@ -55,13 +56,7 @@ def measure_missing(path: Path, results: dict[str, Any], jobs: Jobs, methods: Co
         write_results(path, results)
 
 
-def run(
-    path: Path,
-    settings: Row,
-    jobs: Jobs,
-    show: Callable[[dict[str, Any]], Sequence[Table]],
-    methods: Collection[str] = (),
-) -> int:
+def run(path: Path, settings: Row, jobs: Jobs, show: Show, methods: Collection[str] = ()) -> int:
     """Measure what a file of the same settings lacks, rows or `methods` of a row, and print what `show` makes of it.
 
     A job raises `Wrong` if an output is. The exit code is returned.

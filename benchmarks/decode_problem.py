@@ -29,17 +29,12 @@ ROOM = 256  # tokens that may be appended
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention layer, 8B-shaped unless told otherwise.
-
-    Attributes:
-        q_heads, kv_heads, head_dim: of the layer.
-        density: share of the channels that is kept.
-    """
+    """One attention layer, 8B-shaped unless told otherwise."""
 
     q_heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    density: float = 0.2
+    density: float = 0.2  # share of the channels that is kept
 
     @property
     def kv_dim(self) -> int:

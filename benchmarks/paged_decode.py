@@ -43,17 +43,11 @@ GROUP = 32  # tokens of a key group
 
 @dataclass(frozen=True)
 class Method:
-    """One way to attend, to be timed.
+    """One way to attend, to be timed."""
 
-    Attributes:
-        step: one attention, (batch, q_heads, 1, head_dim).
-        nbytes: of the cache that it reads.
-        latents: of keys and of values, (batch, tokens, rank), that it means.
-    """
-
-    step: Callable[[], Tensor]
-    nbytes: int
-    latents: Sequence[Tensor]
+    step: Callable[[], Tensor]  # one attention, (batch, q_heads, 1, head_dim)
+    nbytes: int  # of the cache that it reads
+    latents: Sequence[Tensor]  # of keys and of values, (batch, tokens, rank), that it means
 
 
 class Requests:

@@ -41,22 +41,14 @@ TEXTS, TEXT_TOKENS = 12, 1024
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to make an adapter.
+    """One way to make an adapter."""
 
-    Attributes:
-        settings: of `CSKVConfig`, besides window and group.
-        allocated: ranks are dealt out by sensitivity within the density.
-        ratio: the byte budget of mixed widths.
-        training, samples: gradient training that follows, and on how many samples.
-        calibration: samples of calibration text.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    allocated: bool = False
-    ratio: float | None = None
-    training: TrainingSettings | None = None
-    samples: int = 0
-    calibration: int = CALIBRATION_SAMPLES
+    settings: dict[str, Any] = field(default_factory=dict)  # of `CSKVConfig`, besides window and group
+    allocated: bool = False  # ranks are dealt out by sensitivity within the density
+    ratio: float | None = None  # the byte budget of mixed widths
+    training: TrainingSettings | None = None  # gradient training that follows
+    samples: int = 0  # of training text
+    calibration: int = CALIBRATION_SAMPLES  # samples of calibration text
 
     @property
     def config(self) -> cskv.CSKVConfig:

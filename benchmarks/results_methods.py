@@ -120,7 +120,8 @@ def ablation_methods(workshop: Workshop) -> Methods:
     makers = {TRAINED: partial(workshop.trained, 0.2), "ASVD": partial(workshop.untrained, "asvd", 0.2, 0.2)}
     for name, make in makers.items():
         for window in WINDOWS:
-            _add(found, f"{name}, window {window}", 0.2, partial(_windowed, make, window), window=window)
+            windowed = lambda make=make, window=window: make().with_settings(window=window)  # noqa: E731 (short)
+            _add(found, f"{name}, window {window}", 0.2, windowed, window=window)
     for (name, total), (k, v) in split_names().items():
         _add(found, name, total, partial(workshop.untrained, "asvd", k, v), k_density=k, v_density=v)
     for density in (0.5, 0.4, 0.3, 0.2):
@@ -128,10 +129,6 @@ def ablation_methods(workshop: Workshop) -> Methods:
         _add(found, "4 bits, post-training", kept, afterwards, density=density)
         _add(found, "4 bits, QAT", kept, partial(workshop.trained, density, 4), density=density)
     return found
-
-
-def _windowed(make: Callable[[], CSKVAdapter], window: int) -> CSKVAdapter:
-    return make().with_settings(window=window)
 
 
 def _add(found: Methods, name: str, budget: float, make: Callable[[], CSKVAdapter], **facts: Any) -> None:

@@ -156,16 +156,9 @@ def checkpoints(folder: Path, settings: Settings) -> tuple[dict[str, Path], dict
 def _logprobs(model: Any) -> list[float]:
     """Return those of the tokens that are chosen after the prompt that is checked."""
     prompt = torch.tensor([CHECK])
-    output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=4,
-        do_sample=False,
-        output_scores=True,
-        return_dict_in_generate=True,
-        pad_token_id=0,
-        eos_token_id=[],
-    )
+    greedy = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True, "eos_token_id": []}
+    mask = torch.ones_like(prompt)
+    output = model.generate(prompt, attention_mask=mask, max_new_tokens=4, pad_token_id=0, **greedy)
     return [float(torch.log_softmax(scores[0].float(), -1).max()) for scores in output.scores]
 
 
