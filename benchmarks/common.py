@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Threads that spin while they wait halve the speed of whatever else runs on the machine. The variable is read as torch
+# is loaded; scripts that measure speed do that before, and spin.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
 from pages import Table
 
 from cskv.evaluation.environment import environment
@@ -20,6 +27,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]
 Jobs = Mapping[str, Callable[[], Row]]
+Show = Callable[[dict[str, Any]], Sequence[Table]]
+Sizes = tuple[Sequence[int], Sequence[int]]  # lengths and batches
 
 
 class Wrong(Exception):
@@ -47,21 +56,10 @@ def measure_missing(path: Path, results: dict[str, Any], jobs: Jobs, methods: Co
         write_results(path, results)
 
 
-def run(
-    path: Path,
-    settings: Row,
-    jobs: Jobs,
-    show: Callable[[dict[str, Any]], Sequence[Table]],
-    methods: Collection[str] = (),
-) -> int:
-    """Measure what a file lacks and print its tables; return the exit code.
+def run(path: Path, settings: Row, jobs: Jobs, show: Show, methods: Collection[str] = ()) -> int:
+    """Measure what a file of the same settings lacks, rows or `methods` of a row, and print what `show` makes of it.
 
-    Args:
-        path: the results file. One of other settings is left alone.
-        settings: what all rows of the file share.
-        jobs: name of a row -> how it is measured; it raises `Wrong` if an output is.
-        show: makes the tables of results.
-        methods: that a row has to have.
+    A job raises `Wrong` if an output is. The exit code is returned.
     """
     results = read_results(path)
     if results.setdefault("settings", settings) != settings:
@@ -77,27 +75,36 @@ def run(
     return 0
 
 
-def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark of speed.
+def parser(doc: str | None, quick: str, methods: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark of speed; `quick` says what `--quick` does.
 
-    Args:
-        doc: the script's docstring.
-        quick: what `--quick` does.
+    Given `methods`, it also takes which of them are run, where, how, and on what cells.
     """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help=quick)
     made.add_argument("--out", type=Path, help="the results file; what it holds is not measured again")
+    if methods:
+        made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        made.add_argument("--backend", default="auto", help="what attends to latents: auto, triton, torch, reference")
+        made.add_argument("--threads", type=int, help="of PyTorch; all cores when not given")
+        made.add_argument("--methods", nargs="+", default=methods, choices=methods, metavar="METHOD")
+        made.add_argument("--lengths", type=int, nargs="+", help="cached tokens of each sequence")
+        made.add_argument("--batches", type=int, nargs="+", help="sequences")
     return made
 
 
-def add_method_options(made: argparse.ArgumentParser, methods: Sequence[str]) -> None:
-    """Add what decides where and how methods are run, and which of them."""
-    import torch
+def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None, script: str, **sizes: Sizes) -> Any:
+    """Parse the arguments of a benchmark with methods. `cells` takes (batch, tokens), `out` the results file.
 
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--backend", default="auto", help="what attends to latents: auto, triton, torch, reference")
-    made.add_argument("--threads", type=int, help="of PyTorch; all cores when not given")
-    made.add_argument("--methods", nargs="+", default=methods, choices=methods, metavar="METHOD")
+    Lengths and batch sizes that were not given are those of `sizes`, "quick" or "whole".
+    """
+    asked = made.parse_args(arguments)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    lengths, batches = sizes["quick" if asked.quick else "whole"]
+    asked.cells = [(batch, tokens) for batch in asked.batches or batches for tokens in asked.lengths or lengths]
+    asked.out = asked.out or (ROOT / "outputs" / f"{script}-quick.json" if asked.quick else RESULTS / f"{script}.json")
+    return asked
 
 
 def _with_bar(names: Sequence[str]) -> Iterator[str]:

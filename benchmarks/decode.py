@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, Row, Wrong, add_method_options, parser, run
+from common import Row, Wrong, parse, parser, run
 from decode_methods import BEST, SDPA, Method, Ours, Skipped, methods
 from decode_problem import KINDS, Problem, Shape
 from decode_tables import tables
@@ -35,23 +35,15 @@ CACHES = 8  # uncompressed caches that all methods of a row and what they make i
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run.
-
-    Attributes:
-        shape: of the layer.
-        dtype, device, backend: of the layer, and what attends to latents.
-        names: the methods.
-        budget: seconds that a method may be timed for, in a row.
-        least, most: repeats.
-    """
+    """Settings of a run: the layer, what attends to latents, the methods, and how long each is timed in a row."""
 
     shape: Shape
     dtype: torch.dtype
     device: torch.device
     backend: str
     names: tuple[str, ...]
-    budget: float = 0.4
-    least: int = 3
+    budget: float = 0.4  # seconds
+    least: int = 3  # repeats
     most: int = 64
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,11 +53,7 @@ class Settings:
 
 
 def measure(tokens: int, batch: int, settings: Settings) -> Row:
-    """Measure a row: all methods at one length and batch size.
-
-    Raises:
-        Wrong: a method's output is.
-    """
+    """Measure a row: all methods at one length and batch size; raise `Wrong` if a method's output is."""
     row: Row = {"tokens": tokens, "batch": batch}
     if reason := too_large(tokens * batch, settings.shape, settings.dtype, settings.device):
         return row | {"skipped": reason}
@@ -75,12 +63,11 @@ def measure(tokens: int, batch: int, settings: Settings) -> Row:
         stopwatch = Stopwatch(settings.device)
         found = take_turns(steps, stopwatch, settings.budget, settings.least, settings.most)
         for name, seconds in found.items():
-            row["methods"][name]["seconds"] = summary(seconds)
-            row["methods"][name]["nbytes"] = ready[name].nbytes()
-            row["methods"][name]["read_nbytes"] = ready[name].read_nbytes()
-            if isinstance(ready[name], Ours):
-                row["methods"][name]["workspace_nbytes"] = ready[name].scratch.nbytes()
-    del ready, steps
+            method, own = ready[name], row["methods"][name]
+            own |= {"seconds": summary(seconds), "nbytes": method.nbytes(), "read_nbytes": method.read_nbytes()}
+            if isinstance(method, Ours):
+                own["workspace_nbytes"] = method.scratch.nbytes()
+    del ready, steps, method
     gc.collect()
     if settings.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -90,8 +77,7 @@ def measure(tokens: int, batch: int, settings: Settings) -> Row:
 def too_large(tokens: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
     """Say why a row of so many tokens in all does not fit in memory; "" where it does."""
     needed, free = CACHES * 2 * shape.kv_dim * dtype.itemsize * tokens, free_bytes(device)
-    fits = needed <= free
-    return "" if fits else f"needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
+    return "" if needed <= free else f"needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
 
 
 def set_up(tokens: int, batch: int, settings: Settings) -> tuple[dict[str, Method], dict[str, Row]]:
@@ -102,9 +88,7 @@ def set_up(tokens: int, batch: int, settings: Settings) -> tuple[dict[str, Metho
         if not names:
             continue
         problem = Problem(kind, settings.shape, tokens, batch, settings.dtype, settings.device)
-        meant = problem.meant()
-        truth = problem.softmax(*meant)
-        del meant
+        truth = problem.truth()
         for name in names:
             try:
                 method = known[name][1](problem)
@@ -121,8 +105,7 @@ def set_up(tokens: int, batch: int, settings: Settings) -> tuple[dict[str, Metho
 def check(name: str, method: Method, problem: Problem, truth: Tensor) -> Row:
     """Compare the first step with one softmax in fp32 over what the method reads, for the last sequence of the batch.
 
-    Raises:
-        Wrong: it is further off than rounding explains, or few bits do.
+    It raises `Wrong` if that is further off than rounding explains, or few bits do.
     """
     output = method.step()
     if not method.is_checked:
@@ -134,8 +117,8 @@ def check(name: str, method: Method, problem: Problem, truth: Tensor) -> Row:
     if not error <= most or not deviation <= LARGEST_DEVIATION:
         raise Wrong(
             f"{name} at {problem.tokens} tokens, batch {problem.batch}: error {error:.3g} against a softmax in fp32 "
-            f"(at most {most:g}), {deviation:.3g} against the exact cache (at most "
-            f"{LARGEST_DEVIATION:g}); nothing is reported"
+            f"(at most {most:g}), {deviation:.3g} against the exact cache (at most {LARGEST_DEVIATION:g}); nothing is "
+            "reported"
         )
     return {"error": error, "deviation": deviation}
 
@@ -151,24 +134,15 @@ def _error(output: Tensor, expected: Tensor) -> float:
 
 def main(arguments: Sequence[str] | None = None, shape: Shape = Shape()) -> int:  # noqa: B008
     """Measure what is missing and print ratios."""
-    options = parser(__doc__, "1K and 2K tokens, batch 1 and 4, a few repeats")
-    add_method_options(options, list(methods()))
-    options.add_argument("--lengths", type=int, nargs="+", help="cached tokens (1K to 64K)")
-    options.add_argument("--batches", type=int, nargs="+", help="sequences (1, 4, 16)")
+    options = parser(__doc__, "1K and 2K tokens, batch 1 and 4, a few repeats", list(methods()))
     options.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     options.add_argument("--budget", type=float, default=0.4, help="seconds of timing per method and row")
-    asked = options.parse_args(arguments)
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
-    lengths = asked.lengths or ((1024, 2048) if asked.quick else LENGTHS)
-    batches = asked.batches or ((1, 4) if asked.quick else BATCHES)
+    asked = parse(options, arguments, "decode", whole=(LENGTHS, BATCHES), quick=((1024, 2048), (1, 4)))
     names = tuple(name for name in methods() if name in (SDPA, BEST, *asked.methods))
     repeats = {"budget": 0.05, "least": 2, "most": 4} if asked.quick else {"budget": asked.budget}
     settings = Settings(shape, getattr(torch, asked.dtype), torch.device(asked.device), asked.backend, names, **repeats)
-    path = asked.out or (ROOT / "outputs" / "decode-quick.json" if asked.quick else RESULTS / "decode.json")
-    cells = [(batch, tokens) for batch in batches for tokens in lengths]
-    jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, settings) for batch, tokens in cells}
-    return run(path, settings.to_dict(), jobs, tables, names)
+    jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, settings) for batch, tokens in asked.cells}
+    return run(asked.out, settings.to_dict(), jobs, tables, names)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from decode_problem import GROUP, KINDS, WINDOW, Problem
+from decode_timing import Stopwatch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
@@ -35,6 +35,13 @@ class Skipped(Exception):
     """This method cannot be measured here, and why."""
 
 
+def by_transformers(problem: Problem, keys: Tensor, values: Tensor) -> Tensor:
+    """Attend by transformers' sdpa attention function."""
+    scaling = problem.logits.scaling
+    attended, _ = sdpa_attention_forward(problem.stub, problem.token.query, keys, values, None, scaling=scaling)
+    return attended.transpose(1, 2)
+
+
 class Method:
     """One way to hold and read a layer's cache.
 
@@ -54,15 +61,15 @@ class Method:
         raise NotImplementedError
 
     def represented(self) -> Pair | None:
-        """Keys and values of the last sequence as they are read; None where they are the problem's up to rounding."""
+        """Return the last sequence's keys and values as they are read; None where they are the problem's, rounded."""
         return None
 
     def nbytes(self) -> int:
-        """Bytes of the cache, really allocated."""
-        raise NotImplementedError
+        """Count the bytes of the cache that are really allocated."""
+        return 0
 
     def read_nbytes(self) -> int:
-        """Bytes of the cache that a step has to read."""
+        """Count the bytes of the cache that a step has to read."""
         token = self.problem.token
         return (token.keys.nbytes + token.values.nbytes) * (self.problem.tokens + 1)
 
@@ -74,13 +81,10 @@ class TransformersSdpa(Method):
         super().__init__(problem)
         self._cache = DynamicCache()
         self._cache.update(problem.keys, problem.values, 0)
-        self._stub = problem.stub()
 
     def step(self) -> Tensor:
-        problem, token = self.problem, self.problem.token
-        keys, values = self._cache.update(token.keys, token.values, 0)
-        attend = partial(sdpa_attention_forward, scaling=problem.logits.scaling)
-        return attend(self._stub, token.query, keys, values, None)[0].transpose(1, 2)
+        token = self.problem.token
+        return by_transformers(self.problem, *self._cache.update(token.keys, token.values, 0))
 
     def nbytes(self) -> int:
         return allocated_bytes(self._cache)
@@ -102,10 +106,11 @@ class BestUncompressed(Method):
             "bmm over grouped heads": self._bmm,
             "bmm over the whole buffers": self._whole,
             "sdpa, query heads as queries": self._packed_sdpa,
-            "a product per kv head" if problem.device.type == "cpu" else "sdpa, enable_gqa": (
-                self._loop if problem.device.type == "cpu" else self._gqa
-            ),
         }
+        if problem.device.type == "cpu":
+            candidates["a product per kv head"] = self._loop
+        else:
+            candidates["sdpa, enable_gqa"] = self._gqa
         self.note = min(candidates, key=lambda name: self._seconds(candidates[name]))
         self._attend = candidates[self.note]
 
@@ -116,30 +121,31 @@ class BestUncompressed(Method):
         return self.attend_again()
 
     def attend_again(self) -> Tensor:
-        """The attention call alone."""
+        """Attend, and do nothing else."""
         keys, values = (part[:, :, : self._length] for part in (self._keys, self._values))
         return self._attend(self.problem.token.query, keys, values)
 
     def nbytes(self) -> int:
         return self._keys.nbytes + self._values.nbytes
 
+    def _grouped(self, query: Tensor) -> Tensor:
+        """Return scaled queries as (batch * kv_heads, queries of a kv head, head_dim)."""
+        groups = self._keys.shape[1]
+        return (query * self.problem.logits.scaling).view(-1, query.shape[1] // groups, query.shape[3])
+
     def _bmm(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        grouped = (query * self.problem.logits.scaling).view(-1, query.shape[1] // keys.shape[1], query.shape[3])
-        scores = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2))
-        weights = torch.softmax(scores, dim=-1)
-        return torch.bmm(weights, values.flatten(0, 1)).view_as(query)
+        scores = torch.bmm(self._grouped(query), keys.flatten(0, 1).transpose(1, 2))
+        return torch.bmm(torch.softmax(scores, dim=-1), values.flatten(0, 1)).view_as(query)
 
     def _whole(self, query: Tensor, keys: Tensor, _values: Tensor) -> Tensor:
         """As `_bmm`, on packed matrices: room that is not filled yet is computed too, and gets no weight."""
-        grouped = (query * self.problem.logits.scaling).view(-1, query.shape[1] // keys.shape[1], query.shape[3])
-        scores = torch.bmm(grouped, self._keys.flatten(0, 1).transpose(1, 2))
+        scores = torch.bmm(self._grouped(query), self._keys.flatten(0, 1).transpose(1, 2))
         scores[..., keys.shape[2] :] = -torch.inf
         return torch.bmm(torch.softmax(scores, dim=-1), self._values.flatten(0, 1)).view_as(query)
 
     def _loop(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """As `_bmm`, which on a CPU first copies matrices that are not packed together in memory."""
-        grouped = (query * self.problem.logits.scaling).view(-1, query.shape[1] // keys.shape[1], query.shape[3])
-        scores = torch.stack([torch.mm(q, k.T) for q, k in zip(grouped, keys.flatten(0, 1), strict=True)])
+        scores = torch.stack([torch.mm(q, k.T) for q, k in zip(self._grouped(query), keys.flatten(0, 1), strict=True)])
         weights = torch.softmax(scores, dim=-1)
         parts = [torch.mm(w, v) for w, v in zip(weights, values.flatten(0, 1), strict=True)]
         return torch.stack(parts).view_as(query)
@@ -154,21 +160,14 @@ class BestUncompressed(Method):
         return scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
 
     def _seconds(self, attend: Callable[..., Tensor]) -> float:
-        """The median of a few runs between which other memory was read, as between steps that take turns."""
-        seconds, others = [], torch.zeros(FLUSH // 4, dtype=torch.float32, device=self.problem.device)
+        """Return the median of a few runs between which other memory was read, as between steps that take turns."""
+        seconds, stopwatch = [], Stopwatch(self.problem.device)
+        others = torch.zeros(FLUSH // 4, dtype=torch.float32, device=self.problem.device)
         keys, values = (part[:, :, : self._length] for part in (self._keys, self._values))
         for _ in range(8):
             others += 1
-            self._wait()
-            began = time.perf_counter()
-            attend(self.problem.token.query, keys, values)
-            self._wait()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(stopwatch.seconds(partial(attend, self.problem.token.query, keys, values)))
         return statistics.median(seconds[1:])
-
-    def _wait(self) -> None:
-        if self.problem.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 class Quantized(TransformersSdpa):
@@ -188,7 +187,7 @@ class Quantized(TransformersSdpa):
         if backend == "hqq":
             self._cache.layers[0].quantizer = _without_search(self._cache.layers[0].quantizer)
         self._cache.update(problem.keys, problem.values, 0)
-        self._stub, self.note = problem.stub(), backend
+        self.note = backend
 
     def represented(self) -> Pair:
         layer, parts = self._cache.layers[0], []
@@ -218,13 +217,13 @@ class Ours(Method):
         return self.attend(self.append())
 
     def append(self) -> View:
-        """The token joins the cache."""
+        """Append the token to the cache."""
         token = self.problem.token
         self.view = self._store.append(token.k_latents, token.v_latents, token.keys, token.values)
         return self.view
 
     def attend(self, view: View) -> Tensor:
-        """The attention call alone."""
+        """Attend, and do nothing else."""
         query = self.problem.token.query
         return attention(query, self.problem.inputs(view), backend=self._backend, scratch=self.scratch)
 
@@ -252,10 +251,7 @@ class DenseRebuild(Ours):
     """All keys and values are rebuilt, rotated and joined with the window at every step, as the official code does."""
 
     def attend(self, view: View) -> Tensor:
-        problem = self.problem
-        keys, values = rebuilt(problem.inputs(view))
-        attend = partial(sdpa_attention_forward, scaling=problem.logits.scaling)
-        return attend(problem.stub(), problem.token.query, keys, values, None)[0].transpose(1, 2)
+        return by_transformers(self.problem, *rebuilt(self.problem.inputs(view)))
 
 
 class CosAndSin(Method):
@@ -266,9 +262,6 @@ class CosAndSin(Method):
 
     def step(self) -> Tensor:
         return self.problem.positions.make(self.problem.tokens)[0]
-
-    def nbytes(self) -> int:
-        return 0
 
     def read_nbytes(self) -> int:
         return 0

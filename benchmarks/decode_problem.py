@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from cskv.attention.inputs import AttentionInputs, Logits, Rotation, split_heads
 from cskv.cache.positions import PositionTable
@@ -29,29 +29,24 @@ ROOM = 256  # tokens that may be appended
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention layer, 8B-shaped unless told otherwise.
-
-    Attributes:
-        q_heads, kv_heads, head_dim: of the layer.
-        density: share of the channels that is kept.
-    """
+    """One attention layer, 8B-shaped unless told otherwise."""
 
     q_heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    density: float = 0.2
+    density: float = 0.2  # share of the channels that is kept
 
     @property
     def kv_dim(self) -> int:
         return self.kv_heads * self.head_dim
 
     def rank(self, kind: str) -> int:
-        """Latents per token: a whole number per group, and whole pairs where factors commute with RoPE."""
+        """Return the latents per token: a whole number per group, and whole pairs where factors commute with RoPE."""
         parts = {"grouped": GROUPS, "commuting": 2}.get(kind, 1)
         return round(self.density * self.kv_dim) // parts * parts
 
     def config(self) -> LlamaConfig:
-        """Return that of a model with one such layer."""
+        """Return the configuration of a model with one such layer."""
         return LlamaConfig(
             hidden_size=self.q_heads * self.head_dim,
             num_hidden_layers=1,
@@ -63,12 +58,9 @@ class Shape:
         )
 
 
-def rotate(heads: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Llama's RoPE on (batch, kv_heads, tokens, head_dim)."""
-    if cos is None or sin is None:
-        raise ValueError("there is no rotation")
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (batch, kv_heads, tokens, head_dim) by Llama's RoPE."""
+    return heads * cos[:, None] + rotate_half(heads) * sin[:, None]
 
 
 class Positions:
@@ -82,20 +74,16 @@ class Positions:
         self._head_dim = shape.head_dim
 
     def make(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin of the first tokens, made anew."""
+        """Make cos and sin of the first tokens anew."""
         return self._rope.cos_sin(self._table.read(0, length), self._like)
 
     def rope(self, sealed: int) -> Rotation:
         """Return the rotation of keys that were rebuilt from latents."""
         return Rotation(self.cos[:, :sealed], self.sin[:, :sealed], self.heads, is_plain=True)
 
-    def heads(self, channels: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        """From rebuilt channels to rotated keys."""
+    def heads(self, channels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn rebuilt channels into rotated keys."""
         return rotate(split_heads(channels, self._head_dim), cos, sin)
-
-    def nbytes(self) -> int:
-        """Count the bytes of cos and sin."""
-        return self.cos.nbytes + self.sin.nbytes
 
 
 @dataclass(frozen=True)
@@ -115,22 +103,19 @@ class Problem:
     Attributes:
         token: the one to come; every step appends it again, which changes no timing.
         factors, logits, positions: of the layer.
+        stub: what transformers' attention functions read of a module.
         keys, values, k_latents, v_latents: of the cached tokens; let go by `forget` once all caches are filled.
     """
 
     def __init__(
-        self, kind: str, shape: Shape, tokens: int, batch: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+        self, kind: str, shape: Shape, tokens: int, batch: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.kind, self.shape, self.tokens, self.batch, self.dtype, self.device = (
-            kind,
-            shape,
-            tokens,
-            batch,
-            dtype,
-            device,
-        )
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self.kind, self.shape, self.tokens, self.batch = kind, shape, tokens, batch
+        self.dtype, self.device = dtype, device
+        self._generator = torch.Generator(device).manual_seed(0)
         self.logits = Logits(shape.head_dim**-0.5)
+        groups = shape.q_heads // shape.kv_heads
+        self.stub = SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)
         self.factors = LayerFactors(self._factors(kind), self._factors(kind if kind != "commuting" else "joint"))
         self.positions = Positions(shape, tokens, torch.empty(0, dtype=dtype, device=device))
         k, v = (self._normal(batch, tokens + 1, part.rank) for part in (self.factors.k, self.factors.v))
@@ -152,28 +137,23 @@ class Problem:
         del self.keys, self.values, self.k_latents, self.v_latents
 
     def grids(self, bits: int) -> tuple[Grid | None, Grid | None]:
-        """KIVI's layout of few-bit latents; none at 16 bits."""
+        """Return KIVI's layout of few-bit latents; none at 16 bits."""
         if bits == 16:
             return None, None
         k, v = self.factors.k.rank, self.factors.v.rank
         return Grid.uniform(k, bits, (GROUP, 1)), Grid.uniform(v, bits, (1, 32))
 
-    def stub(self) -> SimpleNamespace:
-        """Return an object with the attributes that transformers' attention functions read of a module."""
-        groups = self.shape.q_heads // self.shape.kv_heads
-        return SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)
-
-    def meant(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the last sequence in fp32, the token to come included: (1, kv_heads, tokens, dim)."""
-        return self.rebuilt(*self._last_row)
+    def truth(self) -> Tensor:
+        """Attend to the exact keys and values of the last sequence in fp32: (q_heads, head_dim)."""
+        return self.softmax(*self.rebuilt(*self._last_row))
 
     def rebuilt(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values from latents of the first tokens, in fp32."""
+        """Rebuild keys and values from latents of the first tokens, in fp32."""
         factors = self.factors.to(dtype=torch.float32)
         return self._rotated(self._heads(factors.k, k.float())), self._heads(factors.v, v.float())
 
     def softmax(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Plain attention of the last sequence's query in fp32, (q_heads, head_dim)."""
+        """Attend plainly with the last sequence's query in fp32: (q_heads, head_dim)."""
         query = self.token.query[-1].float().view(self.shape.kv_heads, -1, self.shape.head_dim)
         weights = torch.softmax(query @ keys[0].float().transpose(1, 2) * self.logits.scaling, dim=-1)
         return (weights @ values[0].float()).flatten(0, 1)
@@ -182,9 +162,8 @@ class Problem:
         """Commuting factors rebuild keys that are rotated already."""
         if self.kind == "commuting":
             return heads
-        length = heads.shape[2]
-        cos, sin = (part[:, :length].to(heads.dtype) for part in (self.positions.cos, self.positions.sin))
-        return rotate(heads, cos, sin)
+        turned = self.positions.rope(heads.shape[2])
+        return rotate(heads, turned.cos.to(heads.dtype), turned.sin.to(heads.dtype))
 
     def _heads(self, factors: Factors, latents: Tensor) -> Tensor:
         return split_heads(factors.expand(latents), self.shape.head_dim).contiguous()

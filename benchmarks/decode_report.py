@@ -13,10 +13,9 @@ from typing import Any
 
 import generation
 from common import RESULTS, read_results
-from decode_goals import cpu_goals, gpu_goals
 from decode_methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA, methods
-from decode_tables import batches, measured, median, tables
-from pages import DOCS, fill_page, measured_on
+from decode_tables import batches, cpu_goals, gpu_goals, measured, median, tables
+from pages import DOCS, Table, fill_page, measured_on
 
 from cskv.plots.style import COLOURS, MARKERS, new_figure, save, styled
 
@@ -24,31 +23,28 @@ PAGE = DOCS / "decode-speed.md"
 COLOUR_OF = {SDPA: 0, BEST: 0, QUANTIZED: 5, DENSE: 3, "joint": 1, "grouped": 4, "commuting": 2}
 
 
-def write_report(decode: dict[str, Any], generated: dict[str, Any], page: Path = PAGE) -> None:
-    """Fill the page, and draw the figure beside it. What was measured on a GPU has its own place."""
+def write_report(decode: dict[str, Any], generated: dict[str, Any], page: Path = PAGE) -> Table:
+    """Fill the page, and draw the figure beside it; return the goals. What was measured on a GPU has its own place."""
     if not decode["rows"]:
         raise SystemExit("nothing was measured yet; run benchmarks/decode.py first")
-    is_gpu = decode["settings"]["device"] == "cuda"
+    settings, shape = decode["settings"], decode["settings"]["shape"]
+    is_gpu = settings["device"] == "cuda"
     script, figure = ("gpu", "decode-speed-gpu.png") if is_gpu else ("decode", "decode-speed.png")
-    parts = [measured_on(decode["environment"], script), _settings(decode)]
-    parts.append((gpu_goals(decode) if is_gpu else cpu_goals(decode, generated)).markdown())
-    parts += [table.markdown() for table in tables(decode)]
+    layer = (
+        f"{shape['q_heads']} query heads, {shape['kv_heads']} kv heads, head_dim {shape['head_dim']}, "
+        f"{settings['dtype']}, {100 * (1 - shape['density']):.0f} % of the channels left out."
+    )
+    goals = gpu_goals(decode) if is_gpu else cpu_goals(decode, generated)
+    parts = [measured_on(decode["environment"], script), layer]
+    parts += [table.markdown() for table in (goals, *tables(decode))]
     if generated["rows"] and is_gpu:
         parts.append(generation.table(generated).markdown())
     elif generated["rows"]:
         where = measured_on(generated["environment"], "generation")
         fill_page(page, "generation", where, generation.table(generated).markdown())
     draw(decode, page.parent / "figures" / figure)
-    parts.append(f"![Time and bytes over the cached tokens](figures/{figure})")
-    fill_page(page, script, *parts)
-
-
-def _settings(decode: dict[str, Any]) -> str:
-    shape, settings = decode["settings"]["shape"], decode["settings"]
-    return (
-        f"{shape['q_heads']} query heads, {shape['kv_heads']} kv heads, head_dim {shape['head_dim']}, "
-        f"{settings['dtype']}, {100 * (1 - shape['density']):.0f} % of the channels left out."
-    )
+    fill_page(page, script, *parts, f"![Time and bytes over the cached tokens](figures/{figure})")
+    return goals
 
 
 @styled
@@ -77,15 +73,12 @@ def _panels(above: Any, below: Any, decode: dict[str, Any], batch: int, is_gpu: 
         own = [row for row in rows if median(row, name) is not None]
         if name == POSITIONS or not own:
             continue
-        kind, packed = name.removesuffix(", 4 bits"), name.endswith("4 bits") and name != QUANTIZED
-        index = COLOUR_OF[kind]
-        style = {
-            "color": COLOURS[index],
-            "marker": MARKERS[index] if name != BEST else "x",
-            "linestyle": "--" if packed or name == BEST else "-",
-            "markersize": 5,
-            "linewidth": 1.5,
-        }
+        index = COLOUR_OF[name.removesuffix(", 4 bits")]
+        style = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5, "linewidth": 1.5}
+        if name == BEST:
+            style["marker"] = "x"
+        if name == BEST or name.endswith(", 4 bits"):
+            style["linestyle"] = "--"
         lengths = [row["tokens"] for row in own]
         above.plot(lengths, [(median(row, name) or 0.0) / unit for row in own], label=name, **style)
         below.plot(lengths, [row["methods"][name]["nbytes"] for row in own], **style)
@@ -112,9 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--generation", type=Path, default=RESULTS / "generation.json")
     parser.add_argument("--page", type=Path, default=PAGE, help="with the markers that are filled")
     asked = parser.parse_args(arguments)
-    decode, generated = read_results(asked.decode), read_results(asked.generation)
-    write_report(decode, generated, asked.page)
-    (gpu_goals(decode) if decode["settings"]["device"] == "cuda" else cpu_goals(decode, generated)).print()
+    write_report(read_results(asked.decode), read_results(asked.generation), asked.page).print()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of the decode benchmark's results."""
+"""Tables of the decode benchmark's results, and the goals that decoding was given: what was measured of each."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 
 from common import Row
 from decode_methods import BEST, POSITIONS, SDPA, methods
+from decode_problem import KINDS
 from decode_timing import slope
 from pages import Table
+
+K = 1024
+Found = float | None
 
 
 def measured(results: dict[str, Any], batch: int) -> list[Row]:
@@ -23,13 +27,12 @@ def batches(results: dict[str, Any]) -> list[int]:
     return sorted({row["batch"] for row in results["rows"].values() if "skipped" not in row})
 
 
-def median(row: Row, name: str) -> float | None:
+def median(row: Row, name: str) -> Found:
     """Return the seconds of a step; None where the method was skipped."""
-    seconds = row["methods"].get(name, {}).get("seconds")
-    return None if seconds is None else seconds["median"]
+    return row["methods"].get(name, {}).get("seconds", {}).get("median")
 
 
-def speedup(row: Row, name: str, baseline: str) -> float | None:
+def speedup(row: Row, name: str, baseline: str) -> Found:
     """Return how many times faster a method is than a baseline."""
     ours, theirs = median(row, name), median(row, baseline)
     return None if ours is None or theirs is None else theirs / ours
@@ -40,12 +43,13 @@ def tables(results: dict[str, Any]) -> list[Table]:
     found = []
     for batch in batches(results):
         rows = measured(results, batch)
-        found.append(_speedups(rows, batch, SDPA))
-        found.append(_speedups(rows, batch, BEST))
+        found += [_speedups(rows, batch, baseline) for baseline in (SDPA, BEST)]
         if results["settings"]["device"] == "cuda":
-            found.append(_milliseconds(rows, batch))
-    found.append(_slopes(results))
-    found.append(_bytes(results))
+            title = f"Batch {batch}: milliseconds a step, median (10th-90th percentile)"
+            found.append(_over_lengths(title, rows, _milliseconds))
+    rows = measured(results, min(batches(results))) if batches(results) else []
+    title = f"Bytes allocated, as a share of {SDPA}'s (batch {rows[0]['batch'] if rows else '-'})"
+    found += [_slopes(results), _over_lengths(title, rows, _share, POSITIONS)]
     skipped = _skipped(results)
     return [*found, skipped] if skipped.rows else found
 
@@ -55,7 +59,7 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def _thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+    return f"{tokens // K}K" if tokens % K == 0 else str(tokens)
 
 
 def _over_lengths(title: str, rows: Sequence[Row], show: Callable[[Row, str], str], without: str = "") -> Table:
@@ -72,26 +76,25 @@ def _speedups(rows: list[Row], batch: int, baseline: str) -> Table:
     return _over_lengths(f"Batch {batch}: times as fast as {baseline}", rows, times, POSITIONS)
 
 
-def _milliseconds(rows: list[Row], batch: int) -> Table:
-    def show(row: Row, name: str) -> str:
-        s = row["methods"][name].get("seconds")
-        return "" if s is None else f"{1e3 * s['median']:.3f} ({1e3 * s['p10']:.3f}-{1e3 * s['p90']:.3f})"
+def _milliseconds(row: Row, name: str) -> str:
+    s = row["methods"][name].get("seconds")
+    return "" if s is None else f"{1e3 * s['median']:.3f} ({1e3 * s['p10']:.3f}-{1e3 * s['p90']:.3f})"
 
-    return _over_lengths(f"Batch {batch}: milliseconds a step, median (10th-90th percentile)", rows, show)
+
+def _share(row: Row, name: str) -> str:
+    own = row["methods"].get(name, {}).get("nbytes", 0) / row["methods"][SDPA]["nbytes"]
+    return f"{own:.1%}" if own else ""
 
 
 def slopes(results: dict[str, Any], batch: int) -> dict[str, float]:
     """Return nanoseconds per cached token and sequence of every method, by least squares over the lengths."""
     rows = measured(results, batch)
     points = {name: [(row["tokens"], median(row, name)) for row in rows] for name in _names(rows)}
-    return {
-        name: 1e9 / batch * slope([(x, y) for x, y in found if y is not None])  # type: ignore[misc]
-        for name, found in points.items()
-    }
+    return {name: 1e9 / batch * slope([(x, y) for x, y in own if y is not None]) for name, own in points.items()}
 
 
 def _slopes(results: dict[str, Any]) -> Table:
-    """As shares of the baseline's on a CPU, in nanoseconds on a GPU."""
+    """Show them as shares of the baseline's on a CPU, in nanoseconds on a GPU."""
     by_batch = {batch: slopes(results, batch) for batch in batches(results)}
     is_gpu = results["settings"]["device"] == "cuda"
 
@@ -103,17 +106,7 @@ def _slopes(results: dict[str, Any]) -> Table:
     cells = [(name, *(show(found, name) for found in by_batch.values())) for name in names]
     unit = "nanoseconds per cached token and sequence" if is_gpu else f"as a share of {SDPA}'s"
     title = f"Slope of a step's time over the cached tokens (least squares), {unit}"
-    return Table(title, ("method", *(f"batch {batch}" for batch in by_batch)), tuple(cells))
-
-
-def _bytes(results: dict[str, Any]) -> Table:
-    def share(row: Row, name: str) -> str:
-        own = row["methods"].get(name, {}).get("nbytes", 0) / row["methods"][SDPA]["nbytes"]
-        return f"{own:.1%}" if own else ""
-
-    rows = measured(results, min(batches(results))) if batches(results) else []
-    title = f"Bytes allocated, as a share of {SDPA}'s (batch {rows[0]['batch'] if rows else '-'})"
-    return _over_lengths(title, rows, share, POSITIONS)
+    return Table(title, ("method", *(f"batch {batch}" for batch in by_batch)), cells)
 
 
 def _skipped(results: dict[str, Any]) -> Table:
@@ -121,4 +114,73 @@ def _skipped(results: dict[str, Any]) -> Table:
     cells = {(f"batch {r['batch']}, {_thousands(r['tokens'])}", r["skipped"]) for r in rows if "skipped" in r}
     for row in rows:
         cells |= {(name, m["skipped"]) for name, m in row.get("methods", {}).items() if "skipped" in m}
-    return Table("Not measured", ("what", "why"), tuple(sorted(cells)))
+    return Table("Not measured", ("what", "why"), sorted(cells))
+
+
+def cpu_goals(decode: dict[str, Any], generation: dict[str, Any]) -> Table:
+    """Compare with the goals on two cores, 80 % of the channels left out."""
+    short, long, whole = _row(decode, 1, 16 * K), _row(decode, 1, 64 * K), _row(generation, 1, 16 * K)["methods"]
+    goals: list[tuple[str, float, Found]] = [
+        ("commuting keys, 16K: >= 10x transformers' sdpa path", 10, speedup(short, "commuting", SDPA)),
+        ("commuting keys, 16K: >= 2x the best uncompressed path", 2, speedup(short, "commuting", BEST)),
+        ("joint keys, 16K: faster than transformers' sdpa path", 1, speedup(short, "joint", SDPA)),
+    ]
+    for kind in KINDS:
+        goal = f"{kind} keys, 64K: 4 bits no slower than bf16 latents"
+        goals.append((goal, 1, speedup(long, f"{kind}, 4 bits", kind)))
+    for name in ("joint", "joint, 4 bits", "commuting", "commuting, 4 bits"):
+        speeds = [whole[of]["tokens_per_second"]["median"] for of in (name, "uncompressed, sdpa") if name in whole]
+        goal = f"end to end, 16K, {name}: tokens/s at least the uncompressed cache's"
+        goals.append((goal, 1, speeds[0] / speeds[1] if speeds else None))
+    lines = [(goal, *_verdict(least, found, _times)) for goal, least, found in goals]
+    return Table("Goals on a CPU, two cores, batch 1", ("goal", "measured", "met"), lines)
+
+
+def gpu_goals(results: dict[str, Any]) -> Table:
+    """Compare with those on a GPU at 64K tokens, of whole steps and of replays of the attention call alone."""
+    lines = []
+    for batch in (1, 8):
+        row = _row(results, batch, 64 * K)
+        for kind in KINDS:
+            for name, share, least in ((kind, "80 %", 3), (f"{kind}, 4 bits", "95 %", 6)):
+                faster, of_copy = _calls(results, batch, name)
+                goals = (
+                    (f">= {least}x FlashDecoding", least, speedup(row, name, BEST), faster, _times),
+                    (">= 60 % of copy bandwidth", 0.6, _over_copy(results, row, name), of_copy, "{:.0%}".format),
+                )
+                for goal, bound, step, call, show in goals:
+                    (first, met), (second, also) = (_verdict(bound, found, show) for found in (step, call))
+                    what = f"batch {batch}, {kind}, {share}: {goal}"
+                    lines.append((what, first, second, f"{met or '-'} / {also or '-'}"))
+    headings = ("goal", "whole step", "attention call, replayed", "met (step / call)")
+    return Table("Goals on a GPU, 64K tokens", headings, lines)
+
+
+def _row(results: dict[str, Any], batch: int, tokens: int) -> Row:
+    row = results["rows"].get(f"{batch} x {tokens}", {})
+    return row if "methods" in row else {"methods": {}}
+
+
+def _over_copy(results: dict[str, Any], row: Row, name: str) -> Found:
+    """Return the cache's bytes read per second of a step, as a share of what a copy moves (read and written)."""
+    copy, seconds = results.get("copy_bytes_per_second"), median(row, name)
+    return None if copy is None or seconds is None else row["methods"][name]["read_nbytes"] / seconds / copy
+
+
+def _calls(results: dict[str, Any], batch: int, name: str) -> tuple[Found, Found]:
+    """Return, of the attention call alone, times as fast as the best uncompressed one, and the share of a copy."""
+    found = results.get("attention_calls", {}).get(f"{batch} x {64 * K}", {})
+    if name not in found or BEST not in found:
+        return None, None
+    ours, theirs = (found[of].get("graph", found[of]["eager"])["median"] for of in (name, BEST))
+    return theirs / ours, found[name]["share_of_copy"]
+
+
+def _verdict(least: float, found: Found, show: Callable[[float], str]) -> tuple[str, str]:
+    if found is None:
+        return "not measured", ""
+    return show(found), "yes" if found >= least else "**no**"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}x"

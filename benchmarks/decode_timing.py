@@ -38,14 +38,10 @@ class Stopwatch:
 def take_turns(
     calls: Mapping[str, Callable[[], object]], stopwatch: Stopwatch, budget: float, least: int, most: int
 ) -> dict[str, list[float]]:
-    """Seconds of every call, A B C A B C, so that a drift of the machine meets all alike.
+    """Time every call, A B C A B C, so that a drift of the machine meets all alike; return seconds by name.
 
-    Args:
-        calls: by name; each has been made before.
-        stopwatch: what measures one.
-        budget: seconds that each call may take in all, between `least` and `most` repeats. Slow ones sit out rounds,
-            evenly spread. The first round only warms up, but counts for calls that use up the budget in it.
-        least, most: repeats.
+    Each call, made before, takes up to `budget` seconds in all, between `least` and `most` repeats: slow ones sit out
+    rounds, evenly spread. The first round only warms up, but counts for calls that use up the budget in it.
     """
     first = {name: stopwatch.seconds(call) for name, call in calls.items()}
     found = {name: [seconds] if seconds >= budget else [] for name, seconds in first.items()}
@@ -63,7 +59,7 @@ def take_turns(
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, 10th and 90th percentile, mean, and how often it was measured."""
+    """Return the median, the 10th and 90th percentile, the mean, and how often it was measured."""
     tenths = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 9
     return {
         "median": statistics.median(seconds),
@@ -75,14 +71,14 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The least-squares slope of (x, y); nan where there are not two x."""
+    """Return the least-squares slope of (x, y); nan where there are not two x."""
     if len({x for x, _ in points}) < 2:
         return math.nan
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that may still be taken."""
+    """Count the bytes of memory that may still be taken."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

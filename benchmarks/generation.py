@@ -20,7 +20,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, Row, Wrong, add_method_options, parser, run
+from common import Row, Wrong, parse, parser, run
 from decode_timing import summary
 from pages import Table
 from torch import Tensor, nn
@@ -47,21 +47,15 @@ TOLERANCE = 0.05  # of logits in bfloat16, root mean square over that of the ref
 
 @dataclass(frozen=True)
 class Settings:
-    """The model, and how long each cache decodes.
-
-    Attributes:
-        hidden, layers, heads, kv_heads, vocabulary: of the model.
-        steps, rounds: tokens of a stretch, and stretches; caches take turns with stretches.
-        backend: what attends to latents.
-    """
+    """The model, how long each cache decodes, where, and what attends to latents."""
 
     hidden: int = 1024
     layers: int = 4
     heads: int = 16
     kv_heads: int = 16
     vocabulary: int = 11_264
-    steps: int = 16
-    rounds: int = 4
+    steps: int = 16  # tokens of a stretch
+    rounds: int = 4  # stretches; caches take turns with them
     device: str = "cpu"
     backend: str = "auto"
 
@@ -157,11 +151,7 @@ class Runner:
 
 
 def check(runners: dict[str, Runner]) -> dict[str, float]:
-    """Return the error of every method's logits, after a short prompt.
-
-    Raises:
-        Wrong: it is larger than rounding explains.
-    """
+    """Return the error of every method's logits after a short prompt; raise `Wrong` if rounding does not explain it."""
     ids = torch.randint(3, 100, (1, CHECKED), generator=torch.Generator().manual_seed(1))
     errors = {name: runner.error(ids) for name, runner in runners.items()}
     for name, error in errors.items():
@@ -173,11 +163,7 @@ def check(runners: dict[str, Runner]) -> dict[str, float]:
 
 
 def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], settings: Settings) -> Row:
-    """Measure a row: all methods after a prompt of one length.
-
-    Raises:
-        Wrong: a method's logits are.
-    """
+    """Measure a row: all methods after a prompt of one length; raise `Wrong` if a method's logits are."""
     row: Row = {"tokens": tokens, "batch": batch, "methods": {}}
     prompt = torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(0))
     ready = runners()
@@ -200,38 +186,31 @@ def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], s
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Speed and bytes over the uncompressed cache's; on a GPU, tokens per second too."""
+    """Show speed and bytes over the uncompressed cache's; on a GPU, tokens per second too."""
     rows = sorted(results["rows"].values(), key=lambda row: (row["batch"], row["tokens"]))
-    cells = []
-    for name in METHODS:
-        shown = []
-        for row in rows:
-            own, base = row["methods"].get(name), row["methods"][UNCOMPRESSED]
-            if own is None:
-                shown.append("")
-                continue
-            speed, other = own["tokens_per_second"]["median"], base["tokens_per_second"]["median"]
-            absolute = f", {speed:.0f}/s" if results["settings"]["device"] == "cuda" else ""
-            shown.append(f"{speed / other:.2f}x{absolute} ({own['nbytes'] / base['nbytes']:.0%})")
-        cells.append((name, *shown))
+
+    def show(row: Row, name: str) -> str:
+        own, base = row["methods"].get(name), row["methods"][UNCOMPRESSED]
+        if own is None:
+            return ""
+        speed, other = own["tokens_per_second"]["median"], base["tokens_per_second"]["median"]
+        absolute = f", {speed:.0f}/s" if results["settings"]["device"] == "cuda" else ""
+        return f"{speed / other:.2f}x{absolute} ({own['nbytes'] / base['nbytes']:.0%})"
+
+    cells = [(name, *(show(row, name) for row in rows)) for name in METHODS]
     title = f"Tokens per second over {UNCOMPRESSED} (bytes over its bytes)"
-    return Table(title, ("cache", *(f"batch {row['batch']}, {row['tokens']}" for row in rows)), tuple(cells))
+    return Table(title, ("cache", *(f"batch {row['batch']}, {row['tokens']}" for row in rows)), cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing and print the table."""
-    options = parser(__doc__, "a tiny model, prompts of 128 tokens")
-    add_method_options(options, list(METHODS))
-    options.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16_384], help="tokens of the prompt")
-    options.add_argument("--batches", type=int, nargs="+", default=[1])
+    options = parser(__doc__, "a tiny model, prompts of 128 tokens", list(METHODS))
     options.add_argument("--kv-heads", type=int, default=16, help="of 16 query heads")
-    asked = options.parse_args(arguments)
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
+    asked = parse(options, arguments, "generation", whole=((1024, 4096, 16_384), (1,)), quick=((128,), (1,)))
     settings = Settings(kv_heads=asked.kv_heads, device=asked.device, backend=asked.backend)
     if asked.quick:
         tiny = {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 4, "vocabulary": 128, "steps": 2, "rounds": 2}
-        settings, asked.lengths = replace(settings, **tiny), [128]
+        settings = replace(settings, **tiny)
     names = [name for name in METHODS if name in (UNCOMPRESSED, *asked.methods)]
 
     @cache
@@ -239,11 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = settings.model()
         return {name: Runner(name, model, settings) for name in names}
 
-    cells = [(batch, tokens) for batch in asked.batches for tokens in asked.lengths]
-    jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, runners, settings) for batch, tokens in cells}
-    path = asked.out or (ROOT / "outputs" / "generation-quick.json" if asked.quick else RESULTS / "generation.json")
+    jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, runners, settings) for batch, tokens in asked.cells}
     ours = asdict(settings) | {"threads": torch.get_num_threads()}
-    return run(path, ours, jobs, lambda results: [table(results)], names)
+    return run(asked.out, ours, jobs, lambda results: [table(results)], names)
 
 
 if __name__ == "__main__":

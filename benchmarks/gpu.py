@@ -16,25 +16,39 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Wrong, write_results
 from decode import BATCHES, LENGTHS, Settings, measure, set_up
-from decode_goals import gpu_goals
-from decode_methods import BEST, Ours, methods
+from decode_methods import BEST, DENSE, Method, Ours, methods
 from decode_problem import Shape
-from decode_tables import tables
+from decode_tables import gpu_goals, tables
 from decode_timing import Stopwatch, summary
-from gpu_tuning import fastest, tuning
 
+from cskv.attention.triton import launch
+from cskv.attention.triton.plan import Plan, Shapes, split
 from cskv.evaluation.environment import environment
 from cskv.files import write_text
 
 GOAL_TOKENS, GOAL_BATCHES = 65_536, (1, 8)
 ODD_SIZES = ((1, 64), (1, 1000), (3, 2049))  # batch and tokens of the correctness section
 COPIED = 2**30  # bytes
+# Other plans for the Triton kernels than those that `cskv.attention.triton.plan` reasons out; `splits` multiplies.
+VARIANTS: tuple[dict[str, int], ...] = (
+    {},
+    {"warps": 4},
+    {"warps": 8},
+    {"stages": 3},
+    {"tile": 32},
+    {"tile": 128},
+    {"tile": 128, "warps": 8},
+    {"value_block": 128},
+    {"stages": 1},
+    {"splits": 2},
+)
 
 
 class Run:
@@ -47,11 +61,6 @@ class Run:
         self.found: dict[str, Any] = {"environment": where, "errors": {}, "seconds": {}}
         self.decode: dict[str, Any] = {"environment": where, "settings": settings.to_dict(), "rows": {}}
         self.wrong = False
-
-    def save(self) -> None:
-        """Both files."""
-        for name, results in (("gpu.json", self.found), ("decode.json", self.decode)):
-            write_results(self.out / name, results)
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -67,15 +76,12 @@ class Run:
             traceback.print_exc(limit=8)
         self.found["seconds"][name] = time.monotonic() - began
         print(f"{name}: {self.found['seconds'][name]:.1f} s", flush=True)
-        self.save()
-
-    @property
-    def is_late(self) -> bool:
-        return time.monotonic() > self.deadline
+        write_results(self.out / "gpu.json", self.found)
+        write_results(self.out / "decode.json", self.decode)
 
 
 def copy_bandwidth(device: torch.device, size: int) -> dict[str, Any]:
-    """Bytes per second of a copy, those read and those written."""
+    """Measure the bytes per second of a copy, those read and those written."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     stopwatch = Stopwatch(device)
     stopwatch.seconds(lambda: target.copy_(source))
@@ -83,7 +89,7 @@ def copy_bandwidth(device: torch.device, size: int) -> dict[str, Any]:
 
 
 def correctness(run: Run) -> list[str]:
-    """Every method at lengths that no tile divides, in every dtype, against a softmax in fp32."""
+    """Check every method at lengths that no tile divides, in every dtype, against a softmax in fp32."""
     passed = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         settings = replace(run.settings, dtype=dtype)
@@ -95,43 +101,46 @@ def correctness(run: Run) -> list[str]:
 
 
 def add_cell(run: Run, batch: int, tokens: int) -> None:
-    """A row of decode.json."""
+    """Measure a row of decode.json."""
     began = time.monotonic()
     row = measure(tokens, batch, run.settings)
     row["wall_seconds"] = time.monotonic() - began  # the first one tunes and compiles kernels
     run.decode["rows"][f"{batch} x {tokens}"] = row
 
 
+def calls_of(ready: dict[str, Method]) -> dict[str, Callable[[], object]]:
+    """Return the attention call alone of every method that attends by the library, and of the best other one."""
+    found: dict[str, Callable[[], object]] = {}
+    for name, method in ready.items():
+        if name == BEST:
+            found[name] = method.attend_again
+        elif isinstance(method, Ours) and name != DENSE:
+            found[name] = partial(method.attend, method.append())
+    return found
+
+
 def attention_calls(run: Run, batch: int, tokens: int) -> dict[str, Any]:
-    """The attention call alone, launched kernel by kernel and replayed as a CUDA graph; bytes per second of both."""
+    """Time the attention call alone, launched kernel by kernel and replayed as a CUDA graph."""
     copy = run.found["copy_bytes_per_second"]["median"]
     stopwatch, found = Stopwatch(run.settings.device), {}
     with torch.inference_mode():
         ready, _ = set_up(tokens, batch, run.settings)
-        for name, method in ready.items():
-            if isinstance(method, Ours) and name != "dense rebuild":
-                view = method.append()
-                call: Callable[[], object] = lambda m=method, v=view: m.attend(v)  # noqa: E731
-            elif name == BEST:
-                call = method.attend_again
-            else:
-                continue
-            own: dict[str, Any] = {"read_nbytes": method.read_nbytes()}
+        for name, call in calls_of(ready).items():
+            own: dict[str, Any] = {"read_nbytes": ready[name].read_nbytes()}
             own["eager"] = summary([stopwatch.seconds(call) for _ in range(30)])
             try:
                 replay = captured(call) if run.settings.device.type == "cuda" else call
                 own["graph"] = summary([stopwatch.seconds(replay) for _ in range(30)])
             except Exception as error:
                 own["graph_error"] = f"{type(error).__name__}: {error}"
-            best = own.get("graph", own["eager"])["median"]
-            own["bytes_per_second"] = own["read_nbytes"] / best
+            own["bytes_per_second"] = own["read_nbytes"] / own.get("graph", own["eager"])["median"]
             own["share_of_copy"] = own["bytes_per_second"] / copy
             found[name] = own
     return found
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a call's kernels."""
+    """Capture a call's kernels as a CUDA graph, and return its replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -144,8 +153,54 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
+def tuning(settings: Settings, batch: int, tokens: int, seconds: float) -> dict[str, Any]:
+    """Time the attention call of every method under every plan, each compiled first, until so many seconds are over."""
+    deadline, stopwatch, found = time.monotonic() + seconds, Stopwatch(settings.device), {}
+    with torch.inference_mode():
+        calls = calls_of(set_up(tokens, batch, settings)[0])
+        calls.pop(BEST, None)
+        for variant in VARIANTS:
+            for name, call in calls.items():
+                if time.monotonic() > deadline:
+                    return found
+                with plans(variant) as used:
+                    call()
+                    took = summary([stopwatch.seconds(call) for _ in range(10)])
+                label = ", ".join(f"{key} {value}" for key, value in variant.items()) or "as planned"
+                found.setdefault(name, {})[label] = took | {"plan": repr(used[-1])}
+    return found
+
+
+@contextmanager
+def plans(variant: dict[str, int]) -> Iterator[list[Plan]]:
+    """Change every plan that is made in the block. The list takes what was planned."""
+    planned, used = launch.plan, []
+
+    def changed(shapes: Shapes, multiprocessors: int) -> Plan:
+        plan = planned(shapes, multiprocessors)
+        direct = {key: value for key, value in variant.items() if key != "splits"}
+        used.append(split(replace(plan, **direct), shapes.tokens, plan.splits * variant.get("splits", 1)))
+        return used[-1]
+
+    launch.plan = changed
+    try:
+        yield used
+    finally:
+        launch.plan = planned
+
+
+def fastest(found: dict[str, Any]) -> list[str]:
+    """Return a line per method: the best plan, and what it saves."""
+    lines = []
+    for name, by_plan in found.items():
+        best = min(by_plan, key=lambda label: by_plan[label]["median"])
+        ratio = by_plan["as planned"]["median"] / by_plan[best]["median"]
+        lines.append(f"{name}: {best} is the fastest of {len(by_plan)} plans, {ratio:.2f}x as planned")
+    return lines
+
+
 def profile(run: Run, batch: int, tokens: int) -> str:
-    """The kernels that a step spends its time in."""
+    """Show the kernels that a step spends its time in."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
@@ -166,7 +221,7 @@ def profile(run: Run, batch: int, tokens: int) -> str:
 
 
 def print_calls(found: dict[str, Any]) -> None:
-    """One line per method."""
+    """Print a line per method."""
     for point, by_name in found.items():
         for name, own in by_name.items():
             graph = own.get("graph", {}).get("median", float("nan"))
@@ -177,7 +232,7 @@ def print_calls(found: dict[str, Any]) -> None:
 
 
 def everything(run: Run, goal_tokens: int, lengths: Sequence[int], copied: int) -> None:
-    """All sections, the most important first."""
+    """Run all sections, the most important first."""
     device = run.settings.device
     with run.section("copy bandwidth"):
         run.found["copy_bytes_per_second"] = copy_bandwidth(device, copied)
@@ -199,7 +254,7 @@ def everything(run: Run, goal_tokens: int, lengths: Sequence[int], copied: int) 
         write_text(run.out / "profile.txt", profile(run, 1, goal_tokens))
     for batch in BATCHES:
         for tokens in lengths:
-            if run.is_late:
+            if time.monotonic() > run.deadline:
                 run.found["errors"][f"sweep, {batch} x {tokens}"] = "no time left"
             elif f"{batch} x {tokens}" not in run.decode["rows"]:
                 with run.section(f"sweep, {batch} x {tokens}"):

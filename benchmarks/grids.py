@@ -14,10 +14,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from adapters import ALLOCATION_SAMPLES, Recipe
-from common import RESULTS, Jobs
+from common import Jobs
 from pages import DOCS, Table, fill_page, measured_on
-from quality import Bench, load, measure
+from quality import ALLOCATION_SAMPLES, Bench, Recipe, load, start
 from torch import Tensor
 
 from cskv.adapter.adapter import CSKVAdapter
@@ -39,28 +38,18 @@ BLOCKS: dict[str, tuple[Block, Block]] = {
 Change = Callable[[Factors, Tensor], Factors]
 
 
-def equalised(factors: Factors, latents: Tensor) -> Factors:
-    """Centred, and all channels of unit variance."""
-    return scaled(centred(factors, latents.mean(0)), 1 / latents.std(0))
+def _rotation(rank: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(0)))[0]
 
 
-def turned(factors: Factors, latents: Tensor) -> Factors:
-    """Centred, and turned by Hadamard matrices of 32, 16, ... neighbouring channels: what `initialise` does."""
-    return rotated(centred(factors, latents.mean(0)), hadamard_blocks(factors.rank).float())
-
-
-def rotation(factors: Factors, latents: Tensor) -> Factors:
-    """Centred, and turned by one random orthogonal matrix."""
-    random = torch.randn(factors.rank, factors.rank, generator=torch.Generator().manual_seed(0))
-    return rotated(centred(factors, latents.mean(0)), torch.linalg.qr(random)[0])
-
-
+# Of factors and their latents. Equalised channels have unit variance; Hadamard matrices of 32, 16, ... neighbouring
+# channels are what `initialise` turns by; the last basis is turned by one random orthogonal matrix.
 BASES: dict[str, Change] = {
-    "as PCA gives them": lambda factors, latents: factors,
-    "centred": lambda factors, latents: centred(factors, latents.mean(0)),
-    "centred, equalised": equalised,
-    "centred, Hadamard": turned,
-    "centred, rotated": rotation,
+    "as PCA gives them": lambda factors, x: factors,
+    "centred": lambda factors, x: centred(factors, x.mean(0)),
+    "centred, equalised": lambda factors, x: scaled(centred(factors, x.mean(0)), 1 / x.std(0)),
+    "centred, Hadamard": lambda factors, x: rotated(centred(factors, x.mean(0)), hadamard_blocks(factors.rank).float()),
+    "centred, rotated": lambda factors, x: rotated(centred(factors, x.mean(0)), _rotation(factors.rank)),
 }
 
 
@@ -82,7 +71,7 @@ class Grids(Bench):
         return sum(losses["k"]), sum(losses["v"])
 
     def measure(self, adapter: CSKVAdapter) -> dict[str, float]:
-        """The figures of one adapter."""
+        """Measure one adapter."""
         k, v = self._summed(adapter)
         return {
             "ratio": ratio_of(adapter),
@@ -96,15 +85,10 @@ class Grids(Bench):
         """Return the PCA adapter in another basis and on another grid."""
         layers = {}
         for i in self.pca.layer_indices:
-            factors, latents = self.pca.factors(i), self.latents
             with torch.no_grad():
-                pair = [_own(change(getattr(factors, kind), latents[i, kind])) for kind in ("k", "v")]
-            layers[i] = LayerFactors(*pair)
+                pair = [change(getattr(self.pca.factors(i), kind), self.latents[i, kind]) for kind in ("k", "v")]
+            layers[i] = LayerFactors(*(Factors(f.down.clone(), f.up.clone(), f.bias, f.down_bias) for f in pair))
         return CSKVAdapter(Recipe(settings).config, layers, self.pca.base)
-
-
-def _own(factors: Factors) -> Factors:
-    return Factors(factors.down.clone(), factors.up.clone(), factors.bias, factors.down_bias)
 
 
 def makers() -> dict[str, Callable[[Grids], CSKVAdapter]]:
@@ -145,12 +129,11 @@ def jobs() -> Jobs:
     return {name: lambda make=make: bench().measure(make(bench())) for name, make in makers().items()}
 
 
-def main() -> None:
-    """Measure every row that is missing, then write the table."""
-    results = measure(RESULTS / "grids.json", False, jobs)
+def write_report(results: dict[str, Any]) -> None:
+    """Put the table between the page's markers."""
     found = {name: results["rows"][name] for name in makers()}
     fill_page(DOCS / "quantisation.md", "grids", measured_on(results["environment"], "grids"), table(found).markdown())
 
 
 if __name__ == "__main__":
-    main()
+    start("grids", jobs, write_report)

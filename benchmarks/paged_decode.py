@@ -31,7 +31,7 @@ from cskv.attention.inputs import AttentionInputs
 from cskv.attention.triton import launch
 from cskv.evaluation.environment import package_version
 from cskv.latents.pages import PagedLatents, PageLayout, Pages
-from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
+from cskv.latents.view import PackedLatents, PlainLatents, View
 from cskv.quantization.grid import Grid, quantise
 
 BATCHES, CONTEXTS = (1, 8, 32), (2048, 8192, 32_768)
@@ -43,17 +43,11 @@ GROUP = 32  # tokens of a key group
 
 @dataclass(frozen=True)
 class Method:
-    """One way to attend, to be timed.
+    """One way to attend, to be timed."""
 
-    Attributes:
-        step: one attention, (batch, q_heads, 1, head_dim).
-        nbytes: of the cache that it reads.
-        truth: the output of one request, (q_heads, head_dim).
-    """
-
-    step: Callable[[], Tensor]
-    nbytes: int
-    truth: Callable[[int], Tensor]
+    step: Callable[[], Tensor]  # one attention, (batch, q_heads, 1, head_dim)
+    nbytes: int  # of the cache that it reads
+    latents: Sequence[Tensor]  # of keys and of values, (batch, tokens, rank), that it means
 
 
 class Requests:
@@ -71,34 +65,35 @@ class Requests:
         ]
 
     def table(self, tokens: int) -> Tensor:
-        """Pages for so many tokens of every request, in no order."""
+        """Choose pages for so many tokens of every request, in no order."""
         columns = -(-tokens // self.block_size)
         order = torch.randperm(len(self.lengths) * columns, generator=torch.Generator().manual_seed(0))
         return order.to(self.device, torch.int32).view(len(self.lengths), columns)
 
     def blocks(self, part: Tensor, tokens: int) -> Tensor:
-        """(batch, tokens, ...) as (batch * pages, block_size, ...), the last page filled up with zeros."""
+        """Cut (batch, tokens, ...) into (batch * pages, block_size, ...), the last page filled up with zeros."""
         size = -(-tokens // self.block_size) * self.block_size
         padded = part.new_zeros(part.shape[0], size, *part.shape[2:])
         padded[:, :tokens] = part[:, :tokens]
         return padded.view(-1, self.block_size, *part.shape[2:])
 
-    def alone(self, row: int, k: Latents, v: Latents) -> Tensor:
-        """The reference's output of one request, in fp32."""
-        view = View(*(part[row : row + 1] for part in self.exact), k, v)
+    def truth(self, row: int, latents: Sequence[Tensor]) -> Tensor:
+        """Return the reference's output of one request on latents of all, in fp32: (q_heads, head_dim)."""
+        sealed = (PlainLatents(part[row : row + 1, : self.lengths[row]]) for part in latents)
+        view = View(*(part[row : row + 1] for part in self.exact), *sealed)
         query, factors = self.problem.token.query[row : row + 1].float(), self.problem.factors.to(dtype=torch.float32)
         return reference.attention(query, AttentionInputs(view, factors, self.rope, self.problem.logits))[0, :, 0]
 
-    def plain(self, row: int) -> Tensor:
-        """Return that of the latents as they are."""
-        parts = (self.problem.k_latents, self.problem.v_latents)
-        return self.alone(row, *(PlainLatents(part[row : row + 1, : self.lengths[row]]) for part in parts))
+    def uncompressed(self, step: Callable[[], Tensor]) -> Method:
+        """Make a method that reads keys and values."""
+        kept = sum(self.lengths) + len(self.lengths) * WINDOW
+        nbytes = 2 * self.problem.shape.kv_dim * self.problem.dtype.itemsize * kept
+        return Method(step, nbytes, (self.problem.k_latents, self.problem.v_latents))
 
 
 def ours(requests: Requests, bits: int | None) -> Method:
-    """Latents in pages by the Triton kernels."""
+    """Attend to latents in pages by the Triton kernels."""
     problem, size, most = requests.problem, requests.block_size, requests.most
-    latents = problem.k_latents, problem.v_latents
     grids: list[Grid | None] = [None, None]
     if bits is not None:
         ranks = problem.factors.k.rank, problem.factors.v.rank
@@ -107,41 +102,30 @@ def ours(requests: Requests, bits: int | None) -> Method:
     table = requests.table(most)
     shape = (table.numel(), layout.page_bytes(size))
     pages = layout.pages(torch.zeros(shape, dtype=torch.uint8, device=requests.device), size)
-    stored = [fill(part, requests.blocks(own, most), table) for part, own in zip(pages, latents)]
+    meant = [
+        fill(part, requests.blocks(own, most), table)
+        for part, own in zip(pages, (problem.k_latents, problem.v_latents))
+    ]
     k, v = (PagedLatents(part, table, requests.sealed, most) for part in pages)
     query = problem.token.query
     inputs = AttentionInputs(View(*requests.exact, k, v), problem.factors, requests.rope, problem.logits)
-    refused = launch.refusal(query, inputs)
-    if refused is not None:
+    if (refused := launch.refusal(query, inputs)) is not None:
         raise RuntimeError(refused)
-
-    def truth(row: int) -> Tensor:
-        if bits is None:
-            return requests.plain(row)
-        return requests.alone(row, *(of_request(requests, part, row) for part in stored if part is not None))
-
     read = sum(-(-length // size) for length in requests.lengths) * shape[1]
-    return Method(partial(launch.attention, query, inputs), read + sum(part.nbytes for part in requests.exact), truth)
+    return Method(partial(launch.attention, query, inputs), read + sum(part.nbytes for part in requests.exact), meant)
 
 
-def fill(pages: Pages, blocks: Tensor, table: Tensor) -> PackedLatents | None:
-    """Blocks of latents into the pages that a table names; packed ones are given back in the order of the requests."""
+def fill(pages: Pages, blocks: Tensor, table: Tensor) -> Tensor:
+    """Write blocks of latents into the pages that a table names; return what these mean, (batch, tokens, rank)."""
     names = table.flatten().long()
     if pages.grid is None:
         pages.data[names] = blocks
-        return None
-    packed = quantise(blocks, pages.grid)
-    for part, own in zip((pages.data, pages.scales, pages.minima), packed):
-        part[names] = own
-    return PackedLatents(*packed, pages.grid, pages.dtype)
-
-
-def of_request(requests: Requests, packed: PackedLatents, row: int) -> PackedLatents:
-    """The packed latents of one request's tokens, in order."""
-    count = len(packed.payload) // len(requests.lengths)
-    parts = (packed.payload, packed.scales, packed.minima)
-    payload, scales, minima = (part[row * count : (row + 1) * count].flatten(0, 1)[None] for part in parts)
-    return PackedLatents(payload[:, : requests.lengths[row]], scales, minima, packed.grid, packed.dtype)
+    else:
+        packed = quantise(blocks, pages.grid)
+        for part, own in zip((pages.data, pages.scales, pages.minima), packed):
+            part[names] = own
+        blocks = PackedLatents(*packed, pages.grid, pages.dtype).read()
+    return blocks.reshape(len(table), -1, pages.rank)
 
 
 def sdpa(requests: Requests) -> Method:
@@ -158,15 +142,11 @@ def sdpa(requests: Requests) -> Method:
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query, keys, values, attn_mask=mask, scale=problem.logits.scaling).flatten(1, 2)[:, :, None]
 
-    return Method(step, uncompressed(requests), requests.plain)
+    return requests.uncompressed(step)
 
 
 def flash(requests: Requests) -> Method:
-    """Attend by vLLM to a cache in pages.
-
-    Raises:
-        ImportError: vLLM is not installed.
-    """
+    """Attend by vLLM, which may not be there to be imported, to a cache in pages."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
     from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
 
@@ -191,13 +171,7 @@ def flash(requests: Requests) -> Method:
         block_table=table,
         fa_version=3 if is_fa_version_supported(3) else 2,
     )
-    return Method(lambda: step()[:, :, None], uncompressed(requests), requests.plain)
-
-
-def uncompressed(requests: Requests) -> int:
-    """Bytes of keys and values."""
-    tokens = sum(requests.lengths) + len(requests.lengths) * WINDOW
-    return 2 * requests.problem.shape.kv_dim * requests.problem.dtype.itemsize * tokens
+    return requests.uncompressed(lambda: step()[:, :, None])
 
 
 def methods(requests: Requests) -> dict[str, Method | str]:
@@ -213,13 +187,12 @@ def methods(requests: Requests) -> dict[str, Method | str]:
 def check(name: str, method: Method, requests: Requests) -> float:
     """Return the largest error of the shortest and the longest request, as a share of the output.
 
-    Raises:
-        Wrong: it is further off than rounding explains.
+    It raises `Wrong` if rounding does not explain that.
     """
     output, lengths = method.step(), requests.lengths
     errors = []
     for row in {lengths.index(min(lengths)), lengths.index(max(lengths))}:
-        truth = method.truth(row)
+        truth = requests.truth(row, method.latents)
         errors.append(float((output[row, :, 0].float() - truth).norm() / truth.norm()))
     if not max(errors) <= TOLERANCE[requests.problem.dtype]:
         raise Wrong(f"{name}, batch {len(lengths)}, up to {max(lengths)} tokens: error {max(errors):.3g}")
@@ -227,11 +200,7 @@ def check(name: str, method: Method, requests: Requests) -> float:
 
 
 def measure(batch: int, context: int, mixed: bool, block_size: int, device: torch.device, shape: Shape = SHAPE) -> Row:
-    """Measure a row: all methods on one batch.
-
-    Raises:
-        Wrong: a method's output is.
-    """
+    """Measure a row: all methods on one batch; raise `Wrong` if a method's output is."""
     least = context // 8 if mixed and batch > 1 else context
     lengths = [context - (context - least) * row // max(1, batch - 1) for row in range(batch)]
     row: Row = {"batch": batch, "context": context, "mixed": mixed, "rank": shape.rank("joint"), "methods": {}}
@@ -264,7 +233,7 @@ def ratios(measured: Mapping[str, Row]) -> dict[str, float]:
 
 
 def table_of(results: Mapping[str, Any]) -> Table:
-    """Microseconds and ratios of every row."""
+    """Show microseconds and ratios of every row."""
     names = (SDPA, FLASH, *OURS)
     rows = []
     for name, row in results["rows"].items():
@@ -286,15 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: decode attention on pages is measured on a GPU alone", file=sys.stderr)
         return 2
-    settings = {
-        "block_size": asked.block_size,
-        "vllm": package_version("vllm"),
-        "device": torch.cuda.get_device_name(0),
-    }
+    size, gpu = asked.block_size, torch.device("cuda")
+    settings = {"block_size": size, "vllm": package_version("vllm"), "device": torch.cuda.get_device_name(0)}
     jobs = {
-        f"{batch} x {context}{', mixed' if mixed else ''}": partial(
-            measure, batch, context, mixed, asked.block_size, torch.device("cuda")
-        )
+        f"{batch} x {context}{', mixed' if mixed else ''}": partial(measure, batch, context, mixed, size, gpu)
         for mixed in (False, True)
         for context in asked.contexts
         for batch in asked.batches

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cskv.evaluation.wilson import wilson_interval
+from cskv.evaluation.pooling import pool_scores
 from cskv.files import write_text
 from cskv.plots.style import COLOURS, MARKERS, new_figure, save, styled
 
@@ -69,9 +69,8 @@ def measured_on(where: Mapping[str, Any], script: str, rows: Sequence[Mapping[st
 
 def accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format per cent right over all seeds, with the 95 % interval."""
-    right, cases = sum(row["accuracy"] * row["cases"] for row in rows), sum(row["cases"] for row in rows)
-    low, high = wilson_interval(round(right), cases)
-    return f"{100 * right / cases:.0f} ({100 * low:.0f}-{100 * high:.0f})"
+    score = pool_scores([(row["cases"], row["accuracy"]) for row in rows])
+    return f"{100 * score.mean:.0f} ({100 * score.low:.0f}-{100 * score.high:.0f})"
 
 
 @styled
@@ -83,14 +82,10 @@ def draw_pair(
     *,
     ticks: Sequence[int] = (),
 ) -> None:
-    """Draw LongEval accuracy beside another figure.
+    """Draw LongEval accuracy beside another figure, whose axes have the settings `right`.
 
-    Args:
-        path: the PNG to write.
-        series: (x, accuracy in per cent, the other figure) of each point.
-        xlabel: of both axes.
-        right: settings of the other figure's axes.
-        ticks: of a logarithmic x axis, whose points are not connected; a linear one has its own.
+    Points of `series` are (x, accuracy in per cent, the other figure). `ticks` are those of a logarithmic x axis, whose
+    points are not connected; a linear one has its own.
     """
     figure = new_figure(11, 4.8)
     axes = figure.subplots(1, 2)

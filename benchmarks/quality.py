@@ -1,33 +1,62 @@
-"""Quality of adapters and caches on the bundled model: the measurements of `closed_form`, `quantised` and `grids`."""
+"""Adapters of the bundled model by recipes, and the quality of caches: for `closed_form`, `quantised` and `grids`."""
 
 from __future__ import annotations
 
-import os
+import copy
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Annotated, Any
 
-# Threads that spin while they wait halve the speed of whatever else runs on the machine; set before torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from adapters import NUM_LINES, Maker
-from common import MODEL, Jobs, Row, measure_missing, read_results
+import typer
+from common import MODEL, RESULTS, Jobs, Row, measure_missing, read_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 import cskv
+from cskv.calibration.calibrate import calibrate
+from cskv.calibration.statistics import Statistics
+from cskv.compression.budget import allocate_ranks, allocate_widths
 from cskv.compression.divergence import Divergence
+from cskv.compression.initialise import initialise
 from cskv.data.lines import make_case
+from cskv.data.mixed import mixed_source
+from cskv.data.samples import TokenSamples
 from cskv.data.sources import open_source
 from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
 from cskv.evaluation.tasks import evaluate_cases
 from cskv.models.survey import survey
+from cskv.training.settings import TrainingSettings
+from cskv.training.trainer import train
 
+NUM_LINES, SAMPLE_LEN = 200, 1024
+CALIBRATION_SAMPLES, ALLOCATION_SAMPLES = 32, 8
 SEEDS = (0, 1)
 CASES, BATCH = 50, 5
 TEXTS, TEXT_TOKENS = 12, 1024
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to make an adapter."""
+
+    settings: dict[str, Any] = field(default_factory=dict)  # of `CSKVConfig`, besides window and group
+    allocated: bool = False  # ranks are dealt out by sensitivity within the density
+    ratio: float | None = None  # the byte budget of mixed widths
+    training: TrainingSettings | None = None  # gradient training that follows
+    samples: int = 0  # of training text
+    calibration: int = CALIBRATION_SAMPLES  # samples of calibration text
+
+    @property
+    def config(self) -> cskv.CSKVConfig:
+        return cskv.CSKVConfig(**({"window": 32, "group": 32} | self.settings))
+
+    def at(self, density: float) -> Recipe:
+        """Return the recipe at a density of keys and values."""
+        return replace(self, settings=self.settings | {"k_density": density, "v_density": density})
 
 
 def load(**options: Any) -> Any:
@@ -35,11 +64,54 @@ def load(**options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL, **options).eval()
 
 
+class Maker:
+    """Makes adapters of a bare model from the text of one seed. What several recipes need is made once."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        self.model, self.tokenizer, self.seed = model, AutoTokenizer.from_pretrained(MODEL), seed
+        self.calibrated = cache(self._calibrated)
+        self._mixed = cache(self._in_mixed_widths)
+
+    def samples(self, count: int) -> TokenSamples:
+        """Return samples of offline text and LongEval records, half and half."""
+        return TokenSamples(mixed_source(NUM_LINES), self.tokenizer, count, SAMPLE_LEN, self.seed)
+
+    def statistics(self, count: int) -> Statistics:
+        """Return the statistics of so many samples."""
+        return self.calibrated(count)[0]
+
+    def make(self, recipe: Recipe) -> cskv.CSKVAdapter:
+        """Make an adapter."""
+        adapter = self._untrained(recipe)
+        if recipe.training is not None:
+            train(self.model, adapter, self.samples(recipe.samples), recipe.training)
+        return adapter
+
+    def _untrained(self, recipe: Recipe) -> cskv.CSKVAdapter:
+        config = recipe.config
+        if recipe.ratio is not None:
+            return copy.deepcopy(self._mixed(config, recipe.ratio, recipe.calibration))
+        statistics = self.statistics(recipe.calibration)
+        if not recipe.allocated:
+            return initialise(self.model, config, statistics)
+        samples = list(self.samples(ALLOCATION_SAMPLES))
+        return allocate_ranks(self.model, config, statistics, samples, config.k_density).adapter
+
+    def _in_mixed_widths(self, config: cskv.CSKVConfig, ratio: float, calibration: int) -> cskv.CSKVAdapter:
+        samples = list(self.samples(ALLOCATION_SAMPLES))
+        return allocate_widths(self.model, config, self.statistics(calibration), samples, ratio).adapter
+
+    def _calibrated(self, count: int) -> tuple[Statistics, float]:
+        """Calibrate, and return the seconds that it took as well."""
+        began = time.perf_counter()
+        return calibrate(self.model, self.samples(count)), time.perf_counter() - began
+
+
 class Bench(Maker):
     """The model and the material of one seed, which picks the text and the questions."""
 
     def __init__(self, model: Any, seed: int, texts: int = TEXTS) -> None:
-        super().__init__(model, AutoTokenizer.from_pretrained(MODEL), seed)
+        super().__init__(model, seed)
         self.surveyed = survey(model)
         self.divergence = Divergence(self.surveyed)
         self.held_out = self.tokens(open_source("offline", "heldout").read(seed), TEXT_TOKENS, texts)
@@ -65,9 +137,15 @@ class Bench(Maker):
         return figures | {"perplexity": text.ppl}
 
 
-def measure(path: Path, report: bool, jobs: Callable[[], Jobs]) -> dict[str, Any]:
-    """Read results, and measure what they lack unless only a report is wanted; `jobs` loads models."""
-    results = read_results(path)
-    if not report:
-        measure_missing(path, results, jobs())
-    return results
+def start(script: str, jobs: Callable[[], Jobs], write_report: Callable[[dict[str, Any]], None]) -> None:
+    """Run a script: measure what its results lack, and write its report. `jobs` loads models."""
+
+    def main(report: Annotated[bool, typer.Option("--report", help="Only write the report again.")] = False) -> None:
+        """Measure what is missing, then write the tables and figures of the documentation."""
+        path = RESULTS / f"{script}.json"
+        results = read_results(path)
+        if not report:
+            measure_missing(path, results, jobs())
+        write_report(results)
+
+    typer.run(main)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from functools import cache, partial
-from typing import Annotated, Any
+from statistics import mean
+from typing import Any
 
-import typer
-from adapters import Recipe
-from common import RESULTS, Jobs, Row
-from quality import SEEDS, Bench, load, measure
+from common import Jobs, Row
+from pages import DOCS, Table, accuracy, draw_pair, fill_page, measured_on
+from quality import SEEDS, Bench, Recipe, load, start
 
 import cskv
 from cskv.evaluation.cache_size import cache_after_prefill
@@ -37,6 +37,19 @@ TRAINING: dict[str, dict[str, Any]] = {
 MIXED = {"init": "weighted-pca", "mixed_widths": True}
 SMALL = {"k_density": 0.1406, "v_density": 0.125, "init": "pca", "k_bits": 4, "v_bits": 4}  # the bytes of 4.4 %
 PEERS = {f"QuantizedCache {backend}, {bits} bits": (backend, bits) for backend in ("hqq", "quanto") for bits in (4, 2)}
+# In the figure, by how a name begins; one width otherwise.
+SERIES = {
+    "uncompressed": "uncompressed",
+    "QuantizedCache": "transformers' QuantizedCache",
+    "mixed": "cskv, mixed widths",
+}
+PARTS = {  # of the bytes
+    "latents": ("payload",),
+    "scales, minima": ("scale", "minimum"),
+    "window": ("window",),
+    "slack, positions": ("slack", "position"),
+}
+Found = dict[str, list[Row]]
 
 
 def _uniform(bits: int) -> dict[str, Any]:
@@ -80,12 +93,50 @@ def _row(benches: partial[Bench], half: Any, seed: int, name: str) -> Row:
     return row | {"cache": size.to_dict()}
 
 
-def main(report: Annotated[bool, typer.Option("--report", help="Only write the tables again.")] = False) -> None:
-    """Measure what is missing, then write the table and the figure of docs/quantisation.md."""
-    from quantised_report import write_report
+def write_report(results: dict[str, Any]) -> None:
+    """Put the tables between the page's markers, and draw the figure."""
+    rows = list(results["rows"].values())
+    by_name = {name: [row for row in rows if row["name"] == name] for name in NAMES}
+    found = {name: own for name, own in by_name.items() if own}
+    tables = (table.markdown() for table in (_table(found), _losses(found)))
+    fill_page(DOCS / "quantisation.md", "quantised", measured_on(results["environment"], "quantised", rows), *tables)
+    _draw(found)
 
-    write_report(measure(RESULTS / "quantised.json", report, jobs), NAMES)
+
+def _table(found: Found) -> Table:
+    cells = []
+    for name, own in found.items():
+        caches = [row["cache"] for row in own]
+        shares = [
+            mean(sum(cache[f"{part}_bytes"] for part in parts) / cache["uncompressed_bytes"] for cache in caches)
+            for parts in PARTS.values()
+        ]
+        parts = [f"{share:.1%}" if shares[0] else "" for share in shares]
+        ratio = mean(cache["ratio"] for cache in caches)
+        kl = f"{mean(row['kl'] for row in own):.4f}" if "kl" in own[0] else ""
+        cells.append([name, f"{ratio:.1%}", *parts, accuracy(own), f"{mean(row['perplexity'] for row in own):.2f}", kl])
+    return Table("", ("cache", "bytes of bf16", *PARTS, "LongEval % right (95 %)", "perplexity", "KL"), cells)
+
+
+def _losses(found: Found) -> Table:
+    """Make the table of reconstruction losses, summed over layers, before and after training through the grid."""
+    cells = []
+    for name, own in found.items():
+        if name.startswith("20 %") and all("loss" in row for row in own):
+            cells.append([name, *(f"{mean(row['loss'][kind] for row in own):.4f}" for kind in ("k", "v"))])
+    return Table("", ("reconstruction loss of held-out text", "keys", "values"), cells)
+
+
+def _draw(found: Found) -> None:
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for name, own in found.items():
+        kind = next((title for start, title in SERIES.items() if name.startswith(start)), "cskv, one width")
+        right, text = (mean(row[of] for row in own) for of in ("accuracy", "perplexity"))
+        series.setdefault(kind, []).append((100 * mean(row["cache"]["ratio"] for row in own), 100 * right, text))
+    label, ticks = "bytes, % of the bf16 cache (1920-token prompt)", (5, 10, 20, 50, 100)
+    path = DOCS / "figures" / "quantised.png"
+    draw_pair(path, series, label, {"ylabel": "perplexity of held-out text"}, ticks=ticks)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    start("quantised", jobs, write_report)

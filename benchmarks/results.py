@@ -12,18 +12,14 @@ against the committed one of docs/results.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-# Threads that spin while they wait halve the speed of whatever else runs on the machine; set before torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import typer
-from adapters import NUM_LINES
 from common import MODEL, ROOT
-from results_methods import Methods, Workshop, ablation_methods, channel_methods, token_methods
+from quality import NUM_LINES, SEEDS, load
+from results_methods import Workshop, ablation_methods, channel_methods, token_methods
 
 from cskv.cli.common import progress
 from cskv.evaluation.environment import environment
@@ -35,7 +31,6 @@ from cskv.methods.method import label
 
 OUT = ROOT / "outputs" / "results"
 PARTS = {"channels": "evaluation.json", "tokens": "evaluation-tokens.json", "ablations": "evaluation-ablations.json"}
-SEEDS = (0, 1)
 COMMON: dict[str, Any] = {
     "lines": (NUM_LINES,),
     "cases": 50,
@@ -47,20 +42,18 @@ COMMON: dict[str, Any] = {
 WHOLE = EvaluationSettings(tasks=("lines", "niah-single", "perplexity", "continuation"), tokens=(500, 1000), **COMMON)
 FEW = EvaluationSettings(tasks=("lines", "perplexity"), protocols=("in-prefill",), **COMMON)
 SETTINGS = {"channels": WHOLE, "tokens": WHOLE, "ablations": FEW}
+METHODS = {"channels": channel_methods, "tokens": token_methods, "ablations": ablation_methods}
 
 
 def measure(part: str, folder: Path, adapters: Path, seeds: Sequence[int] = SEEDS, only: str = "") -> Run:
     """Measure what a part lacks of some of its seeds and methods."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    settings = SETTINGS[part]
+    model, settings = load(), SETTINGS[part]
     facts = model_facts(model) | {"name": str(MODEL.relative_to(ROOT))}
     run = open_run(folder / PARTS[part], settings.to_dict(), facts, environment().to_dict())
     for seed in seeds:
         own = dataclasses.replace(settings, seeds=(seed,))
-        for (name, budget), make in _methods(part, Workshop(model, tokenizer, adapters / str(seed), seed)).items():
+        workshop = Workshop(model, adapters / str(seed), seed)
+        for (name, budget), make in METHODS[part](workshop).items():
             streams = part != "tokens" or budget is None
             lacking = sum(lacks(run, job, name, budget, streams=streams) for job in own.jobs())
             if lacking and only in label(name, budget):
@@ -68,14 +61,8 @@ def measure(part: str, folder: Path, adapters: Path, seeds: Sequence[int] = SEED
                     task = bar.add_task(f"seed {seed}: {label(name, budget)}", total=lacking)
                     advance = lambda _what, share, bar=bar, task=task: bar.advance(task, share)  # noqa: E731 (short)
                     kept = {"keep_outputs": False, "variant": f" (seed {seed})"}
-                    evaluate(model, tokenizer, [make()], own, run, **kept, on_work=advance)
+                    evaluate(model, workshop.tokenizer, [make()], own, run, **kept, on_work=advance)
     return run
-
-
-def _methods(part: str, workshop: Workshop) -> Methods:
-    if part == "tokens":
-        return token_methods()
-    return channel_methods(workshop) if part == "channels" else ablation_methods(workshop)
 
 
 def main(

@@ -31,10 +31,8 @@ def departures(new: list[Row], old: list[Row]) -> tuple[int, int, list[tuple[Row
     compared, outside = 0, []
     for key in rerun.keys() & committed.keys():
         row, before = rerun[key], committed[key]
-        for name, interval in (
-            ("score", [before.get("low"), before.get("high")]),
-            ("perplexity", before.get("perplexity_interval")),
-        ):
+        bounds = [before.get("low"), before.get("high")]
+        for name, interval in (("score", bounds), ("perplexity", before.get("perplexity_interval"))):
             if name in row and interval and None not in interval:
                 compared += 1
                 if not interval[0] <= row[name] <= interval[1]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adapters import Maker, Recipe
+from quality import Maker, Recipe
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.statistics import Statistics
@@ -31,15 +31,10 @@ Methods = dict[tuple[str, float | None], Callable[[], Method]]
 
 
 class Workshop(Maker):
-    """Makes the adapters of one seed; one that is in the folder already is read.
+    """Makes the adapters of one seed; one that is in the seed's folder already is read."""
 
-    Args:
-        folder: of this seed's statistics and adapters.
-        seed: of the calibration and training text.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, folder: Path, seed: int) -> None:
-        super().__init__(model, tokenizer, seed)
+    def __init__(self, model: Any, folder: Path, seed: int) -> None:
+        super().__init__(model, seed)
         self.folder = folder
         self.statistics = functools.cache(self._kept_statistics)
 
@@ -99,7 +94,7 @@ def channel_methods(workshop: Workshop) -> Methods:
     return found
 
 
-def token_methods() -> Methods:
+def token_methods(_workshop: Workshop) -> Methods:
     """Return what drops tokens, and the uncompressed cache again, since another transformers runs here."""
     found: Methods = {("uncompressed", None): uncompressed}
     for budget in BUDGETS:
@@ -122,12 +117,11 @@ def split_names() -> dict[tuple[str, float], tuple[float, float]]:
 def ablation_methods(workshop: Workshop) -> Methods:
     """Return the paper's ablations: the window, the split of a budget between keys and values, and QAT."""
     found: Methods = {}
-    for name, make in (
-        (TRAINED, partial(workshop.trained, 0.2)),
-        ("ASVD", partial(workshop.untrained, "asvd", 0.2, 0.2)),
-    ):
+    makers = {TRAINED: partial(workshop.trained, 0.2), "ASVD": partial(workshop.untrained, "asvd", 0.2, 0.2)}
+    for name, make in makers.items():
         for window in WINDOWS:
-            _add(found, f"{name}, window {window}", 0.2, partial(_windowed, make, window), window=window)
+            windowed = lambda make=make, window=window: make().with_settings(window=window)  # noqa: E731 (short)
+            _add(found, f"{name}, window {window}", 0.2, windowed, window=window)
     for (name, total), (k, v) in split_names().items():
         _add(found, name, total, partial(workshop.untrained, "asvd", k, v), k_density=k, v_density=v)
     for density in (0.5, 0.4, 0.3, 0.2):
@@ -135,10 +129,6 @@ def ablation_methods(workshop: Workshop) -> Methods:
         _add(found, "4 bits, post-training", kept, afterwards, density=density)
         _add(found, "4 bits, QAT", kept, partial(workshop.trained, density, 4), density=density)
     return found
-
-
-def _windowed(make: Callable[[], CSKVAdapter], window: int) -> CSKVAdapter:
-    return make().with_settings(window=window)
 
 
 def _add(found: Methods, name: str, budget: float, make: Callable[[], CSKVAdapter], **facts: Any) -> None:

@@ -14,11 +14,14 @@ Before anything is timed, log-probabilities after a short prompt are compared wi
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,6 @@ from common import RESULTS, ROOT, Row, Wrong, measure_missing, parser, read_resu
 from decode_timing import summary
 from generation import METHODS, UNCOMPRESSED, Settings, adapter, config_of
 from pages import DOCS, Table, fill_page, machine
-from serving_engine import serve
 
 import cskv
 from cskv.vllm.export import export
@@ -40,6 +42,68 @@ MOST = 48  # requests
 TOLERANCE = 0.1  # of a log-probability in bfloat16
 SHAPES = {"2048 x 4": (2048, 4), "8192 x 1": (8192, 1)}  # tokens of a prompt, uncompressed requests in the pool
 QUICK = {"96 x 2": (96, 2)}
+CHECK = torch.randint(3, 100, (200,), generator=torch.Generator().manual_seed(1)).tolist()  # tokens of a prompt
+
+
+def serve(folder: str, options: dict[str, Any], pipe: Connection) -> None:
+    """Run in a process of its own: start an engine of vLLM, send how many tokens its pool holds, and answer.
+
+    Questions are ("logprobs", prompt, tokens) and ("decode", requests, tokens of each prompt, steps); the answers are
+    log-probabilities of greedy tokens, and seconds of steps in which all requests decode. None ends the process.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM
+
+    llm = LLM(
+        model=folder,
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        distributed_executor_backend="uni",
+        enforce_eager=True,
+        disable_log_stats=True,
+        **options,
+    )
+    pipe.send(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
+    while (question := pipe.recv()) is not None:
+        kind, *arguments = question
+        pipe.send(_greedy(llm, *arguments) if kind == "logprobs" else _decode(llm, *arguments))
+
+
+def _greedy(llm: Any, prompt: list[int], tokens: int) -> list[float]:
+    """Return the log-probabilities of greedy tokens after a prompt."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], settings, use_tqdm=False)
+    answer = output.outputs[0]
+    return [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+
+
+def _decode(llm: Any, requests: int, tokens: int, steps: int) -> list[float]:
+    """Return the seconds of steps in which all requests decode."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True, detokenize=False)
+    engine, names = llm.llm_engine, [f"decode-{i}" for i in range(requests)]
+    for i, name in enumerate(names):
+        prompt = [3 + (i + 7 * j) % 90 for j in range(tokens)]
+        engine.add_request(name, {"prompt_token_ids": prompt}, settings)
+    begun: set[str] = set()
+    while len(begun) < requests:
+        begun |= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        answered = engine.step()
+        seconds.append(time.perf_counter() - began)
+        if len(answered) != requests:
+            raise RuntimeError(f"{len(answered)} of {requests} requests decoded in a step: the pool is too small")
+    engine.abort_request(names)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return seconds
 
 
 class Engine:
@@ -54,7 +118,7 @@ class Engine:
         self.tokens = self._answer()
 
     def ask(self, *question: Any) -> Any:
-        """Return the answer of `serving_engine.serve`."""
+        """Return the answer of `serve`."""
         self._ours.send(question)
         return self._answer()
 
@@ -71,7 +135,7 @@ class Engine:
 
 
 def checkpoints(folder: Path, settings: Settings) -> tuple[dict[str, Path], dict[str, list[float]]]:
-    """A checkpoint of every method, and the log-probabilities that the transformers path gives."""
+    """Save a checkpoint of every method, and return with it the log-probabilities that the transformers path gives."""
     model, base = settings.model(), folder / "base"
     model.save_pretrained(base)
     found, expected = {UNCOMPRESSED: base}, {}
@@ -90,37 +154,21 @@ def checkpoints(folder: Path, settings: Settings) -> tuple[dict[str, Path], dict
 
 @torch.inference_mode()
 def _logprobs(model: Any) -> list[float]:
-    """Return those of the tokens that are chosen after the prompt of the check."""
-    prompt = torch.tensor([check_prompt()])
-    output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=4,
-        do_sample=False,
-        output_scores=True,
-        return_dict_in_generate=True,
-        pad_token_id=0,
-        eos_token_id=[],
-    )
+    """Return those of the tokens that are chosen after the prompt that is checked."""
+    prompt = torch.tensor([CHECK])
+    greedy = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True, "eos_token_id": []}
+    mask = torch.ones_like(prompt)
+    output = model.generate(prompt, attention_mask=mask, max_new_tokens=4, pad_token_id=0, **greedy)
     return [float(torch.log_softmax(scores[0].float(), -1).max()) for scores in output.scores]
 
 
-def check_prompt() -> list[int]:
-    """Return the prompt of the check."""
-    return torch.randint(3, 100, (200,), generator=torch.Generator().manual_seed(1)).tolist()
-
-
 def measure(tokens: int, fit: int, folders: dict[str, Path], expected: dict[str, list[float]], per_token: int) -> Row:
-    """Measure a row: all methods with a pool in which `fit` uncompressed requests have room.
-
-    Raises:
-        Wrong: what a method computes is off.
-    """
+    """Measure a row: all methods with a pool in which `fit` uncompressed requests fit; raise `Wrong` if one is off."""
     options = {"kv_cache_memory_bytes": (fit * (tokens + ROOM) + 256) * per_token, "max_model_len": tokens + ROOM}
     engines = {name: Engine(folder, options | {"max_num_seqs": MOST}) for name, folder in folders.items()}
     row: Row = {"tokens": tokens, "fit": fit, "pool_bytes": options["kv_cache_memory_bytes"], "methods": {}}
     for name, engine in engines.items():
-        found = engine.ask("logprobs", check_prompt(), 4)
+        found = engine.ask("logprobs", CHECK, 4)
         error = max(abs(ours - theirs) for ours, theirs in zip(found, expected[name], strict=True))
         if error > TOLERANCE:
             raise Wrong(f"{name}: log-probabilities are {error:.3g} off, at most {TOLERANCE:g}; nothing is reported")

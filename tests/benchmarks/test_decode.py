@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import decode
-import decode_goals
 import decode_methods
 import decode_problem
 import decode_report
@@ -144,7 +143,7 @@ def test_goals_are_met_or_not():
         "1 x 16384": row(1, 16384, sdpa=12.0, best=1.5, commuting=1.0),
         "1 x 65536": row(1, 65536, commuting=2.0, packed=1.0),
     }
-    table = decode_goals.cpu_goals({"rows": rows}, {"rows": {}})
+    table = decode_tables.cpu_goals({"rows": rows}, {"rows": {}})
     found = {goal: (shown, met) for goal, shown, met in table.rows}
     assert found["commuting keys, 16K: >= 10x transformers' sdpa path"] == ("12.00x", "yes")
     assert found["commuting keys, 16K: >= 2x the best uncompressed path"] == ("1.50x", "**no**")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 
 import closed_form
-import closed_form_report
 import common
 import decode_report
 import grids
 import pages
 import pytest
 import quantised
-import quantised_report
 
 pytest.importorskip("matplotlib")
 
@@ -31,15 +29,15 @@ def no_drawing(monkeypatch, module, *names):
 
 
 def test_closed_form(written, monkeypatch):
-    no_drawing(monkeypatch, closed_form_report, "draw_pair", "plot_losses", "plot_ranks")
+    no_drawing(monkeypatch, closed_form, "draw_pair", "plot_losses", "plot_ranks")
     results = common.read_results(common.RESULTS / "closed_form.json")
-    closed_form_report.write_report(results, list(closed_form.METHODS), closed_form.DENSITIES)
+    closed_form.write_report(results)
     assert written == {page: page.read_text() for page in [pages.DOCS / "closed-form.md"]}
 
 
 def test_quantisation(written, monkeypatch):
-    no_drawing(monkeypatch, quantised_report, "draw_pair")
-    quantised_report.write_report(common.read_results(common.RESULTS / "quantised.json"), quantised.NAMES)
+    no_drawing(monkeypatch, quantised, "draw_pair")
+    quantised.write_report(common.read_results(common.RESULTS / "quantised.json"))
     assert written == {page: page.read_text() for page in [pages.DOCS / "quantisation.md"]}
     rows = common.read_results(common.RESULTS / "grids.json")["rows"]
     assert grids.table({name: rows[name] for name in grids.makers()}).markdown() in written.popitem()[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import results_check
 import results_report
-from results_tables import Points, main_table, verdict
+from results_report import Points, main_table, verdict
 
 from cskv.evaluation.pooling import Value, pool
 
