@@ -4,8 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cskv.errors import ConfigError, DataError
-from cskv.factorization.asvd import asvd_factors
-from cskv.factorization.svd import svd_factors
+from cskv.factorization.svd import asvd_factors, svd_factors
 
 
 def random_case(seed: int, kv_dim: int = 8, hidden: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
