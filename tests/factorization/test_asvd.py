@@ -87,4 +87,4 @@ def test_statistics_that_are_no_means_are_refused(bad: float) -> None:
 def test_a_negative_alpha_is_refused() -> None:
     weight, mean_abs = random_case(0)
     with pytest.raises(ConfigError, match="alpha is -1"):
-        asvd_factors(weight, mean_abs, 2, alpha=-1)
+        asvd_factors(weight, mean_abs, 2, alpha=-1.0)

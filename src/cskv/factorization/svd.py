@@ -73,7 +73,7 @@ def svd_factors(
 
 def asvd_factors(
     weight: Float[Tensor, "kv_dim hidden"],
-    mean_abs: Float[Tensor, " hidden"],
+    mean_abs: Tensor,
     rank: int,
     alpha: float = 0.5,
     eps: float = 1e-6,
@@ -83,7 +83,7 @@ def asvd_factors(
 
     Args:
         weight: any floating dtype and device; computed there in fp64.
-        mean_abs: mean |x| of each input channel over calibration tokens, at least 0.
+        mean_abs: (hidden,), floating: mean |x| of each input channel over calibration tokens, at least 0.
         rank: from 1 to kv_dim.
         alpha: the exponent of the channel scale, at least 0.
         eps: added to mean |x|, so that a channel that was always 0 in calibration keeps a little weight.
