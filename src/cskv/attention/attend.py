@@ -99,17 +99,11 @@ def attention(
 
 
 class Partial(NamedTuple):
-    """Attention over some of the tokens, in fp32; such parts are joined by the log-sum-exp of their logits.
+    """Attention over some of the tokens, in fp32; such parts are joined by the log-sum-exp of their logits."""
 
-    Attributes:
-        most: the largest logit of every row.
-        total: the sum of exp(logit - most): 1 or more, and 0 where a row reads nothing.
-        sums: the sum of exp(logit - most) times the value, or its latents.
-    """
-
-    most: Float[Tensor, "batch q_heads new 1"]
-    total: Float[Tensor, "batch q_heads new 1"]
-    sums: Float[Tensor, "batch q_heads new channels"]
+    most: Float[Tensor, "batch q_heads new 1"]  # the largest logit of every row
+    total: Float[Tensor, "batch q_heads new 1"]  # of exp(logit - most): 1 or more, and 0 where a row reads nothing
+    sums: Float[Tensor, "batch q_heads new channels"]  # of exp(logit - most) times the value, or its latents
 
     def joined(self, other: Partial) -> Partial:
         """Join both parts to one. A row's largest logit is finite in one of them at least."""
@@ -257,12 +251,9 @@ def _by_keys(
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """Rotate heads, (batch, kv_heads, tokens, head_dim), as a plain `Rotation` does, without another tensor as large.
+    """Rotate (batch, kv_heads, tokens, head_dim) into `out` as a plain `Rotation` does; nothing as large is made.
 
-    Args:
-        heads: keys before RoPE and after any norm.
-        cos, sin: of their tokens, (batch or 1, tokens, rotary_dim).
-        out: where the rotated keys are written; it is returned.
+    Cos and sin are those of the tokens, (batch or 1, tokens, rotary_dim).
     """
     rotary, cos, sin = cos.shape[-1], cos[:, None], sin[:, None]
     half = rotary // 2
