@@ -90,8 +90,7 @@ def attention(
             return output.to(dtype)
     if computed == torch.float16:
         query, inputs = query.float(), inputs.to(torch.float32)
-    view = inputs.view
-    part = exact(query, view, inputs.logits)
+    part = exact(query, inputs.view, inputs.logits)
     if view.k is not None and view.v is not None and (length := view.k.length):
         scratch = Scratch() if scratch is None else scratch
         part = part.joined(_sealed(query, inputs, view.k, view.v, length, scratch))
@@ -140,9 +139,11 @@ def exact(query: Tensor, view: View, logits: Logits) -> Partial:
 def _sealed(query: Tensor, inputs: AttentionInputs, k: Latents, v: Latents, length: int, scratch: Scratch) -> Partial:
     """Attend to the compressed branch. Only the number of tiles follows from its length, as torch.compile needs it."""
     factors, rotation, value_heads = inputs.factors, inputs.rotation, inputs.value_heads
-    dtype, part = query.dtype, None
-    wide = torch.promote_types(dtype, torch.float32)
-    absorbed, bias = _absorbed(query, factors.k) if rotation is None else (query, None)
+    dtype, wide, head_dim = query.dtype, torch.promote_types(query.dtype, torch.float32), query.shape[3]
+    absorbed, bias, part = query, None, None
+    if rotation is None:
+        absorbed = per_head(query, factors.k.up.unflatten(0, (-1, head_dim))[None])
+        bias = None if factors.k.bias is None else per_head(query, factors.k.bias.view(1, -1, head_dim, 1))
     tile = _tile(query, inputs, k, v)
     tiles = -(-length // tile)
     for index in range(tiles):
@@ -168,7 +169,7 @@ def _sealed(query: Tensor, inputs: AttentionInputs, k: Latents, v: Latents, leng
         of_tile = Partial(most, total, sums)
         part = of_tile if part is None else part.joined(of_tile)
     assert part is not None, "there is at least one tile"
-    return part if value_heads is not None else expanded(part, factors.v, query.shape[3])
+    return part if value_heads is not None else expanded(part, factors.v, head_dim)
 
 
 def _tile(query: Tensor, inputs: AttentionInputs, k: Latents, v: Latents) -> int:
@@ -213,13 +214,6 @@ def per_head(rows: Tensor, matrices: Tensor) -> Tensor:
     batch, heads, new, inner = rows.shape
     grouped = rows.reshape(batch, matrices.shape[1], -1, inner)
     return torch.matmul(grouped, matrices).view(batch, heads, new, -1)
-
-
-def _absorbed(query: Tensor, factors: Factors) -> tuple[Tensor, Tensor | None]:
-    """Give the keys' up-projection and bias to the query: (batch, q_heads, new, rank of a group) and (..., 1)."""
-    head_dim, bias = query.shape[3], factors.bias
-    products = None if bias is None else per_head(query, bias.view(1, -1, head_dim, 1))
-    return per_head(query, factors.up.unflatten(0, (-1, head_dim))[None]), products
 
 
 def _by_latents(absorbed: Tensor, latents: Tensor, factors: Factors, scratch: Scratch) -> Tensor:
