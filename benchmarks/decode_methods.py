@@ -17,8 +17,8 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cskv.attachment.cache_bytes import allocated_bytes
-from cskv.attention.dispatch import AUTO, attention
-from cskv.attention.rebuild import rebuilt
+from cskv.attention.attend import AUTO, attention
+from cskv.attention.inputs import rebuilt
 from cskv.cache.bibranch import BiBranchStore
 from cskv.errors import CSKVError
 from cskv.latents.view import PackedLatents, View

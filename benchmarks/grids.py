@@ -20,8 +20,7 @@ from quality import ALLOCATION_SAMPLES, Bench, Recipe, load, start
 from torch import Tensor
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.compression.budget import observe_latents
-from cskv.compression.bytes import ratio_of
+from cskv.compression.budget import observe_latents, ratio_of
 from cskv.compression.reading import Part
 from cskv.data.lines import make_case
 from cskv.factorization.basis import centred, hadamard_blocks, rotated, scaled

@@ -20,7 +20,7 @@ import cskv
 from cskv import CSKVConfig
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.attachment.cache_bytes import adapter_report
-from cskv.compression.bytes import ratio_of
+from cskv.compression.budget import ratio_of
 from cskv.compression.initialise import initialise
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.models.compat import output_cache

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cskv.attention.dispatch import attention
+from cskv.attention.attend import attention
 from cskv.attention.inputs import AttentionInputs
 from cskv.attention.reference import attention as reference
 from cskv.factorization.factors import Factors, LayerFactors

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cskv.attention import tiled
-from cskv.attention.dispatch import attention
+from cskv.attention import attend
+from cskv.attention.attend import attention
 from cskv.attention.inputs import AttentionInputs, KeyOffset, split_heads
 from cskv.attention.reference import over
 from tests.attention.problems import Problem
@@ -51,7 +51,7 @@ def test_the_constant_turns_with_its_token(
     if backend == "triton":
         pytest.importorskip("triton")
         mend_interpreter()
-    monkeypatch.setattr(tiled, "SCORES", 1)  # tiles of 64 tokens
+    monkeypatch.setattr(attend, "SCORES", 1)  # tiles of 64 tokens
     inputs, keys, values = with_offset(rotary, plain, mask)
     expected = over(PROBLEM.query(), keys, values, inputs.logits)
     assert torch.allclose(attention(PROBLEM.query(), inputs, backend=backend), expected, atol=3e-5)

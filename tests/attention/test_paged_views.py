@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cskv.attention import dispatch, reference, tiled
+from cskv.attention import attend, reference
 from cskv.latents.view import View
 from tests.attention.problems import PagedProblem, one_by_one
 
@@ -53,7 +53,7 @@ def test_together_is_one_by_one(problem: PagedProblem, told: dict[str, Any]) -> 
     query, inputs = problem.query(), problem.inputs(logits)
     together = reference.attention(query.double(), inputs)
     assert (together - expected).abs().max() < 1e-10
-    got = tiled.attention(query, inputs)
+    got = attend.attention(query, inputs)
     assert got.dtype == torch.float32
     assert (got - expected).abs().max() < 3e-5
 
@@ -71,10 +71,10 @@ def test_the_cut_into_tiles_does_not_show(rotary: int | None, block_size: int, m
     )
     logits = problem.logits(mask="bool")
     expected = one_by_one(reference.attention, problem, torch.float32, logits)
-    monkeypatch.setattr(tiled, "LEAST_TILE", 8)
+    monkeypatch.setattr(attend, "LEAST_TILE", 8)
     for numbers in (1, 3000, 2**19):
-        monkeypatch.setattr(tiled, "SCORES", numbers)
-        got = tiled.attention(problem.query(), problem.inputs(logits))
+        monkeypatch.setattr(attend, "SCORES", numbers)
+        got = attend.attention(problem.query(), problem.inputs(logits))
         assert (got - expected).abs().max() < 3e-5
 
 
@@ -84,7 +84,7 @@ def test_nobody_has_sealed_tokens(backend: str) -> None:
     view = problem.paged()
     exact = View(view.keys, view.values)
     got, expected = (
-        dispatch.attention(problem.query(), problem.inputs(view=part), backend=backend) for part in (view, exact)
+        attend.attention(problem.query(), problem.inputs(view=part), backend=backend) for part in (view, exact)
     )
     assert torch.equal(got, expected)
 
@@ -95,6 +95,6 @@ def test_rows_that_are_no_requests_change_nothing() -> None:
     view = problem.paged()
     assert view.exists is not None
     none = replace(view, exists=view.exists.clone().index_fill_(0, torch.tensor([1]), False))
-    got, expected = (tiled.attention(problem.query(), problem.inputs(view=part)) for part in (none, view))
+    got, expected = (attend.attention(problem.query(), problem.inputs(view=part)) for part in (none, view))
     assert torch.isfinite(got).all()
     assert torch.equal(got[[0, 2]], expected[[0, 2]])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.compression.bytes import ratio_of
+from cskv.compression.budget import ratio_of
 from tests.cli.conftest import Run
 from tests.cli.support import TEXT, last_json, mistake
 

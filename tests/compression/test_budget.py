@@ -14,8 +14,7 @@ import cskv.models.probe as probe_module
 import cskv.models.survey as survey_module
 from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError
 from cskv.calibration.calibrate import calibrate
-from cskv.compression.budget import allocate_ranks, allocate_widths, observe_latents
-from cskv.compression.bytes import ratio_of
+from cskv.compression.budget import allocate_ranks, allocate_widths, observe_latents, ratio_of
 from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import initialise
 from cskv.compression.sensitivity import Allocation, deal, halves, sensitivities

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from cskv import CSKVConfig, UnsupportedModelError
-from cskv.compression.divergence import Divergence
+from cskv.compression.divergence import Divergence, Head
 from cskv.compression.initialise import initialise
-from cskv.compression.lm_head import Head
 from cskv.compression.reading import compressed_reading
 from cskv.models.survey import survey
 from tests.attachment.test_closed_form import statistics_of

@@ -11,8 +11,7 @@ from cskv.compression.budget import observe_latents
 from cskv.compression.initialise import Factorisation, in_few_bits, initialise
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, DataError
-from cskv.factorization.asvd import asvd_factors
-from cskv.factorization.svd import svd_factors
+from cskv.factorization.svd import asvd_factors, svd_factors
 from cskv.models.sites import find_sites
 from cskv.models.survey import survey
 from tests.attachment.test_closed_form import statistics_of

@@ -4,8 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cskv.errors import ConfigError, DataError
-from cskv.factorization.asvd import asvd_factors
-from cskv.factorization.svd import svd_factors
+from cskv.factorization.svd import asvd_factors, svd_factors
 
 
 def random_case(seed: int, kv_dim: int = 8, hidden: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,4 +87,4 @@ def test_statistics_that_are_no_means_are_refused(bad: float) -> None:
 def test_a_negative_alpha_is_refused() -> None:
     weight, mean_abs = random_case(0)
     with pytest.raises(ConfigError, match="alpha is -1"):
-        asvd_factors(weight, mean_abs, 2, alpha=-1)
+        asvd_factors(weight, mean_abs, 2, alpha=-1.0)

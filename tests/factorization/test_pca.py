@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cskv import ConfigError, DataError, Factors
-from cskv.factorization.asvd import asvd_factors
 from cskv.factorization.pca import principal_components
-from cskv.factorization.svd import svd_factors
+from cskv.factorization.svd import asvd_factors, svd_factors
 
 HIDDEN, KV_DIM, TOKENS = 12, 8, 400
 

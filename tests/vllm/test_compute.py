@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cskv.attention.rebuild import MOST_NEW
+from cskv.attention.attend import MOST_NEW
 from cskv.quantization.grid import Grid
 from cskv.vllm import compute
 from cskv.vllm.compute import attend, write

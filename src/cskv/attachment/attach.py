@@ -16,7 +16,7 @@ from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.compressor import LayerCompressor, Setup, needs_positions
 from cskv.attachment.hook import GuessHook, SiteHook
 from cskv.attachment.step import PREFIX, ThreadState, attend
-from cskv.attention.dispatch import AUTO, check_backend
+from cskv.attention.attend import AUTO, check_backend
 from cskv.errors import ConfigError, CSKVError
 from cskv.models.attention_interface import Switch
 from cskv.models.logits import UNDERSTOOD
@@ -94,7 +94,7 @@ def attach(
         model: a transformers decoder model (with or without a language-model head).
         adapter: factors made for it.
         attention: what attends to old tokens. "auto", "triton", "torch" and "reference" read their latents (see
-            `cskv.attention.dispatch`); "rebuild" makes their keys and values in full at every step, for the model's own
+            `cskv.attention.attend`); "rebuild" makes their keys and values in full at every step, for the model's own
             attention function. Layers whose attention is not sdpa or eager, or is not understood, do that too.
             Attention on latents has no weights to return (`output_attentions`); "rebuild" has.
         max_cache_len: tokens to preallocate in every new cache at its first sealing, so that none is ever copied to

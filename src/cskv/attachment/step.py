@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from cskv.attachment.compressor import LayerCompressor
 from cskv.attachment.layer import CSKVLayer
-from cskv.attention.dispatch import attention
-from cskv.attention.inputs import AttentionInputs, Logits, Rotation
-from cskv.attention.rebuild import attends_to_latents, rebuilt
+from cskv.attention.attend import attends_to_latents, attention
+from cskv.attention.inputs import AttentionInputs, Logits, Rotation, rebuilt
 from cskv.cache.buffer import TokenBuffer
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError

@@ -5,5 +5,6 @@ U_v is applied once per query head. A key that is a linear function of its laten
 giving U_k^T to the query; a key that is rotated after it was rebuilt is rebuilt a tile of tokens at a time. The two
 branches are joined by the log-sum-exp of their logits, so the result is that of one softmax over all tokens.
 
-`reference` says what is computed, `tiled` does it with torch on any device, `triton` with Triton kernels on a GPU.
+`attend` is the way in and computes with torch on any device, `triton` has kernels for a GPU, and `reference` says what
+is computed.
 """

@@ -56,30 +56,6 @@ class Rotation:
         cos, sin = (None if part is None else part[:, start:stop] for part in (self.cos, self.sin))
         return self.heads(channels, cos, sin).to(channels.dtype)  # a norm may be in fp32, under autocast
 
-    def rotated(
-        self,
-        heads: Float[Tensor, "batch kv_heads tokens head_dim"],
-        start: int,
-        out: Float[Tensor, "batch kv_heads tokens head_dim"],
-    ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
-        """Rotate sealed tokens from `start` on, plainly and without the norm, into `out`, without a tensor as large."""
-        if self.cos is None or self.sin is None:
-            raise ValueError("there is no rotation")
-        rotary, stop = self.cos.shape[-1], start + heads.shape[2]
-        half = rotary // 2
-        cos, sin = self.cos[:, None, start:stop], self.sin[:, None, start:stop]
-        first, second = heads[..., :half], heads[..., half:rotary]
-        if torch.compiler.is_compiling():  # it fuses this, and cannot trace products written into a part of a tensor
-            turned = (
-                first * cos[..., :half] - second * sin[..., :half],
-                second * cos[..., half:] + first * sin[..., half:],
-            )
-            return torch.cat([*turned, heads[..., rotary:]], dim=-1)
-        torch.mul(first, cos[..., :half], out=out[..., :half]).addcmul_(second, sin[..., :half], value=-1)
-        torch.mul(second, cos[..., half:], out=out[..., half:rotary]).addcmul_(first, sin[..., half:])
-        out[..., rotary:] = heads[..., rotary:]
-        return out
-
 
 @dataclass(frozen=True)
 class KeyOffset:
@@ -140,25 +116,6 @@ class Logits:
     mask: Bool[Tensor, "#batch #q_heads new length"] | Float[Tensor, "#batch #q_heads new length"] | None = None
     sinks: Float[Tensor, " q_heads"] | None = None
 
-    def of(
-        self, products: Float[Tensor, "batch q_heads new tokens"], start: int
-    ) -> Float[Tensor, "batch q_heads new tokens"]:
-        """Turn products into the logits of the tokens from `start` on: in place, but for 16 bits, which become fp32.
-
-        A mask that is None is not applied.
-        """
-        products = products.to(torch.promote_types(products.dtype, torch.float32))
-        products *= self.scaling
-        if self.softcap is not None:
-            products.div_(self.softcap).tanh_().mul_(self.softcap)
-        if self.mask is not None:
-            mask = self.mask[..., start : start + products.shape[-1]]
-            if mask.dtype == torch.bool:
-                products.masked_fill_(~mask, -torch.inf)
-            else:
-                products += mask
-        return products
-
 
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -187,6 +144,25 @@ class AttentionInputs:
         view = replace(self.view, keys=self.view.keys.to(dtype), values=self.view.values.to(dtype))
         rotation = None if self.rotation is None else self.rotation.to(dtype)
         return replace(self, view=view, factors=self.factors.to(dtype=dtype), rotation=rotation)
+
+
+def rebuilt(
+    inputs: AttentionInputs, dtype: torch.dtype | None = None
+) -> tuple[Float[Tensor, "batch kv_heads length head_dim"], Float[Tensor, "batch kv_heads length head_dim"]]:
+    """Return the keys and values of all tokens, in the factors' dtype unless another is given, under autocast too."""
+    view, factors, rotation = inputs.view, inputs.factors, inputs.rotation
+    dtype = factors.k.up.dtype if dtype is None else dtype
+    keys, values = view.keys.to(dtype), view.values.to(dtype)
+    if view.k is None or view.v is None:
+        return keys, values
+    with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
+        k = factors.k.to(dtype=dtype).expand(view.k.read().to(dtype))
+        v = factors.v.to(dtype=dtype).expand(view.v.read().to(dtype))
+        old_keys = split_heads(k, keys.shape[-1]) if rotation is None else rotation.keys(k, 0)
+        if inputs.key_offset is not None:
+            old_keys = old_keys + inputs.key_offset.keys(0, old_keys.shape[2])
+        old_values = split_heads(v, values.shape[-1]) if inputs.value_heads is None else inputs.value_heads(v)
+    return torch.cat([old_keys.to(dtype), keys], dim=2), torch.cat([old_values.to(dtype), values], dim=2)
 
 
 def split_heads(

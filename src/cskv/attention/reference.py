@@ -9,14 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.attention.inputs import AttentionInputs, Logits, beyond, causal_mask
-from cskv.attention.rebuild import rebuilt
+from cskv.attention.inputs import AttentionInputs, Logits, beyond, causal_mask, rebuilt
 
 
 def attention(
     query: Float[Tensor, "batch q_heads new head_dim"], inputs: AttentionInputs
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
-    """Compute `cskv.attention.dispatch.attention` in fp32, or in fp64 for fp64 queries."""
+    """Compute `cskv.attention.attend.attention` in fp32, or in fp64 for fp64 queries."""
     view = inputs.view
     keys, values = rebuilt(inputs, torch.promote_types(query.dtype, torch.float32))
     exists = torch.ones(view.keys.shape[0], 1, 1, view.length, dtype=torch.bool, device=query.device)
@@ -45,9 +44,11 @@ def over(
     repeats = query.shape[1] // keys.shape[1]
     keys, values = (part.to(dtype).repeat_interleave(repeats, dim=1) for part in (keys, values))
     with torch.autocast(query.device.type, enabled=False):
-        scores = logits.of(query.to(dtype) @ keys.transpose(2, 3), 0)
-        if logits.mask is None:
-            scores = scores.masked_fill(~causal_mask(query.shape[2], keys.shape[2], query.device), -torch.inf)
+        scores = logits.scaling * (query.to(dtype) @ keys.transpose(2, 3))
+        if logits.softcap is not None:
+            scores = logits.softcap * torch.tanh(scores / logits.softcap)
+        mask = causal_mask(query.shape[2], keys.shape[2], query.device) if logits.mask is None else logits.mask
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         if exists is not None:
             scores = scores.masked_fill(~exists, -torch.inf)
         if logits.sinks is not None:

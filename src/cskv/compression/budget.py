@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.hooks import Teacher
 from cskv.calibration.statistics import Statistics
-from cskv.compression.bytes import ratio_of
 from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import Factorisation
 from cskv.compression.reading import Part
@@ -33,7 +32,7 @@ from cskv.factorization.components import Components
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.survey import Survey, survey
-from cskv.quantization.grid import Grid
+from cskv.quantization.grid import Grid, bytes_per_token
 from cskv.quantization.widths import CHOICES, RANKS, choose_widths, runs_of, width_errors
 
 UNIFORM_BITS = 4  # what mixed widths are compared with
@@ -143,6 +142,20 @@ def observe_latents(
                 for kind in ("k", "v"):
                     factors = getattr(adapter.factors(layer), kind).to(seen.x.device, torch.float32)
                     yield (layer, kind), factors.latents(seen.x.float())
+
+
+def ratio_of(adapter: CSKVAdapter) -> float:
+    """Return the bytes of a sealed token's latents as a share of its keys and values, all layers, in 16 bits.
+
+    Codes, minima and scales of full blocks count; the window, positions and slack come on top.
+    """
+    compressed, channels = 0.0, 0
+    for index in adapter.layer_indices:
+        pair = adapter.factors(index)
+        for part, grid in zip((pair.k, pair.v), adapter.grids(index), strict=True):
+            compressed += bytes_per_token(part.rank, grid, torch.bfloat16)
+            channels += part.kv_dim
+    return compressed / (channels * torch.bfloat16.itemsize)
 
 
 def _rank(adapter: CSKVAdapter, part: Part) -> int:

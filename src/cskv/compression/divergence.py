@@ -6,17 +6,18 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.hooks import device_of
-from cskv.compression.lm_head import Head
 from cskv.compression.reading import Part, check_readable, compressed_reading
+from cskv.errors import UnsupportedModelError
 from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.survey import Survey
 
-CHUNK = 256  # positions whose logits exist at the same time
+CHUNK = 256  # positions whose logits exist at the same time: those of a long text are the largest tensor of a forward
+TOLERANCE = 1e-3  # of the head's logits, relative to the model's largest
 
 
 class Divergence:
@@ -92,3 +93,41 @@ class Divergence:
         ours = torch.log_softmax(self.head(hidden).float(), dim=-1)
         theirs = torch.log_softmax(self.head(exact).float(), dim=-1)
         return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+
+
+class Head:
+    """Computes logits from hidden states as the model itself does: families scale or soft-cap what their head puts out.
+
+    Args:
+        model: a decoder model with a language-model head.
+
+    Raises:
+        UnsupportedModelError: the model has no head, or does more with its logits than is understood.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        linear = getattr(model, "get_output_embeddings", lambda: None)()
+        if not isinstance(linear, nn.Module):
+            raise UnsupportedModelError(f"{type(model).__name__} has no language-model head; load it as a causal LM")
+        self._linear = linear
+        config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self._cap = getattr(config, "final_logit_softcapping", None)
+        self._check(model)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the (..., vocab) logits of (..., hidden) last hidden states, final norm included."""
+        logits = self._linear(hidden)
+        if self._scale != 1:
+            logits = logits * self._scale
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    @torch.no_grad()
+    def _check(self, model: nn.Module) -> None:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+        tokens = (torch.arange(1, 5, device=weight.device) % weight.shape[0])[None]
+        with evaluation_mode(model):
+            exact = model(tokens, use_cache=False).logits.float()
+            ours = self(model.base_model(input_ids=tokens, use_cache=False)[0]).float()  # type: ignore[operator]
+        if (ours - exact).abs().max() > TOLERANCE * exact.abs().max():
+            raise UnsupportedModelError(f"{type(model).__name__} does more to its logits than scale and soft-cap them")

@@ -15,13 +15,12 @@ from cskv.calibration.statistics import Statistics
 from cskv.compression.reading import Part
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, CSKVError, DataError, UnsupportedModelError
-from cskv.factorization.asvd import asvd_factors
 from cskv.factorization.basis import centred, hadamard_blocks, rotated
 from cskv.factorization.commuting import commuting_components
 from cskv.factorization.components import Components
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.factorization.pca import principal_components
-from cskv.factorization.svd import svd_factors
+from cskv.factorization.svd import asvd_factors, svd_factors
 from cskv.factorization.weighting import before_norm, key_gain, value_gain
 from cskv.models.probe import SiteRecipe
 from cskv.models.sites import AttentionSite

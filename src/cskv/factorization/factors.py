@@ -54,31 +54,14 @@ class Factors:
         """Return the latents of a layer's input."""
         return torch.nn.functional.linear(x, self.down, self.down_bias)
 
-    def expand(
-        self, latents: Float[Tensor, "*batch rank"], out: Float[Tensor, "*batch kv_dim"] | None = None
-    ) -> Float[Tensor, "*batch kv_dim"]:
-        """Rebuild the channels from latents, into `out` if it is given (without gradients then)."""
-        if out is not None:
-            self._expand_into(out, latents)
-            return out if self.bias is None else out.add_(self.bias)
+    def expand(self, latents: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch kv_dim"]:
+        """Rebuild the channels from latents."""
         if self.groups == 1:
             return torch.nn.functional.linear(latents, self.up, self.bias)
         parts = torch.einsum(
             "...gr,gcr->...gc", latents.unflatten(-1, (self.groups, -1)), self.up.unflatten(0, (self.groups, -1))
         )
         return parts.flatten(-2) if self.bias is None else parts.flatten(-2) + self.bias
-
-    def _expand_into(self, out: Tensor, latents: Tensor) -> None:
-        """Rebuild without the bias. One row of the batch at a time: rows of a cache are not contiguous in memory."""
-        if self.groups > 1:
-            parts = zip(latents.chunk(self.groups, -1), self.up.chunk(self.groups), out.chunk(self.groups, -1))
-            for rows, up, channels in parts:
-                channels.copy_(rows @ up.T)
-        elif latents.ndim == 3 and latents.is_cpu and not torch.compiler.is_compiling():
-            for rows, channels in zip(latents, out, strict=True):
-                torch.mm(rows, self.up.T, out=channels)
-        else:
-            torch.matmul(latents, self.up.T, out=out)
 
     @classmethod
     def grouped(cls, parts: Sequence[Factors]) -> Factors:

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.attach import attach
-from cskv.compression.bytes import ratio_of
+from cskv.compression.budget import ratio_of
 from cskv.fingerprint import fingerprint
 
 NewCache = Callable[[], Cache]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from cskv.attention.inputs import RMSNorm, Rotation
+from cskv.attention.attend import rotate
+from cskv.attention.inputs import RMSNorm
 from cskv.errors import DataError, UnsupportedModelError
 from cskv.factorization.commuting import RopePairs
 from cskv.models.calls import AttentionCall, CallReader
@@ -151,7 +152,7 @@ def _rotations(module: nn.Module, call: AttentionCall) -> list[tuple[RopeStyle, 
 
 def _rotates_plainly(recipe: Recipe, heads: Tensor, call: AttentionCall) -> bool:
     """Return whether a recipe rotates as kernels do, tried on some heads."""
-    plain = Rotation(call.cos, call.sin, recipe.heads).rotated(heads, 0, torch.empty_like(heads))
+    plain = rotate(heads, call.cos, call.sin, torch.empty_like(heads))
     expected = recipe.rotated(heads, call.cos, call.sin)
     return bool((plain - expected).abs().max() <= TOLERANCE.get(heads.dtype, 3e-2) * expected.abs().max())
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cskv.attention.dispatch import attention
-from cskv.attention.inputs import AttentionInputs, Logits, Rotation, causal_mask
-from cskv.attention.rebuild import attends_to_latents, rebuilt
+from cskv.attention.attend import attends_to_latents, attention
+from cskv.attention.inputs import AttentionInputs, Logits, Rotation, causal_mask, rebuilt
 from cskv.cache.pages import is_grouped, seal, store
 from cskv.cache.ring import Ring
 from cskv.factorization.factors import LayerFactors

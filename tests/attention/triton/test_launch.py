@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cskv.attention import dispatch, reference, tiled
+from cskv.attention import reference
+from cskv.attention.attend import attends_to_latents, attention
 from cskv.attention.inputs import AttentionInputs, Logits, RMSNorm, Rotation, split_heads
-from cskv.attention.rebuild import attends_to_latents
 from cskv.attention.triton.plan import Plan
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
@@ -73,6 +73,10 @@ class Made:
     def told(self, **changes) -> Made:
         """With other inputs."""
         return replace(self, inputs=replace(self.inputs, **changes))
+
+
+def by_torch(made: Made) -> Tensor:
+    return attention(made.query, made.inputs, backend="torch")
 
 
 def make(case: Case) -> Made:
@@ -250,7 +254,7 @@ def test_nothing_sealed() -> None:
     made = make(Case(softcap=2.0, sinks=True))
     made = made.told(view=View(made.inputs.view.keys, made.inputs.view.values))
     assert made.by(launch.refusal) is None
-    assert torch.equal(made.by(launch.attention), made.by(tiled.attention))
+    assert torch.equal(made.by(launch.attention), by_torch(made))
 
 
 REFUSED = {
@@ -294,17 +298,17 @@ def test_as_many_new_tokens_attend_to_latents_as_the_kernels_take(shared: int, m
 def test_a_missing_triton_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "installed", lambda: False)
     made = make(Case())
-    dispatch._say_once.cache_clear()
+    launch._say_once.cache_clear()
     with pytest.warns(UserWarning, match="by torch, not triton: triton is not installed"):
-        out = dispatch.attention(made.query, made.inputs, backend="triton")
-    assert torch.equal(out, made.by(tiled.attention))
+        out = attention(made.query, made.inputs, backend="triton")
+    assert torch.equal(out, by_torch(made))
 
 
 def test_the_dispatch_takes_the_kernels() -> None:
     made = make(CASES["rotated"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out = dispatch.attention(made.query, made.inputs, backend="triton")
+        out = attention(made.query, made.inputs, backend="triton")
     assert torch.equal(out, made.by(launch.attention))
 
 

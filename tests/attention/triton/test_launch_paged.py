@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cskv.attention import reference, tiled
+from cskv.attention import reference
+from cskv.attention.attend import Partial, attention
 from cskv.attention.inputs import Logits
-from cskv.attention.partial import Partial
 from cskv.attention.triton import launch
 from cskv.latents.pages import PagedLatents, PageLayout
 from cskv.latents.view import PlainLatents, View
@@ -139,7 +139,7 @@ def test_no_length_is_above_the_bound() -> None:
     inputs = short.inputs(view=View(view.keys, view.values, *parts))
     out = launch.attention(problem.query(), inputs)
     cut = [replace(part, lengths=longer.clamp(max=64)) for part in parts]
-    expected = tiled.attention(problem.query(), replace(inputs, view=View(view.keys, view.values, *cut)))
+    expected = attention(problem.query(), replace(inputs, view=View(view.keys, view.values, *cut)), backend="torch")
     assert torch.allclose(out[0], expected[0], atol=1e-5)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cskv.attention.attend import per_head
 from cskv.attention.inputs import Rotation
-from cskv.attention.tiled import per_head
 from cskv.attention.triton.plan import padded
 from cskv.factorization.factors import Factors
 from cskv.latents.pages import PagedLatents, Pages
 from cskv.latents.view import Latents, PackedLatents, PlainLatents
-from cskv.quantization.grid import Grid
 from cskv.quantization.tables import channel_table, most_planes
 
 
@@ -93,64 +92,42 @@ def page_arguments(latents: Latents) -> dict[str, Any]:
     }
 
 
-class _Store(NamedTuple):
-    """Latents as the kernels take them. The strides of a batch are those of pages where latents lie in pages."""
-
-    data: Tensor
-    batch: int
-    token: int
-    scales: Tensor | None = None
-    minima: Tensor | None = None
+def store_arguments(name: str, latents: Latents) -> dict[str, Any]:
+    """Return the latents of "k" or "v". The strides of a batch are those of pages where latents lie in pages."""
+    packed: PackedLatents | Pages | None = None
     rows: Tensor | None = None
-    table: Tensor | None = None
-    parameter_batch: int = 0
-    parameter_row: int = 0
-    planes: int = 0
-    block_tokens: int = 1
-
-    @classmethod
-    def of(cls, latents: Latents) -> _Store:
-        if isinstance(latents, PlainLatents):
-            tokens = _rows_contiguous(latents.tokens)
-            return cls(tokens, tokens.stride(0), tokens.stride(1))
-        if isinstance(latents, PagedLatents):
-            return cls._of_pages(latents.pages)
+    if isinstance(latents, PlainLatents):
+        data = latents.tokens
+    elif isinstance(latents, PagedLatents):
+        data, packed = latents.pages.data, latents.pages if latents.pages.grid is not None else None
+    else:
         assert isinstance(latents, PackedLatents), "refused otherwise"
-        return cls._packed(latents.payload, latents.scales, latents.minima, latents.grid, latents.token_block)
-
-    @classmethod
-    def _of_pages(cls, pages: Pages) -> _Store:
-        if pages.grid is None:
-            return cls(pages.data, pages.data.stride(0), pages.data.stride(1))
-        assert pages.scales is not None, "packed latents have both"
-        assert pages.minima is not None, "packed latents have both"
-        return cls._packed(pages.data, pages.scales, pages.minima, pages.grid, None)
-
-    @classmethod
-    def _packed(cls, payload: Tensor, scales: Tensor, minima: Tensor, grid: Grid, rows: Tensor | None) -> _Store:
-        payload, scales, minima = (_rows_contiguous(part) for part in (payload, scales, minima))
+        data, packed, rows = latents.payload, latents, latents.token_block
+    data = _rows_contiguous(data)
+    scales, minima, table, planes, block_tokens = None, None, None, 0, 1
+    if packed is not None:
+        grid = packed.grid
+        assert grid is not None, "packed latents have all"
+        assert packed.scales is not None, "packed latents have all"
+        assert packed.minima is not None, "packed latents have all"
+        scales, minima = _rows_contiguous(packed.scales), _rows_contiguous(packed.minima)
         if scales.stride() != minima.stride():
             scales, minima = scales.contiguous(), minima.contiguous()
-        return cls(
-            payload, payload.stride(0), payload.stride(1), scales, minima, rows,
-            channel_table(grid, payload.device), scales.stride(0), scales.stride(1), most_planes(grid),
-            grid.block_tokens,
-        )  # fmt: skip
-
-
-def store_arguments(name: str, latents: Latents) -> dict[str, Any]:
-    """Return the latents of "k" or "v"."""
-    store = _Store.of(latents)
+        table, planes, block_tokens = channel_table(grid, data.device), most_planes(grid), grid.block_tokens
     upper = name.upper()
     return {
-        **{
-            f"{name}_{field}": getattr(store, field)
-            for field in _Store._fields
-            if field not in ("planes", "block_tokens")
-        },
-        f"{upper}_PLANES": store.planes,
-        f"{upper}_BLOCK_TOKENS": store.block_tokens,
-        f"{upper}_HAS_ROWS": store.rows is not None,
+        f"{name}_data": data,
+        f"{name}_batch": data.stride(0),
+        f"{name}_token": data.stride(1),
+        f"{name}_scales": scales,
+        f"{name}_minima": minima,
+        f"{name}_rows": rows,
+        f"{name}_table": table,
+        f"{name}_parameter_batch": 0 if scales is None else scales.stride(0),
+        f"{name}_parameter_row": 0 if scales is None else scales.stride(1),
+        f"{upper}_PLANES": planes,
+        f"{upper}_BLOCK_TOKENS": block_tokens,
+        f"{upper}_HAS_ROWS": rows is not None,
     }
 
 

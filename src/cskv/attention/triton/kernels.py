@@ -17,11 +17,8 @@ tile, an online softmax in fp32, weights times value latents. `join` adds up the
             request's own tokens, whose number is read here: the host knows only a bound, which may be far above it.
             Where tiles do not cross pages a tile has one address, as if there were none; else every token has one.
 
-Expected bounds, not measured yet: absorbed keys on plain latents should be bound by memory; rotated keys by the tensor
-cores, in rebuilding (r_k * head_dim multiply-adds per token and kv head); packed latents by the number of load
-instructions, as a byte, a scale and a minimum are fetched for each latent, mostly from L1. Rows of latents should start
-at multiples of 16 bytes, that is, ranks be multiples of 8 in 16 bits: others are loaded element by element and cannot
-be copied asynchronously.
+Rows of latents should start at multiples of 16 bytes, that is, ranks be multiples of 8 in 16 bits: others are loaded
+element by element and cannot be copied asynchronously.
 
 Triton reads the source of a kernel, so type checkers that wrap functions have to leave these alone.
 """

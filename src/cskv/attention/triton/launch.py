@@ -1,7 +1,7 @@
 """Attention on the compressed cache with Triton kernels: its compressed branch, in one pass over the latents.
 
 The kernels give every range of tokens as a partial in latents, and join those. U_v, the exact branch and the sinks
-follow with torch, as in `cskv.attention.tiled`: they are small. Nothing here waits for the device, and sizes follow
+follow with torch, as in `cskv.attention.attend`: they are small. Nothing here waits for the device, and sizes follow
 from shapes alone (of latents in pages, from the bound on their lengths that the host knows), so a step can be captured
 in a CUDA graph after a first call outside of it (kernels are compiled, and tables of grids copied, when they are first
 used).
@@ -12,17 +12,16 @@ a device has too little shared memory for is made smaller once and remembered.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import warnings
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cskv.attention.attend import Partial, attends_to_latents, exact, expanded
 from cskv.attention.inputs import AttentionInputs
-from cskv.attention.partial import Partial
-from cskv.attention.rebuild import attends_to_latents
-from cskv.attention.tiled import exact, expanded
 from cskv.attention.triton.arguments import (
     arithmetic_arguments,
     keys_arguments,
@@ -43,10 +42,26 @@ INTERPRETED_MULTIPROCESSORS = 2
 _fitting: dict[Plan, Plan] = {}  # of plans that needed too much shared memory, the ones that did not
 
 
+def attempt(
+    query: Float[Tensor, "batch q_heads new head_dim"], inputs: AttentionInputs
+) -> Float[Tensor, "batch q_heads new head_dim"] | None:
+    """Compute `attention` where the kernels can; else say once why not, and return None."""
+    reason = refusal(query, inputs)
+    if reason is None:
+        return attention(query, inputs)
+    _say_once(reason)
+    return None
+
+
+@cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"attention on the compressed cache by torch, not triton: {reason}", stacklevel=4)
+
+
 def attention(
     query: Float[Tensor, "batch q_heads new head_dim"], inputs: AttentionInputs
 ) -> Float[Tensor, "batch q_heads new head_dim"]:
-    """Compute `cskv.attention.dispatch.attention` in the query's dtype with sums in fp32.
+    """Compute `cskv.attention.attend.attention` in the query's dtype with sums in fp32.
 
     `refusal` has to be None for the same arguments.
     """
