@@ -32,7 +32,7 @@ from cskv.factorization.components import Components
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.survey import Survey, survey
-from cskv.quantization.grid import Grid, bytes_per_token
+from cskv.quantization.grid import Grid
 from cskv.quantization.widths import CHOICES, RANKS, choose_widths, runs_of, width_errors
 
 UNIFORM_BITS = 4  # what mixed widths are compared with
@@ -144,18 +144,28 @@ def observe_latents(
                     yield (layer, kind), factors.latents(seen.x.float())
 
 
-def ratio_of(adapter: CSKVAdapter) -> float:
-    """Return the bytes of a sealed token's latents as a share of its keys and values, all layers, in 16 bits.
+def bytes_per_token(adapter: CSKVAdapter, dtype: torch.dtype) -> tuple[int, float]:
+    """Count the bytes of a token over all layers: uncompressed keys and values, and sealed latents.
 
     Codes, minima and scales of full blocks count; the window, positions and slack come on top.
+
+    Args:
+        adapter: any.
+        dtype: of keys, values and latents that are not packed.
     """
-    compressed, channels = 0.0, 0
+    uncompressed, compressed = 0, 0.0
     for index in adapter.layer_indices:
         pair = adapter.factors(index)
         for part, grid in zip((pair.k, pair.v), adapter.grids(index), strict=True):
-            compressed += bytes_per_token(part.rank, grid, torch.bfloat16)
-            channels += part.kv_dim
-    return compressed / (channels * torch.bfloat16.itemsize)
+            uncompressed += part.kv_dim * dtype.itemsize
+            compressed += part.rank * (dtype.itemsize if grid is None else grid.bits_per_latent / 8)
+    return uncompressed, compressed
+
+
+def ratio_of(adapter: CSKVAdapter) -> float:
+    """Return the bytes of a sealed token's latents as a share of its keys and values in 16 bits."""
+    uncompressed, compressed = bytes_per_token(adapter, torch.bfloat16)
+    return compressed / uncompressed
 
 
 def _rank(adapter: CSKVAdapter, part: Part) -> int:

@@ -22,7 +22,7 @@ import torch
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.adapter.folder import CONFIG_FILE
-from cskv.compression.bytes import bytes_per_token
+from cskv.compression.budget import bytes_per_token
 from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
 from cskv.files import write_folder, write_text
 from cskv.models.signature import read_signature
