@@ -2,12 +2,9 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
-import torch
 
 from cskv import ConfigError, CSKVConfig
-from cskv.config import sealed_tokens
 
 
 @pytest.mark.parametrize(
@@ -70,23 +67,3 @@ def test_json_round_trip() -> None:
 def test_settings_of_a_newer_version_are_dropped_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="colour"):
         assert CSKVConfig.from_dict({"k_density": 0.5, "colour": 4}) == CSKVConfig(k_density=0.5)
-
-
-@pytest.mark.parametrize(
-    ("length", "window", "group", "sealed"),
-    [
-        (0, 0, 1, 0),
-        (7, 0, 1, 7),
-        (7, 0, 4, 4),
-        (8, 0, 4, 8),
-        (3, 5, 1, 0),
-        (6, 5, 1, 1),
-        (70, 3, 32, 64),
-        (66, 3, 9, 63),
-    ],
-)
-def test_sealed_tokens_are_whole_groups_outside_the_window(length: int, window: int, group: int, sealed: int) -> None:
-    """Of one number, an array and a tensor alike."""
-    assert sealed_tokens(length, window, group) == sealed
-    assert sealed_tokens(np.array([length, 0]), window, group).tolist() == [sealed, 0]
-    assert sealed_tokens(torch.tensor([length, 0]), window, group).tolist() == [sealed, 0]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from cskv.errors import ConfigError
 
@@ -14,7 +14,6 @@ INITS = ("svd", "asvd", "pca", "weighted-pca")
 KEY_FACTORS = ("joint", "commuting")
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 BLOCK_CHANNELS = 32  # of a block within one token, as in KIVI
-Tokens = TypeVar("Tokens")
 MIXED_CHANNELS = 4  # of a block over a group of tokens, where neighbours vary alike: docs/quantisation.md
 
 
@@ -165,16 +164,6 @@ def density_to_rank(density: float, kv_dim: int, name: str = "density", groups: 
             f"give at least {groups / kv_dim:.4g} to keep one channel{' per head group' if groups > 1 else ''}"
         )
     return rank
-
-
-def sealed_tokens(length: Tokens, window: int, group: int) -> Tokens:
-    """Count the tokens, of `length` cached ones, that are sealed before a forward: whole groups outside the window.
-
-    Args:
-        length: a number, or an array or tensor of them.
-        window, group: see `CSKVConfig`.
-    """
-    return (length - window) * (length > window) // group * group  # type: ignore[operator, return-value]
 
 
 def is_number(value: object) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cskv.cache.bibranch import BiBranchStore, View
+from cskv.cache.bibranch import BiBranchStore, View, sealed_tokens
 
 BATCH, HEADS, HEAD_DIM, K_RANK, V_RANK = 2, 2, 4, 3, 5
 
@@ -154,3 +155,23 @@ def test_cleared_store_starts_anew() -> None:
     store.clear()
     assert (store.length, store.sealed, store.nbytes()) == (0, 0, 0)
     assert read_from(fill(store, [5])) == ([], list(range(5)))
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "group", "sealed"),
+    [
+        (0, 0, 1, 0),
+        (7, 0, 1, 7),
+        (7, 0, 4, 4),
+        (8, 0, 4, 8),
+        (3, 5, 1, 0),
+        (6, 5, 1, 1),
+        (70, 3, 32, 64),
+        (66, 3, 9, 63),
+    ],
+)
+def test_sealed_tokens_are_whole_groups_outside_the_window(length: int, window: int, group: int, sealed: int) -> None:
+    """Of one number, an array and a tensor alike."""
+    assert sealed_tokens(length, window, group) == sealed
+    assert sealed_tokens(np.array([length, 0]), window, group).tolist() == [sealed, 0]
+    assert sealed_tokens(torch.tensor([length, 0]), window, group).tolist() == [sealed, 0]

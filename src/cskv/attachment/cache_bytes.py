@@ -14,10 +14,10 @@ from transformers.cache_utils import Cache
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.compressor import needs_positions
 from cskv.attachment.layer import CSKVLayer
+from cskv.cache.bibranch import sealed_tokens
 from cskv.cache.buffer import grown
 from cskv.cache.latents import LatentBytes, bytes_of_filled
 from cskv.cache.positions import POSITION_DTYPE
-from cskv.config import sealed_tokens
 from cskv.errors import ConfigError
 from cskv.models.sites import find_sites
 

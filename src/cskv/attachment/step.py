@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
 from cskv.latents.view import View
 from cskv.models.attention_interface import Original, name_of
-from cskv.models.calls import AttentionCall
+from cskv.models.calls import AttentionCall, logits_of
 from cskv.models.cos_sin import CosSin
-from cskv.models.logits import UNDERSTOOD, logits_of
+from cskv.models.logits import UNDERSTOOD
 from cskv.scratch import Scratch
 
 PREFIX = "cskv"
@@ -60,6 +60,15 @@ class ThreadState(threading.local):
         self.cos_sin.clear()
 
 
+class _Held(NamedTuple):
+    """Cos and sin that are kept: of which table, at which of its epochs, and a view of the tokens that were read."""
+
+    table: weakref.ref[PositionTable]
+    epoch: int
+    buffers: tuple[TokenBuffer, TokenBuffer]
+    read: tuple[Tensor, Tensor]
+
+
 class SealedCosSin:
     """Cos and sin of the sealed tokens of one cache, kept from step to step: a step adds those of newly sealed tokens.
 
@@ -67,7 +76,7 @@ class SealedCosSin:
     """
 
     def __init__(self) -> None:
-        self._held: dict[object, tuple[weakref.ref[PositionTable], int, tuple[TokenBuffer, TokenBuffer]]] = {}
+        self._held: dict[object, _Held] = {}
 
     def read(
         self, owner: int | None, table: PositionTable, rope: CosSin, sealed: int, like: Tensor
@@ -82,18 +91,21 @@ class SealedCosSin:
             like: any tensor of the layer.
         """
         if torch.compiler.is_compiling():  # it cannot trace what is kept between forwards
-            traced = rope.cos_sin(table.read(0, sealed), like)
-            return traced[0].to(like), traced[1].to(like)
+            cos, sin = rope.cos_sin(table.read(0, sealed), like)
+            return cos.to(like), sin.to(like)
         key = (owner, like.device, like.dtype)
         held = self._held.get(key)
-        if held is None or held[0]() is not table or held[1] != table.epoch:
-            held = self._held[key] = (weakref.ref(table), table.epoch, (TokenBuffer(), TokenBuffer()))
-        cos, sin = held[2]
-        if cos.length < sealed:
-            new = rope.cos_sin(table.read(cos.length, sealed), like)
-            cos.append(new[0].to(like))
-            sin.append(new[1].to(like))
-        return cos.tokens[:, :sealed], sin.tokens[:, :sealed]
+        if held is None or held.table() is not table or held.epoch != table.epoch:
+            held = _Held(weakref.ref(table), table.epoch, (TokenBuffer(), TokenBuffer()), (like, like))
+        elif held.read[0].shape[1] == sealed:
+            return held.read
+        done = held.buffers[0].length
+        if done < sealed:
+            for buffer, new in zip(held.buffers, rope.cos_sin(table.read(done, sealed), like), strict=True):
+                buffer.append(new.to(like))
+        cos, sin = (buffer.tokens[:, :sealed] for buffer in held.buffers)
+        self._held[key] = held._replace(read=(cos, sin))
+        return cos, sin
 
     def clear(self) -> None:
         """Forget everything."""

@@ -18,17 +18,17 @@ latents in place of the exact tokens that were sealed: they are gone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cskv.cache.latents import LatentBytes, latent_store
-from cskv.config import sealed_tokens
 from cskv.latents.view import Latents, View
 from cskv.quantization.grid import Grid
 
+Tokens = TypeVar("Tokens")
 MOST_GUESSED = 64  # tokens: a longer piece after a cache is one of a prompt, which nobody crops
 
 
@@ -180,3 +180,13 @@ class BiBranchStore:
         self._v.append(recent.v_latents[:, :count])
         self.sealed, self._latents = until, None
         return True
+
+
+def sealed_tokens(length: Tokens, window: int, group: int) -> Tokens:
+    """Count the tokens, of `length` cached ones, that are sealed before a forward: whole groups outside the window.
+
+    Args:
+        length: a number, or an array or tensor of them.
+        window, group: see `CSKVConfig`.
+    """
+    return (length - window) * (length > window) // group * group  # type: ignore[operator, return-value]

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.attention.inputs import split_heads
+from cskv.cache.bibranch import sealed_tokens
 from cskv.compression.checkpointing import checkpointed_layers
-from cskv.config import CSKVConfig, sealed_tokens
+from cskv.config import CSKVConfig
 from cskv.errors import CSKVError, UnsupportedModelError
 from cskv.factorization.factors import Factors
 from cskv.models.attention_interface import Original, Switch, implementation_of

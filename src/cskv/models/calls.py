@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from cskv.attention.inputs import Logits
 from cskv.errors import UnsupportedModelError
 from cskv.models.compat import CACHE_NAMES
 
@@ -62,3 +63,14 @@ class CallReader:
         raise UnsupportedModelError(
             f"{self._family} gets position embeddings that are not (cos, sin) of (batch, tokens, rotary_dim)"
         )
+
+
+def logits_of(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any], ignored: frozenset[str]) -> Logits:
+    """Read an attention function's arguments as transformers' families pass them, but for what it ignores."""
+    scaling = kwargs.get("scaling")
+    return Logits(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=None if "softcap" in ignored else kwargs.get("softcap"),
+        mask=mask,
+        sinks=None if "s_aux" in ignored else kwargs.get("s_aux"),
+    )

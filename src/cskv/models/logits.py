@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from cskv.attention import reference
-from cskv.attention.inputs import Logits
 from cskv.models.attention_interface import Original, Switch, implementation_of
+from cskv.models.calls import logits_of
 from cskv.models.recipe import TOLERANCE
 
 PREFIX = "cskv_probe"
@@ -36,17 +36,6 @@ class Understanding:
 
     ignored: frozenset[str] = frozenset()
     why_rebuild: str | None = None
-
-
-def logits_of(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any], ignored: frozenset[str]) -> Logits:
-    """Read an attention function's arguments as transformers' families pass them, but for what it ignores."""
-    scaling = kwargs.get("scaling")
-    return Logits(
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=None if "softcap" in ignored else kwargs.get("softcap"),
-        mask=mask,
-        sinks=None if "s_aux" in ignored else kwargs.get("s_aux"),
-    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cskv.config import sealed_tokens
+from cskv.cache.bibranch import sealed_tokens
 
 Numbers = npt.NDArray[np.int64]
 
