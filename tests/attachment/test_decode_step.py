@@ -112,12 +112,12 @@ def test_no_step_waits_for_the_device(name: str) -> None:
 def test_the_workspace_does_not_grow_from_step_to_step() -> None:
     with prefilled("packed") as (model, cache):
         attachment = cskv.attachment.attach.attachment_of(model)
-        before = attachment.scratch.nbytes()
+        before = attachment.workspace.nbytes()
         assert before > 0
         for _ in range(3):
             model(torch.tensor([[5]]), **{cache_kwarg(model): cache})
-        assert attachment.scratch.nbytes() == before
-    assert attachment.scratch.nbytes() == 0  # detached
+        assert attachment.workspace.nbytes() == before
+    assert attachment.workspace.nbytes() == 0  # detached
 
 
 @pytest.fixture(scope="module")

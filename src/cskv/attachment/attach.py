@@ -23,7 +23,6 @@ from cskv.models.logits import UNDERSTOOD
 from cskv.models.probe import SiteRecipe
 from cskv.models.sites import AttentionSite
 from cskv.models.survey import Survey, survey
-from cskv.scratch import Scratch
 
 REBUILD = "rebuild"  # no attention on latents
 
@@ -34,12 +33,15 @@ class Attachment:
     Attributes:
         model: the base model, unchanged but for the attention function that its config names.
         adapter: the compressor.
+        workspace: scratch tensors of the attention on latents, of the calling thread, and cos and sin of the tokens that it
+            read last. They belong to no cache: some megabytes for the largest tile of tokens, and 2 * rotary_dim numbers
+            for each of those tokens, once for all layers.
     """
 
     def __init__(self, found: Survey, adapter: CSKVAdapter, attention: str, capacity: int = 0) -> None:
         self.model = found.model
         self.adapter = adapter
-        self._state = ThreadState()
+        self.workspace = ThreadState()
         self._handles: list[Any] = []
         self._switch: Switch | None = None
         backend = None if attention == REBUILD else attention
@@ -52,29 +54,21 @@ class Attachment:
         try:
             for site in sites:
                 compressor = LayerCompressor(site, recipes[site.layer_idx], setup)
-                hook = SiteHook(site.module, compressor, self._state, self)
+                hook = SiteHook(site.module, compressor, self.workspace, self)
                 self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
-            self._handles.append(self.model.register_forward_pre_hook(GuessHook(self._state), with_kwargs=True))
+            self._handles.append(self.model.register_forward_pre_hook(GuessHook(self.workspace), with_kwargs=True))
             if backend is not None:
                 self._switch = Switch((site.module for site in sites), PREFIX, attend, only=UNDERSTOOD)
         except BaseException:
             self.detach()
             raise
 
-    @property
-    def scratch(self) -> Scratch:
-        """Scratch tensors of the attention on latents, of the calling thread.
-
-        They belong to no cache, and stay as large as the largest tile of tokens was: some megabytes.
-        """
-        return self._state.scratch
-
     def detach(self) -> None:
         """Take the compressor off. Doing it twice does nothing more."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._state.clear()
+        self.workspace.clear()
         if self._switch is not None:
             self._switch.back()
 

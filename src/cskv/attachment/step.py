@@ -54,8 +54,12 @@ class ThreadState(threading.local):
     def __deepcopy__(self, _memo: dict[int, Any]) -> ThreadState:
         return ThreadState()
 
+    def nbytes(self) -> int:
+        """Count the bytes allocated for the calling thread."""
+        return self.scratch.nbytes() + self.cos_sin.nbytes()
+
     def clear(self) -> None:
-        """Give all memory of the calling thread back."""
+        """Free all memory of the calling thread."""
         self.scratch.clear()
         self.cos_sin.clear()
 
@@ -106,6 +110,10 @@ class SealedCosSin:
         cos, sin = (buffer.tokens[:, :sealed] for buffer in held.buffers)
         self._held[key] = held._replace(read=(cos, sin))
         return cos, sin
+
+    def nbytes(self) -> int:
+        """Count the bytes really allocated."""
+        return sum(buffer.nbytes() for held in self._held.values() for buffer in held.buffers)
 
     def clear(self) -> None:
         """Forget everything."""
