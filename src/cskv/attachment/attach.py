@@ -33,9 +33,9 @@ class Attachment:
     Attributes:
         model: the base model, unchanged but for the attention function that its config names.
         adapter: the compressor.
-        workspace: of the calling thread: scratch tensors of the attention on latents, and cos and sin of sealed tokens of
-            the cache that it read last. They belong to no cache: some megabytes for the largest tile of tokens, and
-            2 * rotary_dim numbers a token, once for all layers.
+        workspace: of the calling thread: scratch tensors of the attention on latents, and cos and sin of the sealed
+            tokens of the cache that it read last. They belong to no cache: some megabytes for the largest tile of
+            tokens, and 2 * rotary_dim numbers a token, once for all layers.
     """
 
     def __init__(self, found: Survey, adapter: CSKVAdapter, attention: str, capacity: int = 0) -> None:
