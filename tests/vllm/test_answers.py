@@ -123,6 +123,26 @@ def test_bf16_is_bf16_of_the_transformers_path(
     assert logprobs[:same] == pytest.approx(expected[1][:same], abs=0.1)
 
 
+@pytest.mark.parametrize("chunk", [512, 64])
+def test_the_bias_of_commuting_keys_is_read_at_its_positions(chunk: int, tmp_path: Path) -> None:
+    model = save_base(tmp_path / "base", "qwen2", num_key_value_heads=4)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.mul_(100)
+    model.save_pretrained(tmp_path / "base")
+    adapter = commuting_adapter(model)
+    assert adapter.factors(0).k.bias is not None
+    asked = [prompt for prompt in prompts(3, seed=1) if len(prompt) > 20]
+    with cskv.attach(model, adapter):
+        expected = [transformers_answer(model, prompt, chunk) for prompt in asked]
+    compressed = save_compressed(tmp_path / "base", adapter, tmp_path / "out")
+    with engine(compressed, max_num_batched_tokens=chunk, enable_prefix_caching=False) as llm:
+        found = [answers(llm, [prompt], TOKENS)[0] for prompt in asked]
+    for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(found, expected, strict=True):
+        assert tokens == expected_tokens
+        assert logprobs == pytest.approx(expected_logprobs, abs=2e-3)
+
+
 def commuting_adapter(model: nn.Module) -> cskv.CSKVAdapter:
     from cskv.compression.initialise import initialise
     from tests.attachment.test_closed_form import statistics_of

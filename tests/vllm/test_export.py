@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import cskv
-from cskv import AdapterError, ConfigError, CSKVConfig, CSKVError, Factors, LayerFactors, UnsupportedModelError
+from cskv import AdapterError, ConfigError, CSKVError, UnsupportedModelError
 from cskv.attachment.cache_bytes import adapter_report
 from cskv.vllm.export import export
-from cskv.vllm.shards import check_served
 from tests.vllm.support import CONFIG, adapter_for, as_hub_cache, edit_config, files_in, save_base
 
 WEIGHTS = "model.safetensors"
@@ -392,11 +391,3 @@ def test_a_mistral_without_a_window_is_fine(tmp_path: Path, out: Path) -> None:
 def test_an_adapter_of_some_layers_is_refused(adapter: cskv.CSKVAdapter, base: Path, out: Path) -> None:
     part = cskv.CSKVAdapter(adapter.config, {1: adapter.factors(1)}, adapter.base)
     refused(AdapterError, r"compresses layers \[1\] of 2; .* every layer", lambda: export(part, base, out), out)
-
-
-def test_commuting_keys_that_leave_a_bias_out_are_refused(tmp_path: Path) -> None:
-    factors = Factors(torch.zeros(4, 32), torch.zeros(32, 4), bias=torch.ones(32))
-    layer, settings = LayerFactors(factors, factors), CSKVConfig(init="pca", key_factors="commuting")
-    with pytest.raises(UnsupportedModelError, match="vLLM does not add yet; use joint key factors"):
-        check_served(layer, settings)
-    check_served(layer, CSKVConfig())

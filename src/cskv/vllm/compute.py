@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cskv.attention.attend import attends_to_latents, attention
-from cskv.attention.inputs import AttentionInputs, Logits, Rotation, causal_mask, rebuilt
+from cskv.attention.inputs import AttentionInputs, KeyOffset, Logits, Rotation, causal_mask, rebuilt
 from cskv.cache.pages import is_grouped, seal, store
 from cskv.cache.ring import Ring
 from cskv.factorization.factors import LayerFactors
@@ -50,19 +50,30 @@ class LayerRules:
         rope: norm and RoPE of rebuilt keys, with cos and sin of all positions; None where keys are linear in latents.
         logits: scaling and soft-capping.
         scratch: scratch tensors.
+        offset: what commuting latents leave out of keys, with cos and sin of all positions; None for nothing.
     """
 
     factors: LayerFactors
     rope: Rotation | None
     logits: Logits
     scratch: Scratch
+    offset: KeyOffset | None = None
 
     def inputs(self, view: View) -> AttentionInputs:
         """Return what a query reads and is told, with cos and sin of the view's sealed tokens."""
-        rope = self.rope
-        if rope is not None and rope.cos is not None and rope.sin is not None:
-            rope = replace(rope, cos=rope.cos[:, : view.sealed], sin=rope.sin[:, : view.sealed])
-        return AttentionInputs(view, self.factors, rope, self.logits)
+        rope, offset = self.rope, self.offset
+        if rope is not None:
+            rope = _first(rope, view.sealed)
+        if offset is not None:
+            offset = replace(offset, rotation=_first(offset.rotation, view.sealed))
+        return AttentionInputs(view, self.factors, rope, self.logits, key_offset=offset)
+
+
+def _first(rotation: Rotation, tokens: int) -> Rotation:
+    """Keep cos and sin of the first positions."""
+    if rotation.cos is None or rotation.sin is None:
+        return rotation
+    return replace(rotation, cos=rotation.cos[:, :tokens], sin=rotation.sin[:, :tokens])
 
 
 def attend(

@@ -27,7 +27,6 @@ from cskv.errors import AdapterError, CSKVError, UnsupportedModelError
 from cskv.files import write_folder, write_text
 from cskv.models.signature import read_signature
 from cskv.vllm.architectures import PREFIX
-from cskv.vllm.shards import check_served
 from cskv.vllm.source import SUBFOLDER, BaseConfig, BaseFiles, is_exported, list_files, read_config
 
 
@@ -104,8 +103,6 @@ def export(
     config = read_config(base)
     files = list_files(base)
     _check_layers(adapter, config, base, files)
-    for index in adapter.layer_indices:
-        check_served(adapter.factors(index), adapter.config)
     adapter = adapter.with_settings(window=window, group=group)
     linked: list[str] = []
     write_folder(

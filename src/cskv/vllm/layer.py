@@ -17,7 +17,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 
-from cskv.attention.inputs import Logits
+from cskv.attention.inputs import KeyOffset, Logits
+from cskv.errors import UnsupportedModelError
 from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import Pages
 from cskv.scratch import Scratch
@@ -66,7 +67,7 @@ class CompressedAttention(Attention):
         self._longest = vllm_config.model_config.max_model_len
         self._hidden_size = vllm_config.model_config.get_hidden_size()
         self._commuting = share.served.config.key_factors == "commuting"
-        self.staged: list[Tensor] = []
+        self.staged: list[tuple[Tensor, Tensor | None]] = []
         self.ring_layer = RingLayer(self, vllm_config) if share.served.has_ring else None
         self._pages: tuple[Pages, Pages] | None = None
 
@@ -76,15 +77,22 @@ class CompressedAttention(Attention):
         channels = self.num_kv_heads * self.head_size
         return REBUILT * self._longest * channels * self.layout.dtype.itemsize
 
-    def stage(self, hidden_states: Tensor) -> None:
-        """Project the layer's input to latents; those of commuting keys are made from keys later."""
-        self.staged.append(linear(hidden_states, self.down, self.down_bias))
+    def stage(self, hidden_states: Tensor, positions: Tensor) -> None:
+        """Project the layer's input to latents; those of commuting keys are made from keys later, less a constant."""
+        offset, constant = self.rules.offset, None
+        if offset is not None:  # in fp32: it may be hundreds of times what varies
+            rotation = offset.rotation
+            cos, sin = rotation.cos[:, positions].float(), rotation.sin[:, positions].float()  # type: ignore[index]
+            heads = rotation.heads(offset.constant.expand(1, len(positions), -1), cos, sin)
+            constant = heads[0].transpose(0, 1).flatten(1)
+        self.staged.append((linear(hidden_states, self.down, self.down_bias), constant))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """Attend with queries, keys and values whose heads are laid end to end; return (tokens, q_heads * head_dim)."""
-        latents = self.staged.pop()
+        latents, constant = self.staged.pop()
         if self._commuting:
-            latents = torch.cat([linear(key, self.k_down), latents], dim=-1)
+            source = key if constant is None else (key.float() - constant).to(key.dtype)
+            latents = torch.cat([linear(source, self.k_down), latents], dim=-1)
         tokens = query.shape[0]
         heads = (self.num_kv_heads, self.head_size)
         output = torch.empty(tokens, self.num_heads, self.head_size, dtype=query.dtype, device=query.device)
@@ -102,11 +110,18 @@ class CompressedAttention(Attention):
         super().process_weights_after_loading(act_dtype)
         parent, forward, child = self._parent
         device = next(parent.parameters()).device
-        factors = self._placed(self.share.factors(self.index).to(device, self.layout.dtype))
-        rope = None
+        own, rope, offset = self.share.factors(self.index), None, None
+        probed = parent, forward, child, self._hidden_size, self.head_size, self.layout.dtype
         if not self._commuting:
-            rope = find_rope(parent, forward, child, self._hidden_size, self.head_size, self.layout.dtype)
-        self.rules = LayerRules(factors, rope, Logits(self.impl.scale, self._softcap), _scratch)
+            rope = find_rope(*probed)
+        elif own.k.bias is not None:
+            rotation = find_rope(*probed, alone=True)
+            if rotation is None:
+                raise UnsupportedModelError(f"{type(parent).__name__} does not rotate its keys; use joint key factors")
+            offset = KeyOffset(rotation, own.k.bias.to(device, torch.float32))
+            own = replace(own, k=replace(own.k, bias=None))
+        factors = self._placed(own.to(device, self.layout.dtype))
+        self.rules = LayerRules(factors, rope, Logits(self.impl.scale, self._softcap), _scratch, offset)
 
     def _placed(self, factors: LayerFactors) -> LayerFactors:
         """Join the down-projections that read the layer's input into one product, of which the factors hold views."""

@@ -56,11 +56,11 @@ class Compressed:
 @cache
 def _staging(cls: Any, child: str) -> Any:
     """Derive a module class that hands its input to its attention layer first."""
-    place = list(inspect.signature(cls.forward).parameters).index("hidden_states") - 1  # after self
+    names = list(inspect.signature(cls.forward).parameters)[1:]  # without self
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[place]
-        getattr(self, child).stage(hidden_states)
+        given = dict(zip(names, args)) | kwargs
+        getattr(self, child).stage(given["hidden_states"], given["positions"])
         return cls.forward(self, *args, **kwargs)
 
     return type(f"Compressed{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})

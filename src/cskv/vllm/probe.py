@@ -6,6 +6,7 @@ every combination of norm and rotation. A layer that matches none is refused whe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,7 +45,7 @@ class _Recorder(nn.Module):
 
 @torch.no_grad()
 def find_rope(
-    parent: Any, forward: Any, child: str, hidden_size: int, head_dim: int, dtype: torch.dtype
+    parent: Any, forward: Any, child: str, hidden_size: int, head_dim: int, dtype: torch.dtype, *, alone: bool = False
 ) -> Rotation | None:
     """Find how rebuilt keys become those that queries meet; None where they are those already.
 
@@ -55,6 +56,7 @@ def find_rope(
         hidden_size: channels of the layer's input.
         head_dim: channels per head.
         dtype: the layer's compute dtype.
+        alone: return RoPE alone, without the norm.
 
     Raises:
         UnsupportedModelError: its keys or values follow from its projection by no known norm and rotation.
@@ -69,6 +71,8 @@ def find_rope(
     found = _match(parent, k, keys, tables, head_dim)
     if not torch.equal(v, values):
         raise UnsupportedModelError(f"the values of {type(parent).__name__} are not its projection; it is not served")
+    if alone:
+        found = replace(found, norm=None, norm_style=NormStyle.NONE)
     if found.rope_style is RopeStyle.NONE:
         return None if found.norm_style is NormStyle.NONE else Rotation(None, None, found.heads)
     cos, sin = tables  # type: ignore[misc]

@@ -15,8 +15,7 @@ import torch
 
 from cskv.adapter.folder import read_layer
 from cskv.cache.ring import Ring
-from cskv.config import CSKVConfig
-from cskv.errors import AdapterError, ConfigError, UnsupportedModelError
+from cskv.errors import AdapterError, ConfigError
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.pages import PageLayout
 from cskv.quantization.grid import Grid
@@ -138,11 +137,9 @@ class ServedShard:
 
         Raises:
             AdapterError: the folder is damaged, or its settings do not say how its factors were made.
-            UnsupportedModelError: see `check_served`.
         """
         folder, settings = self.served.folder, self.served.settings
         factors, groups = read_layer(folder, settings, layer), settings.config.head_groups
-        check_served(factors, settings.config)
         expected = groups, settings.ranks[layer]["kv_dim"]
         for kind, part in (("k", factors.k), ("v", factors.v)):
             if (part.groups, part.kv_dim) != expected:  # a rank would keep the wrong part of them
@@ -151,16 +148,3 @@ class ServedShard:
                     f"channels, its settings {groups} and {expected[1]}; train the adapter again"
                 )
         return LayerFactors(self.shard.factors(factors.k, groups), self.shard.factors(factors.v, groups))
-
-
-def check_served(factors: LayerFactors, config: CSKVConfig) -> None:
-    """Refuse what the plugin would read wrongly.
-
-    Raises:
-        UnsupportedModelError: commuting keys leave a constant out of their latents.
-    """
-    if config.key_factors == "commuting" and factors.k.bias is not None:
-        raise UnsupportedModelError(
-            "commuting keys of a model with key biases leave these out of their latents, which vLLM does not add yet; "
-            "use joint key factors"
-        )
