@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import openai
 import psutil
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -121,7 +122,9 @@ class Checkpoints:
         weights = folder / "cskv" / "model.safetensors"
         tensors = load_file(weights)
         tensors["layers.3.v.up"][0, 0] = float("nan")
-        save_file(tensors, weights)
+        with safe_open(weights, framework="pt") as file:
+            metadata = file.metadata()
+        save_file(tensors, weights, metadata)
         return folder
 
     @cached_property
