@@ -28,6 +28,8 @@ class CSKVConfig:
         group: tokens, at least 1. Tokens leave the window in groups of this many ("sealing"), so that the window holds
             between `window` and `window + group - 1` tokens when a forward begins. The paper's `--use_window
             --q_window_size g` is `window=0, group=g`; without `--use_window` it is `window=0, group=1`.
+        sinks: tokens, at least 0. The first `sinks` real tokens of every sequence are never sealed: nearly every head
+            of a language model looks at them (attention sinks, arXiv 2309.17453). The paper has 0.
         init: how the factors are made: "weighted-pca", the closed form of the training objective with keys weighted by
             queries and values by the output projection; "pca", without the weights; "svd" and "asvd" (activation-aware)
             of the paper. All but "svd" need calibration statistics.
@@ -50,6 +52,7 @@ class CSKVConfig:
     v_density: float = 0.2
     window: int = 32
     group: int = 32
+    sinks: int = 0
     init: str = "weighted-pca"
     asvd_alpha: float = 0.5
     key_factors: str = "joint"
@@ -65,7 +68,12 @@ class CSKVConfig:
             value = getattr(self, name)
             if not is_number(value) or not 0.0 < value <= 1.0:
                 raise ConfigError(f"{name} is {value!r}; expected a share of kv_dim in (0, 1], for instance 0.2")
-        for name, least, unit in (("window", 0, "tokens"), ("group", 1, "tokens"), ("head_groups", 1, "head groups")):
+        for name, least, unit in (
+            ("window", 0, "tokens"),
+            ("group", 1, "tokens"),
+            ("sinks", 0, "tokens"),
+            ("head_groups", 1, "head groups"),
+        ):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of {unit}, at least {least}")
@@ -139,6 +147,8 @@ class CSKVConfig:
     def from_dict(cls, values: dict[str, Any]) -> CSKVConfig:
         """Read what `to_dict` gives. Keys that this version does not know are dropped with a warning.
 
+        Settings that name no `sinks` are older than these: they have 0.
+
         Raises:
             ConfigError: these are no settings, or one is out of range.
         """
@@ -148,7 +158,7 @@ class CSKVConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             warnings.warn(f"ignoring unknown CSKV settings {unknown}: written by a newer cskv?", stacklevel=2)
-        return cls(**{key: value for key, value in values.items() if key in known})
+        return cls(**{"sinks": 0} | {key: value for key, value in values.items() if key in known})
 
 
 def density_to_rank(density: float, kv_dim: int, name: str = "density", groups: int = 1) -> int:

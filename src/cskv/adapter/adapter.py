@@ -89,13 +89,18 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         """Return the grids of a layer's key and value latents."""
         return self.grid(layer_idx, "k"), self.grid(layer_idx, "v")
 
-    def with_settings(self, *, window: int | None = None, group: int | None = None) -> CSKVAdapter:
-        """Return this adapter for another window or group, in tokens; None keeps its own. The factors are shared.
+    def with_settings(
+        self, *, window: int | None = None, group: int | None = None, sinks: int | None = None
+    ) -> CSKVAdapter:
+        """Return this adapter for another window, group or number of sinks, in tokens; None keeps its own.
+
+        The factors are shared.
 
         Raises:
-            ConfigError: the window or group is out of range, or does not go with the blocks of latents.
+            ConfigError: one is out of range, or does not go with the blocks of latents.
         """
-        changes = {name: value for name, value in (("window", window), ("group", group)) if value is not None}
+        given = {"window": window, "group": group, "sinks": sinks}
+        changes = {name: value for name, value in given.items() if value is not None}
         config = dataclasses.replace(self.config, **changes)  # type: ignore[arg-type]
         layers = {index: self.factors(index) for index in self.layer_indices}
         return CSKVAdapter(config, layers, self.base, self.metrics, self.widths)
