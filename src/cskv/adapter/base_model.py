@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from cskv.errors import AdapterError
 
 FACTS = ("model_type", "hidden_size", "num_layers")
+SUFFIX = ".gguf"
 ROUNDING, PACKED = 0.01, 0.25  # relative differences of weights: bf16 makes 0.003, packing in 4 bits 0.12
 
 
@@ -92,7 +94,7 @@ class BaseModelInfo:
     """Facts of the base model that are kept with an adapter, so that it is not put on another one.
 
     Attributes:
-        name: its folder or hub id.
+        name: its folder, hub id or GGUF file (`folder/file.gguf`, or on the hub `owner/name/file.gguf`).
         model_type: transformers' name of the architecture, for instance "llama".
         hidden_size: channels of the residual stream.
         num_layers: all layers of the model, compressed or not.
@@ -109,7 +111,7 @@ class BaseModelInfo:
     signature: Signature | None = field(default=None, compare=False, repr=False)
 
     def path(self, given: str | None = None) -> str:
-        """Return the folder or hub id to load: the given one, or else the recorded name.
+        """Return the folder, hub id or GGUF file to load: the given one, or else the recorded name.
 
         Raises:
             AdapterError: neither is there.
@@ -124,8 +126,11 @@ class BaseModelInfo:
     @classmethod
     def from_model(cls, model: nn.Module) -> BaseModelInfo:
         """Read the facts from a loaded transformers model, without the signature (see `cskv.models.survey`)."""
-        config = model.config
-        info = cls.from_config(config.get_text_config(decoder=True), str(config.name_or_path or ""))  # type: ignore[operator, union-attr]
+        config: Any = model.config
+        packed: Any = getattr(config, "quantization_config", None)
+        file = packed.get("gguf_file") if isinstance(packed, dict) else getattr(packed, "gguf_file", None)
+        name = str(config.name_or_path or "")
+        info = cls.from_config(config.get_text_config(decoder=True), str(Path(name, file)) if file else name)
         return dataclasses.replace(info, revision=getattr(config, "_commit_hash", None))
 
     @classmethod
@@ -188,3 +193,12 @@ class BaseModelInfo:
                 f"{made}, whose key and value weights differ by {apart:.1%} from those of this model "
                 f"({other.name or 'unnamed'}), where at most {allowed:.0%} is rounding; {remedy}"
             )
+
+
+def hub_file(name: str) -> tuple[str, str] | None:
+    """Split the name of a GGUF file on the hub into repository and file; None for any other name."""
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    if not file.lower().endswith(SUFFIX) or owner in ("", ".", "..", "~") or Path(name).exists():
+        return None
+    return f"{owner}/{repository}", file

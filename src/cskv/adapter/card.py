@@ -6,13 +6,16 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from cskv.adapter.base_model import hub_file
+
 
 def model_card(description: dict[str, Any]) -> str:
     """Return a Markdown model card with the hub's YAML header, from `CSKVAdapter.describe()`."""
     base = description["base_model"]
     settings = description["compression"]
     tags = ["cskv", "kv-cache-compression"]
-    header = ModelCardData(base_model=base["name"] or None, library_name="cskv", tags=tags)
+    repository, _ = hub_file(base["name"]) or (base["name"], "")
+    header = ModelCardData(base_model=repository or None, library_name="cskv", tags=tags)
     lines = [
         "---",
         header.to_yaml(),

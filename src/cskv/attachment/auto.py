@@ -45,11 +45,13 @@ class CSKVForCausalLM:
 
         Raises:
             AdapterError: the adapter is damaged, or names no base model.
+            CSKVError: its base is a GGUF file that is missing, damaged or not supported.
         """
         from transformers import AutoModelForCausalLM
 
         from cskv.adapter.adapter import CSKVAdapter
         from cskv.attachment.attach import attach
+        from cskv.models.gguf import checkpoint_name, is_gguf, load_gguf
 
         kwargs.pop("adapter_kwargs", None)
         hub = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
@@ -57,8 +59,8 @@ class CSKVForCausalLM:
         if getattr(config, "dtype", None) is not None:
             kwargs.setdefault("dtype", config.dtype)
         adapter = CSKVAdapter.from_pretrained(pretrained_model_name_or_path, **hub)
-        model = AutoModelForCausalLM.from_pretrained(
-            adapter.base.path(), *model_args, revision=adapter.base.revision or "main", **kwargs
-        )
+        base = checkpoint_name(adapter.base.path())
+        load = load_gguf if is_gguf(base) else AutoModelForCausalLM.from_pretrained
+        model = load(base, *model_args, revision=adapter.base.revision or "main", **kwargs)
         attach(model, adapter)
         return model

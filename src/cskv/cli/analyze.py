@@ -60,6 +60,7 @@ def analyze(
     * `cskv analyze --model-path my-model --statistics outputs/calibration/my-model/statistics.safetensors`
     """
     set_logging(logging_level)
+    model_path = loading.name(model_path)
     from cskv.calibration.statistics import Statistics
     from cskv.cli.loading import load_samples
     from cskv.evaluation.spectra import calibrated_spectra, summary_rows, weight_spectra, write_csv

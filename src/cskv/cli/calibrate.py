@@ -48,6 +48,7 @@ def calibrate(
     * `cskv calibrate --model_path lmsys/longchat-7b-v1.5-32k --training_dataset pile_subset --device-map auto`
     """
     set_logging(logging_level)
+    model_path = loading.name(model_path)
     from cskv.cli.loading import load_samples
 
     target = statistics_path(output, asvd_calib_root, model_name(model_path, model_id))

@@ -13,6 +13,7 @@ from cskv.cli.common import EXIT_MISTAKE, command, emit
 
 OPTIONAL = {
     "triton": "fused attention and packing on a GPU: PyTorch for CUDA brings it, or pip install 'cskv[gpu]'",
+    "gguf": "models in GGUF files, llama.cpp's: pip install 'cskv[gguf]'",
     "matplotlib": "cskv analyze and cskv report draw with it: pip install 'cskv[plots]'",
     "jinja2": "cskv report writes its page with it: pip install 'cskv[plots]'",
     "datasets": "hub datasets for calibration and training: pip install 'cskv[data]'",

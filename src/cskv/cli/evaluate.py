@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,6 +114,7 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
+    contestants = replace(contestants, model_path=loading.optional_name(contestants.model_path))
     run = _measure(contestants, settings, loading, output, outputs)
     console().print(results_table(run))
     say(f"results: {run.path}; `cskv report {run.path}` makes a page of them")

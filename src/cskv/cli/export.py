@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +14,7 @@ import typer
 
 from cskv.cli import options as opt
 from cskv.cli.common import command, emit
-from cskv.cli.loading import check_folder
+from cskv.cli.loading import check_model
 from cskv.cli.outputs import check_writable
 
 if TYPE_CHECKING:
@@ -45,7 +49,8 @@ def export(
     """Write a checkpoint that vLLM serves from a compressed cache: the base model's files, and the adapter beside them.
 
     `config.json` names an architecture that the plugin knows, all else is the base model's. Weights in other formats
-    than safetensors are left out. Window and group only say how tokens are read: they may be changed without training.
+    than safetensors are left out, but a GGUF file that is the base itself is dequantised to bfloat16. Window and group
+    only say how tokens are read: they may be changed without training.
 
     Examples:
 
@@ -61,27 +66,42 @@ def export(
     check_place(out, *([folder] if folder.is_dir() else []), overwrite=overwrite)
     check_writable(out / "config.json")
     loaded = CSKVAdapter.from_pretrained(folder if folder.is_dir() else adapter)
-    base = find_base(loaded, model_path)
-    report = write(loaded, base, out, window=window, group=group, copy=copy, overwrite=overwrite)
+    with find_base(loaded, model_path, out) as (name, base):
+        report = write(loaded, base, out, window=window, group=group, copy=copy, overwrite=overwrite)
+    report = dataclasses.replace(report, base=name)
     for line in describe(report):
         typer.echo(line)
     emit({"command": "export", "adapter": adapter, **report.to_dict()})
 
 
-def find_base(adapter: CSKVAdapter, model_path: str | None) -> Path:
-    """Return the folder of the base model: the given one, or what the adapter names.
+@contextmanager
+def find_base(adapter: CSKVAdapter, model_path: str | None, out: Path) -> Iterator[tuple[Path, Path]]:
+    """Find the base model, the given one or what the adapter names: its path or download, and a folder of safetensors.
+
+    That of a GGUF file is a temporary one beside `out`, on the same file system.
 
     Raises:
-        CSKVError: there is none.
+        CSKVError: there is none, or it cannot be read.
     """
+    from cskv.files import writing_to
+    from cskv.models.gguf import is_gguf, save_dequantised
     from cskv.vllm.source import download_base
 
-    name = adapter.base.path(model_path)
-    check_folder(name)
+    name = check_model(adapter.base.path(model_path))
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    return download_base(name, adapter.base.revision if name == adapter.base.name else None)
+    if is_gguf(name):
+        with writing_to(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            room = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+        with room as dequantised:
+            with writing_to(out):
+                save_dequantised(name, Path(dequantised))
+            yield folder, Path(dequantised)
+    elif folder.is_dir():
+        yield folder, folder
+    else:
+        folder = download_base(name, adapter.base.revision if name == adapter.base.name else None)
+        yield folder, folder
 
 
 def describe(report: ExportReport) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,6 +104,7 @@ def generate(
     from cskv.cli.loading import load_tokenizer
 
     text, expected = _prompt(prompt, prompt_file, lines)
+    choice = replace(choice, model_path=loading.optional_name(choice.model_path))
     compressor, base = choice.find(compression)
     untrained = choice.use_init_params and not choice.use_origin_model
     decoding.check(compressed=untrained or compressor is not None)

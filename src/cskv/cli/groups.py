@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from cskv.cli import options as opt
 from cskv.cli.settings import block_of, check_number, init_of, window_and_group
 from cskv.config import CSKVConfig
+from cskv.errors import CSKVError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,21 +56,46 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class LoadingOptions:
-    """Options on the base model's device and precision."""
+    """Options on the base model's file, device and precision."""
 
+    gguf_file: Annotated[
+        str | None, opt.model(help="GGUF file in the folder or repository that --model-path names.")
+    ] = None
     attn_impl: Annotated[
         str | None,
         opt.model(
             help="Attention implementation: eager, sdpa, flash_attention_2, ... [default: transformers' own choice]"
         ),
     ] = None
-    dtype: Annotated[str, opt.model(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
+    dtype: Annotated[
+        str, opt.model(help="auto (the checkpoint's own; of GGUF bfloat16), float32, bfloat16 or float16.")
+    ] = "auto"
     device: Annotated[str, opt.model(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...")] = "auto"
     device_map: Annotated[
         str | None, opt.model(help="Spread one copy of the model over several devices: auto, balanced, sequential.")
     ] = None
 
-    def model(self, path: str) -> PreTrainedModel:
+    def name(self, path: str) -> str:
+        """Return the one name of the base model that a path and `--gguf-file` mean.
+
+        Raises:
+            CSKVError: they name two files, or the folder holds several.
+        """
+        from cskv.models.gguf import checkpoint_name
+
+        return checkpoint_name(path, self.gguf_file)
+
+    def optional_name(self, path: str | None) -> str | None:
+        """Return the name likewise, or None where no path was given and the adapter names the base.
+
+        Raises:
+            CSKVError: as for `name`, or there is a file without a path.
+        """
+        if path is None and self.gguf_file is not None:
+            raise CSKVError("--gguf-file is a file in a folder or repository; give that with --model-path")
+        return None if path is None else self.name(path)
+
+    def model(self, name: str) -> PreTrainedModel:
         """Load a base model, in evaluation mode.
 
         Raises:
@@ -77,7 +103,9 @@ class LoadingOptions:
         """
         from cskv.cli.loading import load_model
 
-        return load_model(path, **vars(self))
+        return load_model(
+            name, attn_impl=self.attn_impl, dtype=self.dtype, device=self.device, device_map=self.device_map
+        )
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ def load_model(
     """Load a causal language model in evaluation mode.
 
     Args:
-        path: folder or hub id.
+        path: folder, hub id or GGUF file, which is dequantised.
         attn_impl: transformers' `attn_implementation`, or None for its default.
-        dtype: one of `DTYPES`; "auto" is the checkpoint's own.
+        dtype: one of `DTYPES`; "auto" is the checkpoint's own, of GGUF bfloat16.
         device: where all of it goes; "auto" is a GPU if there is one. Ignored when `device_map` is given.
         device_map: Accelerate's placement over several devices, one of `DEVICE_MAPS`, or the name of a device.
 
@@ -37,21 +37,25 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from cskv.adapter.folder import MODEL_TYPE
+    from cskv.models.gguf import is_gguf, load_gguf
 
     if dtype not in DTYPES:
         raise CSKVError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if device_map is not None and device_map not in DEVICE_MAPS:
         find_device(device_map)
     target = None if device_map else find_device(device)
-    check_folder(path)
+    path = check_model(path)
     model: Any
     kwargs: dict[str, Any] = {"dtype": dtype}
     kwargs |= {"attn_implementation": attn_impl} if attn_impl else {}
     kwargs |= {"device_map": device_map} if device_map else {}
     try:
-        if AutoConfig.from_pretrained(os.path.expanduser(path)).model_type == MODEL_TYPE:
+        if is_gguf(path):
+            model = load_gguf(path, **kwargs)
+        elif AutoConfig.from_pretrained(os.path.expanduser(path)).model_type == MODEL_TYPE:
             raise CSKVError(f"{path} is an adapter; give the model that it was made for")
-        model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(path), **kwargs)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(path), **kwargs)
     except CSKVError:
         raise
     except SafetensorError as error:
@@ -64,14 +68,18 @@ def load_model(
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a model.
+    """Load the tokenizer beside a model, or in its GGUF file.
 
     Raises:
         CSKVError: there is none, or it is damaged.
     """
     from transformers import AutoTokenizer
 
-    check_folder(path)
+    from cskv.models.gguf import is_gguf, load_gguf_tokenizer
+
+    path = check_model(path)
+    if is_gguf(path):
+        return load_gguf_tokenizer(path)
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(path))
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
@@ -115,16 +123,24 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def check_folder(path: str) -> None:
-    """Say at once that a local folder is missing, instead of asking the hub for a model of that name.
+def check_model(path: str) -> str:
+    """Return a base model's one name, and say at once that it is missing, instead of asking the hub for a model of it.
 
     Raises:
-        CSKVError: it is, or it has no config.
+        CSKVError: a folder is missing, has no config, or several GGUF files.
     """
+    from cskv.models.gguf import checkpoint_name, is_gguf
+
+    path = checkpoint_name(path)
     folder = Path(path).expanduser()
     is_local = path.startswith((".", "/", "~")) or path.count("/") > 1  # a hub id is `name` or `owner/name`
+    if is_gguf(path):  # its loader checks it
+        return path
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise CSKVError(f"{path} has no config.json; expected a model folder in Hugging Face format")
-    elif folder.exists() or is_local:
+            raise CSKVError(
+                f"{path} has no config.json; expected a model folder in Hugging Face format, or a .gguf file"
+            )
+    elif is_local:
         raise CSKVError(f"model folder {path!r} does not exist; give a folder in Hugging Face format or a hub id")
+    return path

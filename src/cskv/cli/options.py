@@ -21,10 +21,12 @@ def panel(title: str) -> Callable[..., Any]:
 model, compression, window, files, running = map(panel, ("Model", "Compression", "Exact window", "Files", "Running"))
 
 MODEL_NAMES = ("--model-path", "--model", "-m")
-ModelPath = Annotated[str, model(*MODEL_NAMES, help="Folder or hub id of the base model.")]
+ModelPath = Annotated[str, model(*MODEL_NAMES, help="Folder, hub id or .gguf file of the base model.")]
 OptionalModelPath = Annotated[
     str | None,
-    model(*MODEL_NAMES, help="Folder or hub id of the base model. Without it: the one that the adapter names."),
+    model(
+        *MODEL_NAMES, help="Folder, hub id or .gguf file of the base model. Without it: the one that the adapter names."
+    ),
 ]
 ModelId = Annotated[
     str | None, model(help="Your name for the model, used in folder names. [default: the path's last part]")

@@ -69,12 +69,14 @@ def window_and_group(
 
 
 def model_name(model_path: str, model_id: str | None) -> str:
-    """Return the name of a model in folder names: the given id, or the last part of the path.
+    """Return the name of a model in folder names: the given id, or the last part of the path, without `.gguf`.
 
     Raises:
         ConfigError: the id is no plain folder name.
     """
-    name = Path(model_path).expanduser().resolve().name if model_id is None else model_id
+    path = Path(model_path).expanduser().resolve()
+    own = path.stem if path.suffix.lower() == ".gguf" else path.name
+    name = own if model_id is None else model_id
     if not name or name in (".", "..") or Path(name).name != name:
         raise ConfigError(f"model id is {name!r}; expected one folder name, without slashes")
     return name

@@ -161,6 +161,7 @@ def train(
     * `torchrun --nproc-per-node 4 -m cskv.cli train --model-path my-model --use-asvd --use-window`
     """
     set_logging(logging_level)
+    model_path = loading.name(model_path)
     from cskv.cli.loading import load_samples
     from cskv.training.settings import TrainingSettings
 

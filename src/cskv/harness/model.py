@@ -23,9 +23,18 @@ from cskv.errors import ConfigError, CSKVError, UnsupportedModelError, first_lin
 from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL
 from cskv.evaluation.forward import forward
 from cskv.harness import MODEL
-from cskv.harness.arguments import CHUNKS, MISSING, PARALLEL, check_arguments, check_settings, find_compressor
+from cskv.harness.arguments import (
+    CHUNKS,
+    FROM_PRETRAINED,
+    MISSING,
+    PARALLEL,
+    check_arguments,
+    check_settings,
+    find_compressor,
+)
 from cskv.harness.reading import chunked_logits, parallel_logits
 from cskv.models.compat import cache_kwarg
+from cskv.models.gguf import checkpoint_name, is_gguf, load_gguf, load_gguf_tokenizer
 from cskv.models.placement import device_of
 from cskv.models.survey import survey
 
@@ -37,7 +46,7 @@ class CSKVLM(HFLM):
     """A Hugging Face model on the compressed cache.
 
     Args:
-        pretrained: folder or hub id of the base model, or a loaded one; the adapter's own when None.
+        pretrained: folder, hub id or GGUF file of the base model, or a loaded one; the adapter's own when None.
         adapter: folder or hub id, or an adapter; "none" for the uncompressed model read in the same way.
         attention: what attends to old tokens, as for `cskv.attach`.
         window, group: in place of the adapter's.
@@ -80,6 +89,8 @@ class CSKVLM(HFLM):
         base, revision = self._compressor.base, self._compressor.revision
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
+            if isinstance(base, str):
+                base = _dequantised(base, revision, device, kwargs)
             super().__init__(base, revision=revision, device=device, batch_size=int(batch_size), **kwargs)
         except CSKVError:
             raise
@@ -164,3 +175,21 @@ class CSKVLM(HFLM):
             },
             "cache": adapter_report(adapter, tokens, self.model.dtype).to_dict(),
         }
+
+
+def _dequantised(base: str, revision: str, device: str, arguments: dict[str, Any]) -> Any:
+    """Load the model of a GGUF file, which the harness takes with its tokenizer; any other name stays as it is.
+
+    Args:
+        base: name of the base model.
+        revision: of the base on the hub.
+        device: where it goes, unless the arguments spread it.
+        arguments: for the harness's Hugging Face model; those of the model's loading are taken out.
+    """
+    base = checkpoint_name(base, arguments.pop("gguf_file", None))
+    if not is_gguf(base):
+        return base
+    loading = {name: arguments.pop(name) for name in ("dtype", *FROM_PRETRAINED) if name in arguments}
+    loading.setdefault("device_map", "auto" if arguments.pop("parallelize", False) else device)
+    arguments["tokenizer"] = arguments.get("tokenizer") or load_gguf_tokenizer(base)
+    return load_gguf(base, revision=revision, **loading)
