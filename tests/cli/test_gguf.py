@@ -58,8 +58,10 @@ def test_dtype_auto_is_bfloat16(run: Run, gguf_file: Path, text_file: Path) -> N
 
 
 def test_the_base_is_exported_dequantised(run: Run, gguf_file: Path, adapter: Path, tmp_path: Path) -> None:
-    report = last_json(run("export", adapter, "-o", "served"))
-    assert report["base"] == str(gguf_file)
+    result = run("export", adapter, "-o", "served")
+    report = last_json(result)
+    assert (report["base"], report["linked"], report["copied"]) == (str(gguf_file), [], ["model.safetensors"])
+    assert "weights     1 file(s) dequantised" in result.stdout
     assert (tmp_path / "served" / "model.safetensors").stat().st_nlink == 1
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
     known = load_gguf(gguf_file).state_dict()
@@ -86,4 +88,6 @@ def test_mistakes_are_one_line(run: Run, gguf_file: Path, adapter: Path, tmp_pat
         assert message in mistake(run("generate", "--use-init-params", "-p", "hi", *options)), options
     assert "give that with --model-path" in mistake(run("generate", "-a", adapter, "-p", "hi", "--gguf-file", "a.gguf"))
     assert "is truncated" in mistake(run("export", adapter, "-m", "short.gguf", "-o", "served"))
+    named = ("-m", ".", "--gguf-file", "nowhere.gguf")
+    assert "/nowhere.gguf' does not exist" in mistake(run("export", adapter, *named, "-o", "served"))
     assert not list(tmp_path.glob("*served*"))

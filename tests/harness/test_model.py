@@ -219,6 +219,25 @@ def test_a_loaded_model_and_adapter_do_too(adapters: dict[str, str], texts: list
         model(adapters["low"], pretrained=base)
 
 
+def test_a_gguf_base_is_read_dequantised(texts: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from cskv.models.gguf import load_gguf
+    from tests.gguf_files import tiny_llama, write_gguf
+
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_llama())
+    base = load_gguf(file, dtype=torch.float32)
+    config = cskv.CSKVConfig(0.5, 0.5, WINDOW, GROUP, init="svd")
+    cskv.initialise(base, config).save_pretrained(tmp_path / "adapter")
+    lm = model(str(tmp_path / "adapter"), pretrained=None)
+    assert lm.facts()["base_model"] == str(file)
+    known = model(cskv.CSKVAdapter.from_pretrained(tmp_path / "adapter"), pretrained=base, tokenizer=lm.tokenizer)
+    assert rolling(lm, texts[1:2]) == pytest.approx(rolling(known, texts[1:2]), abs=TOLERANCE)
+    named = CSKVLM(str(tmp_path), "none", gguf_file="tiny.gguf", device="cpu")
+    assert named.model.dtype == torch.bfloat16
+    with pytest.raises(cskv.CSKVError, match="GGUF file '.*nowhere.gguf' does not exist"):
+        CSKVLM(str(tmp_path), "none", gguf_file="nowhere.gguf", device="cpu")
+
+
 def test_mistakes_are_one_line(adapters: dict[str, str], tmp_path: Path) -> None:
     from tests.cli.support import save_llama
 

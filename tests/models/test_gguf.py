@@ -190,6 +190,16 @@ def test_an_adapter_finds_its_gguf_base_again(file: Path, tmp_path: Path) -> Non
     assert torch.equal(logits(found), logits(model))
 
 
+def test_an_adapter_of_the_original_goes_with_its_gguf_and_no_other_model_does(tmp_path: Path) -> None:
+    original, file = tiny_llama(), write_gguf(tmp_path / "a.gguf", tiny_llama(), "Q4_0")
+    settings = cskv.CSKVConfig(0.5, 0.5, window=4, group=4, init="svd")
+    cskv.attach(load_gguf(file), cskv.initialise(original, settings)).detach()
+    cskv.attach(original, cskv.initialise(load_gguf(file), settings)).detach()
+    torch.nn.init.normal_(original.model.layers[1].self_attn.k_proj.weight)
+    with pytest.raises(cskv.AdapterError, match="key and value weights differ by"):
+        cskv.attach(original, cskv.initialise(load_gguf(file), settings))
+
+
 def test_a_model_that_transformers_loaded_is_named_by_its_file(file: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     name = survey(model).base.name
@@ -232,3 +242,23 @@ def test_projections_left_packed_are_read_through_their_forward(monkeypatch: pyt
     assert adapters[0].base.signature.packed
     with cskv.attach(packed, adapters[0]):
         assert packed.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (1, TOKENS.shape[1] + 3)
+
+
+def test_a_file_on_the_hub_is_named_with_its_commit(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "snapshots" / ("a" * 40)
+    (snapshot / "sub").mkdir(parents=True)
+    (snapshot / "sub" / "tiny.gguf").symlink_to(file)
+
+    def download(repository: str, _refusal: str, *, allow_patterns: list[str], revision: str) -> Path:
+        assert (repository, allow_patterns, revision) == ("owner/name", ["sub/tiny.gguf"], "main")
+        return snapshot
+
+    monkeypatch.setattr("cskv.models.gguf.download", download)
+    model = load_gguf("owner/name/sub/tiny.gguf", revision="main")
+    base = survey(model).base
+    assert (base.name, base.revision) == ("owner/name/sub/tiny.gguf", "a" * 40)
+    with pytest.raises(CSKVError, match="owner/name on the hub has no file 'b.gguf'"):
+        monkeypatch.setattr("cskv.models.gguf.download", lambda *_args, **_kwargs: snapshot)
+        load_gguf("owner/name/b.gguf")

@@ -14,6 +14,7 @@ import typer
 
 from cskv.cli import options as opt
 from cskv.cli.common import command, emit
+from cskv.cli.groups import LoadingOptions
 from cskv.cli.loading import check_model
 from cskv.cli.outputs import check_writable
 
@@ -27,6 +28,7 @@ def export(
     adapter: Annotated[str, typer.Argument(help="Adapter folder, as `cskv train` writes it, or hub id.")],
     out: Annotated[Path, opt.files("--out", "--output", "-o", help="Folder to write.")],
     model_path: opt.OptionalModelPath = None,
+    gguf_file: opt.GgufFile = None,
     window: Annotated[int | None, opt.window(help="Tokens that are always exact. [default: the adapter's]")] = None,
     group: Annotated[
         int | None,
@@ -66,9 +68,11 @@ def export(
     check_place(out, *([folder] if folder.is_dir() else []), overwrite=overwrite)
     check_writable(out / "config.json")
     loaded = CSKVAdapter.from_pretrained(folder if folder.is_dir() else adapter)
+    model_path = LoadingOptions(gguf_file=gguf_file).optional_name(model_path)
     with find_base(loaded, model_path, out) as (name, base):
         report = write(loaded, base, out, window=window, group=group, copy=copy, overwrite=overwrite)
-    report = dataclasses.replace(report, base=name)
+    if name != base:  # the links are to a folder that is gone
+        report = dataclasses.replace(report, base=name, linked=(), copied=report.linked + report.copied)
     for line in describe(report):
         typer.echo(line)
     emit({"command": "export", "adapter": adapter, **report.to_dict()})
@@ -106,9 +110,12 @@ def find_base(adapter: CSKVAdapter, model_path: str | None, out: Path) -> Iterat
 
 def describe(report: ExportReport) -> list[str]:
     """Return the report as lines for a person."""
+    from cskv.models.gguf import is_gguf
+
+    made = "dequantised" if is_gguf(report.base) else "copied"
     weights = [
         *([f"{len(report.linked)} file(s) hard-linked to the base model's"] if report.linked else []),
-        *([f"{len(report.copied)} file(s) copied"] if report.copied else []),
+        *([f"{len(report.copied)} file(s) {made}"] if report.copied else []),
     ]
     lines = [
         f"folder      {report.folder}",

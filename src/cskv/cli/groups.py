@@ -58,9 +58,7 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
 class LoadingOptions:
     """Options on the base model's file, device and precision."""
 
-    gguf_file: Annotated[
-        str | None, opt.model(help="GGUF file in the folder or repository that --model-path names.")
-    ] = None
+    gguf_file: opt.GgufFile = None
     attn_impl: Annotated[
         str | None,
         opt.model(

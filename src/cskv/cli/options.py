@@ -28,6 +28,7 @@ OptionalModelPath = Annotated[
         *MODEL_NAMES, help="Folder, hub id or .gguf file of the base model. Without it: the one that the adapter names."
     ),
 ]
+GgufFile = Annotated[str | None, model(help="GGUF file in the folder or repository that --model-path names.")]
 ModelId = Annotated[
     str | None, model(help="Your name for the model, used in folder names. [default: the path's last part]")
 ]

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-from cskv.adapter.base_model import BaseModelInfo
+from cskv.adapter.base_model import SUFFIX, BaseModelInfo
 from cskv.errors import CSKVError
 from cskv.models.probe import SiteRecipe, probe
 from cskv.models.signature import take_signature
@@ -30,9 +30,10 @@ class Survey:
     @cached_property
     def base(self) -> BaseModelInfo:
         """The facts that are remembered of it. Its projections are run for the signature when first asked for."""
-        return dataclasses.replace(
-            BaseModelInfo.from_model(self.model), signature=take_signature(self.model, self.sites)
-        )
+        facts, signature = BaseModelInfo.from_model(self.model), take_signature(self.model, self.sites)
+        if signature is not None and facts.name.lower().endswith(SUFFIX):  # dequantised weights were in few bits, too
+            signature = dataclasses.replace(signature, packed=True)
+        return dataclasses.replace(facts, signature=signature)
 
     @cached_property
     def recipes(self) -> dict[int, SiteRecipe]:
