@@ -29,7 +29,7 @@ UNCOMPRESSED = "uncompressed"
 PAPER = TrainingSettings()  # AdamW at 5e-5, batch 1, one epoch
 TUNED = TrainingSettings(learning_rate=2e-3, warmup_steps=20, schedule="cosine", batch_size=2)
 DISTILLED = TrainingSettings(objective="distillation", learning_rate=1e-3, warmup_steps=10, schedule="cosine")
-PCA, WEIGHTED = {"init": "pca"}, {"init": "weighted-pca"}
+PCA, WEIGHTED, FISHER = {"init": "pca"}, {"init": "weighted-pca"}, {"init": "fisher-pca"}
 COMMUTING = {"key_factors": "commuting"}
 METHODS: dict[str, tuple[Recipe, tuple[float, ...]]] = {
     "SVD": (Recipe({"init": "svd"}), DENSITIES),
@@ -40,8 +40,8 @@ METHODS: dict[str, tuple[Recipe, tuple[float, ...]]] = {
     "PCA, 16 samples": (Recipe(PCA, calibration=16), (0.5, 0.2)),
     "PCA, 800 samples": (Recipe(PCA, calibration=800), (0.5, 0.2, 0.1)),
     "weighted PCA": (Recipe(WEIGHTED), DENSITIES),
-    "PCA, allocated ranks": (Recipe(PCA, allocated=True), DENSITIES),
-    "weighted PCA, allocated ranks": (Recipe(WEIGHTED, allocated=True), DENSITIES),
+    "Fisher PCA": (Recipe(FISHER), DENSITIES),
+    "Fisher PCA, allocated ranks": (Recipe(FISHER, allocated=True), DENSITIES),
     "PCA, 2 head groups": (Recipe(PCA | {"head_groups": 2}), DENSITIES),
     "commuting keys": (Recipe(PCA | COMMUTING), DENSITIES),
     "weighted commuting keys": (Recipe(WEIGHTED | COMMUTING), DENSITIES),

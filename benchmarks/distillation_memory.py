@@ -30,10 +30,10 @@ def step(checkpointed: bool) -> dict[str, float]:
     """One forward and backward; MiB and seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cskv.compression.divergence import Divergence
     from cskv.compression.initialise import initialise
     from cskv.config import CSKVConfig
     from cskv.models.survey import survey
+    from cskv.reading.divergence import Divergence
 
     torch.manual_seed(0)
     shape = {"num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 32000}

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.compression.budget import observe_latents, ratio_of
-from cskv.compression.reading import Part
 from cskv.data.lines import make_case
 from cskv.factorization.basis import centred, hadamard_blocks, rotated, scaled
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.reading.compressed import Part
 
 BASE: dict[str, Any] = {"k_density": 0.2, "v_density": 0.2, "init": "pca"}
 Block = tuple[int, int] | None
@@ -99,10 +99,10 @@ def makers() -> dict[str, Callable[[Grids], CSKVAdapter]]:
                 settings = BASE | {"k_bits": bits, "v_bits": bits, "k_block": k, "v_block": v}
                 found[f"{bits} bits | {block} | {basis}"] = lambda bench, c=change, s=settings: bench.changed(c, s)
     for ratio in (0.065, 0.044):
-        for init in ("pca", "weighted-pca"):
+        for init in ("fisher-pca",):
             for channels in (1, 2, 4, 8):
                 block = (32, channels)
-                settings = BASE | {"init": init, "mixed_widths": True, "k_block": block, "v_block": block}
+                settings = BASE | {"init": init, "k_block": block, "v_block": block}
                 recipe = Recipe(settings, ratio=ratio)
                 found[f"mixed {ratio} | 32x{channels} both | {init}"] = lambda bench, r=recipe: bench.make(r)
     return found

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 import cskv
 from cskv.calibration.calibrate import calibrate
 from cskv.calibration.statistics import Statistics
-from cskv.compression.budget import allocate_ranks, allocate_widths
-from cskv.compression.divergence import Divergence
+from cskv.compression.budget import Budget, allocate
 from cskv.compression.initialise import initialise
 from cskv.data.lines import make_case
 from cskv.data.mixed import mixed_source
@@ -29,6 +28,7 @@ from cskv.evaluation.perplexity import perplexity, token_sequences
 from cskv.evaluation.reconstruction import reconstruction_losses
 from cskv.evaluation.tasks import evaluate_cases
 from cskv.models.survey import survey
+from cskv.reading.divergence import Divergence
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train
 
@@ -44,7 +44,7 @@ class Recipe:
     """One way to make an adapter."""
 
     settings: dict[str, Any] = field(default_factory=dict)  # of `CSKVConfig`, besides window and group
-    allocated: bool = False  # ranks are dealt out by sensitivity within the density
+    allocated: bool = False  # ranks are dealt out over all projections within the density
     ratio: float | None = None  # the byte budget of mixed widths
     training: TrainingSettings | None = None  # gradient training that follows
     samples: int = 0  # of training text
@@ -95,11 +95,12 @@ class Maker:
         if not recipe.allocated:
             return initialise(self.model, config, statistics)
         samples = list(self.samples(ALLOCATION_SAMPLES))
-        return allocate_ranks(self.model, config, statistics, samples, config.k_density).adapter
+        budget = Budget(config.k_density)
+        return allocate(self.model, config, statistics, samples, budget, ranks_only=True).adapter
 
     def _in_mixed_widths(self, config: cskv.CSKVConfig, ratio: float, calibration: int) -> cskv.CSKVAdapter:
         samples = list(self.samples(ALLOCATION_SAMPLES))
-        return allocate_widths(self.model, config, self.statistics(calibration), samples, ratio).adapter
+        return allocate(self.model, config, self.statistics(calibration), samples, Budget(ratio)).adapter
 
     def _calibrated(self, count: int) -> tuple[Statistics, float]:
         """Calibrate, and return the seconds that it took as well."""

@@ -34,7 +34,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "QAT": {"training": QAT, "samples": 400},
     "QAT end to end": {"training": DISTILLED, "samples": 96},
 }
-MIXED = {"init": "weighted-pca", "mixed_widths": True}
+MIXED = {"init": "fisher-pca"}
 SMALL = {"k_density": 0.1406, "v_density": 0.125, "init": "pca", "k_bits": 4, "v_bits": 4}  # the bytes of 4.4 %
 PEERS = {f"QuantizedCache {backend}, {bits} bits": (backend, bits) for backend in ("hqq", "quanto") for bits in (4, 2)}
 # In the figure, by how a name begins; one width otherwise.

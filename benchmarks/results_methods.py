@@ -72,12 +72,12 @@ class Workshop(Maker):
         return in_few_bits(adapter, config, self.statistics(CALIBRATION_SAMPLES))
 
     def allocated(self, density: float) -> CSKVAdapter:
-        """Weighted PCA, ranks dealt out by sensitivity."""
-        return self.kept(f"allocated-{density:g}", Recipe({"init": "weighted-pca"}, allocated=True).at(density))
+        """Fisher PCA, ranks dealt out over all projections."""
+        return self.kept(f"allocated-{density:g}", Recipe({"init": "fisher-pca"}, allocated=True).at(density))
 
     def mixed(self, ratio: float) -> CSKVAdapter:
-        """Weighted PCA, ranks and widths of 2 to 8 bits dealt out by sensitivity."""
-        return self.kept(f"mixed-{ratio:g}", Recipe({"init": "weighted-pca", "mixed_widths": True}, ratio=ratio))
+        """Fisher PCA, ranks and widths of one budget."""
+        return self.kept(f"mixed-{ratio:g}", Recipe({"init": "fisher-pca"}, ratio=ratio))
 
 
 def channel_methods(workshop: Workshop) -> Methods:

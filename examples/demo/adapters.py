@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.calibrate import calibrate
 from cskv.calibration.statistics import Statistics
-from cskv.compression.budget import allocate_ranks, allocate_widths
+from cskv.compression.budget import Budget, allocate
 from cskv.compression.initialise import initialise
 from cskv.data.mixed import mixed_source
 from cskv.data.samples import TokenSamples
@@ -74,9 +74,8 @@ class Workshop:
         if not (variant.allocated or variant.mixed):
             return initialise(self.model, config, statistics)
         samples = list(self._samples(self.settings.allocation_samples))
-        if variant.mixed:
-            return allocate_widths(self.model, config, statistics, samples, self.settings.byte_ratio).adapter
-        return allocate_ranks(self.model, config, statistics, samples, config.k_density).adapter
+        budget = Budget(self.settings.byte_ratio if variant.mixed else config.k_density)
+        return allocate(self.model, config, statistics, samples, budget, ranks_only=not variant.mixed).adapter
 
     def _samples(self, count: int) -> TokenSamples:
         return TokenSamples(self._text, self._tokenizer, count, self.settings.sample_len, self.settings.seed)

@@ -25,7 +25,7 @@ class Variant:
         density: share of the key and of the value channels kept; None for the uncompressed model.
         init: how the factors are made.
         trained: whether layer-wise reconstruction follows the initialisation.
-        allocated: ranks are dealt out over layers, keys and values by sensitivity, within the density.
+        allocated: ranks are dealt out over layers, keys and values, within the density.
         mixed: ranks and widths of 2 to 8 bits are chosen for `DemoSettings.byte_ratio`, instead of a density.
     """
 
@@ -46,7 +46,7 @@ class Variant:
     def config(self) -> CSKVConfig:
         """The newest 32 tokens are exact at any time, so that a question is; older ones are sealed 32 at a time."""
         if self.mixed:
-            return CSKVConfig(init=self.init, mixed_widths=True, **CACHE)
+            return CSKVConfig(init=self.init, **CACHE)
         if self.density is None:
             raise ConfigError(f"variant {self.name} is not compressed and has no settings")
         return CSKVConfig(k_density=self.density, v_density=self.density, init=self.init, **CACHE)
@@ -58,8 +58,8 @@ VARIANTS = (
     Variant("80-svd", "80 % SVD, untrained", 0.2, "svd"),
     Variant("80-asvd", "80 % ASVD, untrained", 0.2, "asvd"),
     Variant("80-trained", "80 % trained", 0.2, "asvd", trained=True),
-    Variant("80-pca", "80 % PCA, allocated ranks, untrained", 0.2, "weighted-pca", allocated=True),
-    Variant("mixed", "mixed widths, untrained", init="weighted-pca", mixed=True),
+    Variant("80-pca", "80 % PCA, allocated ranks, untrained", 0.2, "fisher-pca", allocated=True),
+    Variant("mixed", "mixed widths, untrained", init="fisher-pca", mixed=True),
 )
 EXAMPLE = "80-trained"
 

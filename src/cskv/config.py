@@ -10,7 +10,7 @@ from typing import Any
 
 from cskv.errors import ConfigError
 
-INITS = ("svd", "asvd", "pca", "weighted-pca")
+INITS = ("svd", "asvd", "pca", "weighted-pca", "fisher-pca")
 KEY_FACTORS = ("joint", "commuting")
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 BLOCK_CHANNELS = 32  # of a block within one token, as in KIVI
@@ -30,9 +30,10 @@ class CSKVConfig:
             --q_window_size g` is `window=0, group=g`; without `--use_window` it is `window=0, group=1`.
         sinks: tokens, at least 0. The first `sinks` real tokens of every sequence are never sealed: nearly every head
             of a language model looks at them (attention sinks, arXiv 2309.17453). The paper has 0.
-        init: how the factors are made: "weighted-pca", the closed form of the training objective with keys weighted by
-            queries and values by the output projection; "pca", without the weights; "svd" and "asvd" (activation-aware)
-            of the paper. All but "svd" need calibration statistics.
+        init: how the factors are made: "fisher-pca", the closed form of what errors cost the predictions;
+            "weighted-pca", that of the training objective with keys weighted by queries and values by the output
+            projection; "pca", without the weights; "svd" and "asvd" (activation-aware) of the paper. All but "svd" need
+            calibration statistics, and "fisher-pca" Fisher information in them.
         asvd_alpha: the exponent of ASVD's channel scale, s = (mean|x| + eps)^alpha (arXiv 2312.05821, equation 5).
         key_factors: "joint" mixes all key channels before RoPE; "commuting" mixes kv heads within each RoPE frequency,
             so that latents are kept rotated and nothing is rotated at decode. It is PCA ("pca" or "weighted-pca").
@@ -53,7 +54,7 @@ class CSKVConfig:
     window: int = 32
     group: int = 32
     sinks: int = 0
-    init: str = "weighted-pca"
+    init: str = "fisher-pca"
     asvd_alpha: float = 0.5
     key_factors: str = "joint"
     head_groups: int = 1

@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.reading.test_compressed import TOKENS, decoded
 from torch import Tensor, nn
 
 import cskv
 from cskv import CSKVConfig
 from cskv.cache.latents import PlainStore
-from cskv.compression.reading import compressed_reading
 from cskv.models.compat import output_cache
 from cskv.models.survey import survey
 from cskv.quantization.fake import read_back
 from cskv.quantization.grid import Grid
+from cskv.reading.compressed import compressed_reading
 from tests.attachment.test_cache_bytes import storages
 from tests.attachment.test_generation_modes import MODES, PROMPT
-from tests.compression.test_reading import TOKENS, decoded
 from tests.models.families import tiny_model, truncated_adapter
 
 SETTINGS = {

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cskv.compression.sensitivity import Allocation, deal, halves, sensitivities
 from torch import Tensor, nn
 
 import cskv
@@ -15,12 +16,11 @@ import cskv.models.survey as survey_module
 from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError
 from cskv.calibration.calibrate import calibrate
 from cskv.compression.budget import allocate_ranks, allocate_widths, observe_latents, ratio_of
-from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import initialise
-from cskv.compression.sensitivity import Allocation, deal, halves, sensitivities
 from cskv.models.compat import output_cache
 from cskv.models.sites import find_sites
 from cskv.models.survey import survey
+from cskv.reading.divergence import Divergence
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model, truncated_adapter
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cskv import ConfigError, CSKVConfig
-from cskv.compression.divergence import Divergence
 from cskv.compression.initialise import initialise
 from cskv.models.survey import survey
+from cskv.reading.divergence import Divergence
 from cskv.training.log import read_log
 from cskv.training.settings import TrainingSettings
 from cskv.training.trainer import train

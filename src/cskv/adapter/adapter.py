@@ -157,7 +157,9 @@ class CSKVAdapter(nn.Module, PyTorchModelHubMixin):
         }
         if self.widths:
             description["widths"] = {
-                str(i): {kind: [list(run) for run in self.widths[i, kind]] for kind in ("k", "v")}
+                str(i): {
+                    kind: [list(run) for run in self.widths[i, kind]] for kind in ("k", "v") if (i, kind) in self.widths
+                }
                 for i in self.layer_indices
             }
         return description

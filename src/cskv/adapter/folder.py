@@ -171,15 +171,17 @@ def read_settings(folder: Path) -> Settings:
 def check_widths(
     config: CSKVConfig, ranks: Mapping[tuple[int, str], int], widths: Mapping[tuple[int, str], Widths]
 ) -> None:
-    """Check that there are widths for all latents of every projection, or none where settings do not mix them.
+    """Check that widths are of all latents of a projection, and that there are some only where settings mix them.
+
+    A projection without widths keeps its latents in 16 bits.
 
     Raises:
         AdapterError: some are missing, too many, or out of range.
     """
-    if set(widths) != (set(ranks) if config.mixed_widths else set()):
+    if bool(widths) != config.mixed_widths or not widths.keys() <= ranks.keys():
         raise AdapterError(
             f"widths are given for {len(widths)} projections; expected "
-            + (f"all {len(ranks)}" if config.mixed_widths else "none without mixed_widths")
+            + (f"some or all of the {len(ranks)}" if config.mixed_widths else "none without mixed_widths")
         )
     for part, runs in widths.items():
         try:

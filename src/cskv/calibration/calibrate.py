@@ -1,82 +1,50 @@
 """One streaming pass over text that takes statistics of every attention layer.
 
-Sums are kept in fp64, so that bf16 models and millions of tokens lose nothing, and memory depends on the model's shape
-only, never on the number of samples. Second moments are products in fp32, one forward at a time, of values from which
-the first forward's mean is taken off: a large mean would otherwise drown small variances in rounding.
+With Fisher information, a backward pass follows every forward. Memory depends on the model's shape and the length of a
+sample only, never on the number of samples. A pass that is interrupted goes on from what is kept on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from cskv.adapter.base_model import BaseModelInfo
+from cskv.calibration.fisher import FisherPass
 from cskv.calibration.hooks import decode
 from cskv.calibration.statistics import Statistics
+from cskv.calibration.sums import Sums
+from cskv.config import CSKVConfig
 from cskv.errors import DataError
 from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.placement import device_of, plain_arithmetic
 from cskv.models.sites import Watcher, watching
 from cskv.models.survey import Survey, survey
 
-
-class _Means:
-    """Running means of named quantities, by layer: fp64 sums on the layer's device, each with a token count."""
-
-    def __init__(self) -> None:
-        self.sums: dict[int, dict[str, tuple[Tensor, int]]] = {}
-        self.shifts: dict[tuple[int, str], Tensor] = {}
-
-    def add(self, layer_idx: int, name: str, total: Tensor, tokens: int) -> None:
-        sums = self.sums.setdefault(layer_idx, {})
-        before, count = sums.get(name, (torch.zeros_like(total), 0))
-        sums[name] = before + total, count + tokens
-
-    def add_input(self, layer_idx: int, x: Tensor) -> None:
-        flat = x.flatten(0, -2)
-        self.add(layer_idx, "input.mean_abs", flat.abs().sum(0, dtype=torch.float64), flat.shape[0])
-        self.add(layer_idx, "input.mean", flat.sum(0, dtype=torch.float64), flat.shape[0])
-
-    def add_output(self, layer_idx: int, kind: str, y: Tensor) -> None:
-        flat = y.flatten(0, -2).float()
-        shift = self.shifts.setdefault((layer_idx, kind), flat.mean(0))
-        flat = flat - shift
-        self.add(layer_idx, f"{kind}.mean", flat.sum(0, dtype=torch.float64), flat.shape[0])
-        self.add(layer_idx, f"{kind}.moment", (flat.T @ flat).double(), flat.shape[0])
-
-    def add_energy(self, layer_idx: int, queries: Tensor, kv_dim: int) -> None:
-        """Add q^2, summed over the query heads of each kv head, of queries (batch, heads, tokens, head_dim)."""
-        head_dim = queries.shape[-1]
-        energy = queries.float().square().sum((0, 2), dtype=torch.float64)
-        per_kv_head = energy.unflatten(0, (kv_dim // head_dim, -1)).sum(1)
-        self.add(layer_idx, "query.energy", per_kv_head.flatten(), queries.shape[0] * queries.shape[2])
-
-    def means(self) -> dict[int, dict[str, Tensor]]:
-        means = {
-            layer_idx: {name: total / count for name, (total, count) in sums.items()}
-            for layer_idx, sums in sorted(self.sums.items())
-        }
-        for (layer_idx, kind), shift in self.shifts.items():
-            layer, shift = means[layer_idx], shift.double()
-            mean = layer[f"{kind}.mean"]
-            layer[f"{kind}.moment"] = (
-                layer[f"{kind}.moment"] + torch.outer(mean, shift) + torch.outer(shift, mean + shift)
-            )
-            layer[f"{kind}.mean"] = mean + shift
-        return {i: {name: tensor.cpu() for name, tensor in layer.items()} for i, layer in means.items()}
+SAVE_SECONDS = 30.0  # of work that an interruption can cost
 
 
 def calibrate(
     model: nn.Module,
     samples: Iterable[Int[Tensor, "*batch tokens"]],
+    config: CSKVConfig | None = None,
     *,
     covariance: bool = True,
+    fisher: bool = True,
+    checkpointed: bool = False,
     source: str | None = None,
     seed: int | None = None,
     progress: Callable[[int, int | None], None] | None = None,
+    kept: Path | None = None,
 ) -> Statistics:
     """Take statistics of a model's layers over token samples.
 
@@ -85,64 +53,150 @@ def calibrate(
     Args:
         model: a transformers decoder model.
         samples: token ids, one sample or a batch of equally long ones at a time; consumed once.
+        config: its `sinks` are left out at the start of every sample, and with its `window` and `group` say which reads
+            Fisher information is about; the default settings where not given.
         covariance: also take the moments of keys and values and the energy of queries, which all but plain SVD and
             ASVD need.
+        fisher: also take the Fisher information of keys and values (`cskv.calibration.fisher`), by a backward pass,
+            which "fisher-pca" and budgets need. Not without `covariance`.
+        checkpointed: with Fisher information, keep only the layers' inputs for the backward pass, and run every layer
+            again in it: slower, in far less memory.
         source: the text's name, to be noted in the statistics; taken from `TokenSamples` where not given.
         seed: the same for the seed of its order.
         progress: called with (batches done, batches in all or None) after each batch.
+        kept: a file in which unfinished sums are kept. If it is there, of the same model, text and settings, the pass
+            goes on from it; it is gone at the end.
 
     Raises:
         CSKVError: a compressor is attached to the model.
-        UnsupportedModelError: the model has no layer that can be compressed.
-        DataError: there are no samples, or a layer's statistics are not finite; the message names the layer.
+        UnsupportedModelError: the model has no layer that can be compressed, or for Fisher information its attention or
+            head is not understood.
+        DataError: there are no samples, one is too short, or a layer's statistics are not finite; the message names the
+            layer.
     """
-    found = survey(model)
-    base = found.base  # runs the projections, so before anything watches them
-    means = _Means()
-    watchers: dict[str, Any] = {"inputs": means.add_input}
-    if covariance:
-        watchers |= _moment_watchers(means, found)
+    run = _Pass(survey(model), config or CSKVConfig(), covariance, fisher and covariance, checkpointed)
+    facts: dict[str, Any] = {
+        "source": source if source is not None else getattr(getattr(samples, "source", None), "name", ""),
+        "seed": seed if seed is not None else getattr(samples, "seed", 0),
+    }
     total = len(samples) if isinstance(samples, Sized) else None
-    tokens = 0
-
-    def statistics() -> Statistics:
-        result = Statistics(
-            layers=means.means(),
-            base=base,
-            tokens=tokens,
-            source=source if source is not None else getattr(getattr(samples, "source", None), "name", ""),
-            seed=seed if seed is not None else getattr(samples, "seed", 0),
-        )
-        result.check_finite(f"after {tokens} tokens: the model overflows; try it in bf16 or fp32")
-        return result
-
-    with plain_arithmetic(device_of(model)), evaluation_mode(model), watching(found.sites, **watchers):
-        for done, sample in enumerate(samples, start=1):
-            decode(model, sample if sample.ndim > 1 else sample[None])
-            tokens += sample.numel()
+    done = run.go_on(kept, facts) if kept is not None else 0
+    saved = time.monotonic()
+    with plain_arithmetic(device_of(model)), run.watching():
+        for done, sample in enumerate(_from(samples, done), start=done + 1):  # noqa: B020 (goes on counting)
+            run.take(sample if sample.ndim > 1 else sample[None], seed=facts["seed"] + done)
             if done == 1:
-                statistics()  # a model that overflows does so at once; better told now than after an hour
+                run.statistics(facts)  # a model that overflows does so at once; better told now than after an hour
+            if kept is not None and time.monotonic() - saved > SAVE_SECONDS:
+                run.keep(kept, facts, done)
+                saved = time.monotonic()
             if progress is not None:
                 progress(done, total)
-        if tokens == 0:
+        if run.tokens == 0:
             raise DataError("there are no samples to calibrate on; give text")
-        return statistics()
+        statistics = run.statistics(facts)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
+    return statistics
 
 
-def _moment_watchers(means: _Means, found: Survey) -> dict[str, Watcher]:
-    recipes, kv_dims = found.recipes, {site.layer_idx: site.kv_dim for site in found.sites}
+def _from(samples: Iterable[Tensor], start: int) -> Iterator[Tensor]:
+    """Iterate from a sample on; the source skips those before it where it can."""
+    starting_at = getattr(samples, "starting_at", None)
+    return starting_at(start) if starting_at is not None else itertools.islice(samples, start, None)
 
-    def on_keys(layer_idx: int, y: Tensor) -> None:
-        means.add_output(layer_idx, "k", y)
-        keys = recipes[layer_idx].keys
-        if keys.norm is not None:
-            means.add_output(layer_idx, "key", keys.normalised(y))
 
-    def on_queries(layer_idx: int, y: Tensor) -> None:
-        means.add_energy(layer_idx, recipes[layer_idx].queries.heads(y, None, None), kv_dims[layer_idx])
+class _Pass:
+    """A pass under way."""
 
-    return {
-        "keys": on_keys,
-        "values": lambda layer_idx, y: means.add_output(layer_idx, "v", y),
-        "queries": on_queries,
-    }
+    def __init__(self, found: Survey, config: CSKVConfig, covariance: bool, fisher: bool, checkpointed: bool) -> None:
+        self._found, self._config = found, config
+        self._base: BaseModelInfo = found.base  # runs the projections, so before anything watches them
+        self._covariance = covariance
+        self._fisher = FisherPass(found, config, checkpointed=checkpointed) if fisher else None
+        self._sums, self.tokens = Sums(config.sinks), 0
+
+    def watching(self) -> ExitStack:
+        """Hook the model, in evaluation mode, until the stack is closed."""
+        stack = ExitStack()
+        stack.enter_context(evaluation_mode(self._found.model))
+        watchers: dict[str, Watcher] = {"inputs": self._sums.add_input}
+        if self._covariance:
+            watchers |= self._moment_watchers()
+        # Not while layers run again for the backward pass.
+        only_once = {name: self._in_forward(watcher) for name, watcher in watchers.items()}
+        stack.enter_context(watching(self._found.sites, **only_once))
+        if self._fisher is not None:
+            stack.enter_context(self._fisher.watching())
+        return stack
+
+    def take(self, input_ids: Int[Tensor, "batch tokens"], seed: int) -> None:
+        """Add the statistics of a batch of samples."""
+        if input_ids.shape[1] <= self._config.sinks:
+            raise DataError(
+                f"a sample has {input_ids.shape[1]} tokens, and {self._config.sinks} sinks are left out of statistics; "
+                "give longer samples"
+            )
+        if self._fisher is None:
+            decode(self._found.model, input_ids)
+        else:
+            for (layer_idx, kind), (y, gradient) in self._fisher.gradients(input_ids, seed).items():
+                self._sums.add_gradient(layer_idx, kind, y, gradient)
+        self.tokens += input_ids.numel()
+
+    def statistics(self, facts: dict[str, Any]) -> Statistics:
+        """Return the statistics so far."""
+        result = Statistics(
+            layers=self._sums.means(), base=self._base, tokens=self.tokens, sinks=self._config.sinks, **facts
+        )
+        result.check_finite(f"after {self.tokens} tokens: the model overflows; try it in bf16 or fp32")
+        return result
+
+    def keep(self, path: Path, facts: dict[str, Any], done: int) -> None:
+        """Write the sums, to go on from later."""
+        self._sums.save(path, self._identity(facts) | {"done": done, "tokens": self.tokens})
+
+    def go_on(self, path: Path, facts: dict[str, Any]) -> int:
+        """Take over sums that were kept of the same pass, and return how many samples they hold; 0 without any."""
+        found = Sums.load(path, self._config.sinks)
+        if found is None:
+            return 0
+        sums, kept = found
+        done, tokens = kept.pop("done", None), kept.pop("tokens", None)
+        if kept != self._identity(facts) or not isinstance(done, int) or not isinstance(tokens, int):
+            return 0
+        self._sums, self.tokens = sums, tokens
+        return done
+
+    def _moment_watchers(self) -> dict[str, Watcher]:
+        sums, recipes = self._sums, self._found.recipes
+        kv_dims = {site.layer_idx: site.kv_dim for site in self._found.sites}
+
+        def on_keys(layer_idx: int, y: Tensor) -> None:
+            sums.add_output(layer_idx, "k", y)
+            keys = recipes[layer_idx].keys
+            if keys.norm is not None:
+                sums.add_output(layer_idx, "key", keys.normalised(y.detach()))
+
+        def on_queries(layer_idx: int, y: Tensor) -> None:
+            queries = recipes[layer_idx].queries.heads(y.detach(), None, None)
+            sums.add_energy(layer_idx, queries, kv_dims[layer_idx])
+
+        return {
+            "keys": on_keys,
+            "values": lambda layer_idx, y: sums.add_output(layer_idx, "v", y),
+            "queries": on_queries,
+        }
+
+    def _in_forward(self, watcher: Watcher) -> Watcher:
+        def watch(layer_idx: int, tensor: Tensor) -> None:
+            if self._fisher is None or self._fisher.in_forward:
+                watcher(layer_idx, tensor)
+
+        return watch
+
+    def _identity(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return what has to be equal for a pass to go on from kept sums."""
+        config = {name: getattr(self._config, name) for name in ("sinks", "window", "group")}
+        base = json.loads(json.dumps(asdict(self._base)))
+        return {**facts, **config, "base": base, "covariance": self._covariance, "fisher": self._fisher is not None}

@@ -9,7 +9,13 @@ Names and contents, all fp64, all means over tokens:
     key.mean, key.moment (kv_dim, ...)     the same of keys after their norm, before RoPE; where the family has a norm
     query.energy         (kv_dim,)         mean of q^2 after the norm, summed over the query heads of each kv head
 
-All but the first two come with `covariance=True`, the default.
+    k.fisher, v.fisher            (kv_dim, kv_dim)  sum of g g^T over the tokens of a text, per token: the Fisher
+                                                    information, in nats, of errors in old tokens' keys and values
+    k.coherent_mean, ..._moment   (kv_dim, ...)     mean of y and y y^T, tokens counted by their gradients
+    key.fisher, ...               (kv_dim, ...)     the same of keys after their norm, where the family has one
+
+All but the first two come with `covariance=True`, and the last three with `fisher=True`: the defaults. The first
+`sinks` tokens of every sample are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +37,10 @@ from cskv.files import tensors_writer, write_atomically
 
 FORMAT = "cskv-statistics-1"
 HIDDEN_SIZED = ("input.mean_abs", "input.mean")
-KV_SIZED = ("k.mean", "v.mean", "k.moment", "v.moment", "key.mean", "key.moment", "query.energy")
+FISHER = tuple(
+    f"{kind}.{name}" for kind in ("k", "v", "key") for name in ("fisher", "coherent_mean", "coherent_moment")
+)
+KV_SIZED = ("k.mean", "v.mean", "k.moment", "v.moment", "key.mean", "key.moment", "query.energy", *FISHER)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Statistics:
         tokens: how many tokens they are means over.
         source: the text's name.
         seed: of the text's order.
+        sinks: how many tokens at the start of every sample were left out.
     """
 
     layers: Mapping[int, Mapping[str, Tensor]]
@@ -51,11 +61,17 @@ class Statistics:
     tokens: int
     source: str = ""
     seed: int = 0
+    sinks: int = 0
 
     @property
     def has_covariance(self) -> bool:
         """True if calibration also took the second moments of keys and values."""
         return all("k.moment" in layer and "v.moment" in layer for layer in self.layers.values())
+
+    @property
+    def has_fisher(self) -> bool:
+        """True if calibration also took the Fisher information of keys and values."""
+        return all("k.fisher" in layer and "v.fisher" in layer for layer in self.layers.values())
 
     def get(self, layer_idx: int, name: str) -> Tensor:
         """Return one statistic of one layer.
@@ -66,13 +82,16 @@ class Statistics:
         try:
             return self.layers[layer_idx][name]
         except KeyError as error:
-            hint = " with covariance=True" if name in KV_SIZED else ""
+            hint = " with Fisher information" if name in FISHER else " with covariance" if name in KV_SIZED else ""
             raise DataError(f"the statistics lack {name} of layer {layer_idx}; calibrate again{hint}") from error
 
     def key_moment(self, layer_idx: int) -> Float[Tensor, "kv_dim kv_dim"]:
         """Return the mean of k k^T of keys as RoPE gets them: after the norm, where there is one."""
-        name = "key.moment" if "key.moment" in self.layers[layer_idx] else "k.moment"
-        return self.get(layer_idx, name)
+        return self.get(layer_idx, f"{self.key_kind(layer_idx)}.moment")
+
+    def key_kind(self, layer_idx: int) -> str:
+        """Return "key" where a layer's keys are normalised after their projection, else "k"."""
+        return "key" if "key.moment" in self.layers[layer_idx] else "k"
 
     def check_fits(self, survey: Surveyed) -> None:
         """Compare with a base model: architecture, layers and shapes, and its weights where both have a signature.
@@ -106,7 +125,9 @@ class Statistics:
             CSKVError: the file cannot be written; one that is there stays.
         """
         tensors = {f"layers.{i}.{name}": tensor for i, layer in self.layers.items() for name, tensor in layer.items()}
-        facts = {"base": asdict(self.base), "tokens": self.tokens, "source": self.source, "seed": self.seed}
+        facts = {name: getattr(self, name) for name in ("tokens", "source", "seed", "sinks")} | {
+            "base": asdict(self.base)
+        }
         metadata = {"format": FORMAT, "statistics": json.dumps(facts, sort_keys=True)}
         write_atomically(path, tensors_writer(tensors, metadata))
 

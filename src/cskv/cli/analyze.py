@@ -15,11 +15,13 @@ from cskv.cli.common import command, emit, say, set_logging
 from cskv.cli.groups import LoadingOptions
 from cskv.cli.outputs import check_writable
 from cskv.cli.settings import model_name
+from cskv.config import CSKVConfig
 from cskv.errors import CSKVError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cskv.calibration.statistics import Statistics
     from cskv.data.samples import TokenSamples
 
 FILES = ("spectra.csv", "spectra.png")
@@ -77,7 +79,7 @@ def analyze(
     if adapter is not None or not (weights_only or statistics):
         samples = load_samples(training_dataset, model_path, num_samples, max_seq_len, seed)
     if not weights_only:
-        known = Statistics.load(statistics) if statistics else take_statistics(model, samples, covariance=True)
+        known = Statistics.load(statistics) if statistics else _moments(model, samples)
         spectra += calibrated_spectra(model, known)
     drawn = []
     if adapter is not None:
@@ -109,7 +111,7 @@ def compare(model: PreTrainedModel, adapter: str, samples: TokenSamples, folder:
     loaded = CSKVAdapter.from_pretrained(adapter)
     loaded.check_fits(survey(model))
     ranks = {i: (loaded.factors(i).k.rank, loaded.factors(i).v.rank) for i in loaded.layer_indices}
-    statistics = take_statistics(model, samples, covariance=True)
+    statistics = _moments(model, samples)
     methods = {"this adapter": loaded}
     for init in ("svd", "asvd", "pca"):
         config = dataclasses.replace(loaded.config, init=init, key_factors="joint", head_groups=1)
@@ -133,3 +135,7 @@ def describe(rows: list[dict[str, Any]]) -> list[str]:
         counts = "".join(f"{row[name]:>10}" for name in ("values", "rank_90", "rank_95", "rank_99"))
         lines.append(f"{row['layer']:>5}  {what:<12}{counts}")
     return lines
+
+
+def _moments(model: PreTrainedModel, samples: TokenSamples) -> Statistics:
+    return take_statistics(model, samples, CSKVConfig(), fisher=False)

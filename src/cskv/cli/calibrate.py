@@ -10,6 +10,7 @@ from cskv.cli.common import Interrupted, command, emit, progress, say, set_loggi
 from cskv.cli.groups import LoadingOptions
 from cskv.cli.outputs import check_writable
 from cskv.cli.settings import model_name, statistics_path
+from cskv.config import CSKVConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +33,24 @@ def calibrate(
             help="Also second moments of keys and values, for PCA and `cskv analyze`: 16 kv_dim² bytes per layer."
         ),
     ] = True,
+    fisher: Annotated[
+        bool,
+        opt.running(
+            help="Also the Fisher information of keys and values, for the default factors and for budgets, by a "
+            "backward pass after each forward. Not without --covariance."
+        ),
+    ] = True,
+    gradient_checkpointing: Annotated[
+        bool,
+        opt.running("--gradient-checkpointing", help="The backward pass holds the activations of one layer at a time."),
+    ] = False,
+    window: Annotated[
+        int, opt.window(help="Tokens that will be always exact: Fisher information leaves out how these are read.")
+    ] = CSKVConfig.window,
+    group: Annotated[int, opt.window(help="Tokens that will leave the window at a time.")] = CSKVConfig.group,
+    sinks: Annotated[
+        int, opt.window(help="Tokens at the start of every sample that statistics leave out.")
+    ] = CSKVConfig.sinks,
     output: Annotated[Path | None, opt.files("--output", "-o", help="Exact file to write, instead of a root.")] = None,
     asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT,
     seed: opt.Seed = 0,
@@ -39,7 +58,8 @@ def calibrate(
 ) -> None:
     """Take statistics of a model's layers over text, for PCA and ASVD.
 
-    Writes one safetensors file. Memory does not grow with the number of samples.
+    Writes one safetensors file. Memory does not grow with the number of samples. Interrupted, the same command goes on
+    where it stopped.
 
     Examples:
 
@@ -54,8 +74,17 @@ def calibrate(
     target = statistics_path(output, asvd_calib_root, model_name(model_path, model_id))
     check_writable(target)
     samples = load_samples(training_dataset, model_path, num_samples, max_seq_len, seed)
+    config = CSKVConfig(window=window, group=group, sinks=sinks)
     model = loading.model(model_path)
-    statistics = take_statistics(model, samples, covariance)
+    statistics = take_statistics(
+        model,
+        samples,
+        config,
+        covariance=covariance,
+        fisher=fisher and covariance,
+        checkpointed=gradient_checkpointing,
+        kept=target.with_name(f"{target.name}.unfinished"),
+    )
     statistics.save(target)
     say(f"statistics of {statistics.tokens:,} tokens of {statistics.source}: {target}")
     emit(
@@ -67,19 +96,41 @@ def calibrate(
             "layers": len(statistics.layers),
             "source": statistics.source,
             "covariance": statistics.has_covariance,
+            "fisher": statistics.has_fisher,
         }
     )
 
 
-def take_statistics(model: PreTrainedModel, samples: TokenSamples, covariance: bool) -> Statistics:
-    """Calibrate under a progress bar."""
+def take_statistics(
+    model: PreTrainedModel,
+    samples: TokenSamples,
+    config: CSKVConfig,
+    *,
+    covariance: bool = True,
+    fisher: bool = True,
+    checkpointed: bool = False,
+    kept: Path | None = None,
+) -> Statistics:
+    """Calibrate under a progress bar; arguments as for `cskv.calibrate`."""
     from cskv.calibration.calibrate import calibrate as run
 
     with progress() as bar:
         task = bar.add_task("calibrating", total=len(samples))
+
+        def report(done: int, _total: int | None) -> None:
+            bar.update(task, completed=done)
+
         try:
             return run(
-                model, samples, covariance=covariance, progress=lambda done, _total: bar.update(task, completed=done)
+                model,
+                samples,
+                config,
+                covariance=covariance,
+                fisher=fisher,
+                checkpointed=checkpointed,
+                progress=report,
+                kept=kept,
             )
         except KeyboardInterrupt as error:
-            raise Interrupted("interrupted: no statistics were written; start again") from error
+            left = "start again" if kept is None else "the same command goes on from the sums that are kept"
+            raise Interrupted(f"interrupted: no statistics were written; {left}") from error

@@ -119,8 +119,8 @@ class CompressionOptions:
     init: Annotated[
         str | None,
         opt.compression(
-            help="How factors are made: weighted-pca, pca, asvd or svd. All but svd need `cskv calibrate` first. "
-            "[default: weighted-pca]"
+            help="How factors are made: fisher-pca, weighted-pca, pca, asvd or svd. All but svd need `cskv calibrate` "
+            "first. [default: fisher-pca]"
         ),
     ] = None
     key_factors: Annotated[
@@ -139,7 +139,7 @@ class CompressionOptions:
     v_block: Annotated[
         str | None,
         opt.compression(
-            help="The same for values. [default: 1x32; with --mixed-widths four channels over a group for both]"
+            help="The same for values. [default: 1x32; under a budget four channels over a group for both]"
         ),
     ] = None
     use_window: Annotated[
@@ -156,7 +156,7 @@ class CompressionOptions:
     def window_given(self) -> bool:
         return (self.use_window, self.window, self.group) != (None, None, None)
 
-    def config(self, *, mixed_widths: bool = False) -> CSKVConfig:
+    def config(self) -> CSKVConfig:
         """Return the settings that the options name.
 
         Raises:
@@ -168,4 +168,4 @@ class CompressionOptions:
         )
         init = init_of(given.pop("init"), given.pop("use_asvd"))
         given |= {f"{kind}_block": block_of(f"--{kind}-block", given[f"{kind}_block"]) for kind in ("k", "v")}
-        return CSKVConfig(window=window, group=group, init=init, mixed_widths=mixed_widths, **given)
+        return CSKVConfig(window=window, group=group, init=init, **given)

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cskv.adapter.adapter import CSKVAdapter
+    from cskv.compression.budget import Budget
     from cskv.data.samples import TokenSamples
 
-ALLOCATION_SAMPLES = 8
+BUDGET_SAMPLES = 8  # half of them to choose widths by, half to measure on
 
 
 def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path) -> CSKVAdapter:
@@ -58,33 +59,40 @@ def requantised_adapter(
 
 
 def allocated_adapter(
-    model: PreTrainedModel, config: CSKVConfig, statistics: Path, samples: TokenSamples, target_ratio: float
+    model: PreTrainedModel,
+    config: CSKVConfig,
+    statistics: Path,
+    samples: TokenSamples,
+    budget: Budget,
+    *,
+    ranks_only: bool = False,
 ) -> CSKVAdapter:
-    """Factorise a model with ranks, or ranks and widths, from one budget, dealt out by sensitivity on a few samples.
-
-    The budget is a share of all key and value channels, or with mixed widths of the bytes of a 16-bit cache.
+    """Factorise a model with ranks and widths from one budget; what it loses is measured on a few samples.
 
     Raises:
-        ConfigError: the init is not PCA, or the ratio too small.
+        ConfigError: the init is not the Fisher one, or the budget too small.
         DataError: there are no usable statistics, or too little text.
     """
     from cskv.calibration.statistics import Statistics
-    from cskv.compression.budget import allocate_ranks, allocate_widths
+    from cskv.compression.budget import allocate
 
-    allocate, kind = (allocate_widths, "mixed") if config.mixed_widths else (allocate_ranks, "allocated")
-    taken = list(islice(samples, ALLOCATION_SAMPLES))
+    taken = list(islice(samples, BUDGET_SAMPLES))
     known = Statistics.load(statistics)
     with progress() as bar:
-        task = bar.add_task("measuring sensitivity", total=None)
+        task = bar.add_task("factorising", total=None)
 
-        def report(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
 
-        found = allocate(model, config, known, taken, target_ratio, progress=report)
-    what = "widths" if config.mixed_widths else "ranks"
-    kls = {"uniform": found.uniform_kl, kind: found.allocated_kl}
-    told = ", ".join(f"{value:.4g} with {name} {what}" for name, value in kls.items() if value is not None)
-    kept = "uniform" if found.is_uniform else kind
-    say(f"KL to the uncompressed model on text kept aside, in nats per token: {told}; {kept} {what} are kept")
-    found.adapter.metrics |= {f"{name}_kl": value for name, value in kls.items() if value is not None}
+        found = allocate(model, config, known, taken, budget, ranks_only=ranks_only, progress=report)
+    say(
+        f"{found.ratio:.2%} of the bytes; KL to the uncompressed model, in nats per token: predicted "
+        f"{found.predicted_kl:.4g}, measured on text kept aside {found.measured_kl:.4g}"
+    )
+    found.adapter.metrics |= {
+        "ratio": found.ratio,
+        "predicted_kl": found.predicted_kl,
+        "measured_kl": found.measured_kl,
+        "budget": {name: value for name, value in vars(budget).items() if value is not None},
+    }
     return found.adapter

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cskv.adapter.adapter import CSKVAdapter
+    from cskv.compression.budget import Budget
     from cskv.data.samples import TokenSamples
     from cskv.training.settings import TrainingSettings
 
@@ -63,17 +64,22 @@ class InitialOptions:
     target_ratio: Annotated[
         float | None,
         opt.compression(
-            help="Share of all key and value channels kept, or with --mixed-widths of the bytes of a 16-bit cache; "
-            "dealt out over layers by measured sensitivity, instead of densities. Needs a PCA init."
+            help="Share of the bytes of a 16-bit cache that sealed tokens take: ranks and widths follow, over all "
+            "layers, keys and values. Instead of densities and bits."
         ),
     ] = None
-    mixed_widths: Annotated[
-        bool,
+    bytes_per_token: Annotated[
+        float | None, opt.compression(help="The same budget as bytes of a token over all layers.")
+    ] = None
+    max_kl: Annotated[
+        float | None,
         opt.compression(
-            "--mixed-widths",
-            help="Choose a width of 2 to 8 bits for every latent channel, so that the cache takes --target-ratio of "
-            "the uncompressed bytes. Instead of --k-bits and --v-bits.",
+            help="The same as what the predictions may lose, in nats per token: the smallest cache that is predicted "
+            "to lose no more."
         ),
+    ] = None
+    ranks_only: Annotated[
+        bool, opt.compression("--ranks-only", help="Under such a budget keep all latents in 16 bits.")
     ] = False
     from_adapter: Annotated[
         Path | None,
@@ -99,28 +105,47 @@ class InitialOptions:
         """
         from cskv.adapter.adapter import CSKVAdapter
 
-        settings = compression.config(mixed_widths=self.mixed_widths)
+        settings, budget = compression.config(), self.budget()
+        if self.ranks_only and budget is None:
+            raise ConfigError("--ranks-only goes with a budget; give --target-ratio, --bytes-per-token or --max-kl")
         if self.from_adapter is not None:
-            if self.target_ratio is not None or self.mixed_widths:
+            if budget is not None:
                 raise ConfigError(
-                    "--from-adapter has its ranks already; give it without --target-ratio and --mixed-widths"
+                    f"--from-adapter has its ranks already; give it without {' and '.join(self._given())}"
                 )
             source = CSKVAdapter.from_pretrained(self.from_adapter)
             names = ["k_bits", "v_bits", "k_block", "v_block"]
             names += ["window", "group"] if compression.window_given else []
             return dataclasses.replace(source.config, **{name: getattr(settings, name) for name in names}), source
-        if self.target_ratio is not None:
-            return dataclasses.replace(settings, k_density=self.target_ratio, v_density=self.target_ratio), None
-        if self.mixed_widths:
-            raise ConfigError(
-                "--mixed-widths needs a budget; give --target-ratio, for instance 0.044 for 5 % with all told"
-            )
         return settings, None
+
+    def budget(self) -> Budget | None:
+        """Return the budget that is given, if any.
+
+        Raises:
+            ConfigError: two are given, or one is out of range.
+        """
+        from cskv.compression.budget import Budget
+
+        given = self._given()
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} are one budget in two forms; give one of them")
+        if not given:
+            return None
+        return Budget(ratio=self.target_ratio, bytes_per_token=self.bytes_per_token, max_kl=self.max_kl)
 
     def folder_name(self, settings: CSKVConfig) -> str:
         """Return the name of the adapter's folder under a root."""
-        allocated, untrained = self.target_ratio is not None, self.use_init_params
-        return adapter_name(settings) + ("-allocated" if allocated else "") + ("-untrained" if untrained else "")
+        name = adapter_name(settings)
+        budgets = {"ratio": self.target_ratio, "bytes": self.bytes_per_token, "kl": self.max_kl}
+        for kind, value in budgets.items():
+            if value is not None:  # in place of the densities
+                name = f"{kind}{value:g}-{name.split('-', 2)[2]}" + ("-ranks" if self.ranks_only else "")
+        return name + ("-untrained" if self.use_init_params else "")
+
+    def _given(self) -> list[str]:
+        names = "target_ratio", "bytes_per_token", "max_kl"
+        return ["--" + name.replace("_", "-") for name in names if getattr(self, name) is not None]
 
 
 @command
@@ -143,8 +168,8 @@ def train(
 ) -> None:
     """Make an adapter: initialise its factors, then train them or leave them; the base model stays as it is.
 
-    The default factors, weighted PCA, are the closed form of the training objective, and `--use-init-params` takes them
-    as they are, in seconds. Training is for few bits, for end-to-end distillation, and for the paper's own recipe
+    The default factors are the closed form of what errors cost the predictions, and `--use-init-params` takes them as
+    they are, in seconds. Training is for few bits, for end-to-end distillation, and for the paper's own recipe
     (`--use-asvd`). All but SVD need `cskv calibrate` first. Interrupted by Ctrl-C, the same command continues from the
     last checkpoint and ends with the same factors.
 
@@ -152,7 +177,7 @@ def train(
 
     * `cskv train --model-path my-model --window 32 --group 32 --use-init-params`
     * `cskv train --model-path my-model --window 32 --group 32 --target-ratio 0.2 --use-init-params`
-    * `cskv train --model-path my-model --window 32 --group 32 --mixed-widths --target-ratio 0.044 --use-init-params`
+    * `cskv train --model-path my-model --window 32 --group 32 --max-kl 0.01 --use-init-params`
     * `cskv train --model-path my-model --window 32 --group 32 --k-bits 4 --v-bits 4 --objective distillation`
     * `cskv train --model-path my-model --use-asvd --use-window`
     * `cskv train --model_path my-model --k_density 0.5 --v_density 0.5 --use_asvd --use_window --k_bits 16 --v_bits 16`
@@ -165,20 +190,20 @@ def train(
     from cskv.cli.loading import load_samples
     from cskv.training.settings import TrainingSettings
 
-    settings, source = initial.settings(compression)
+    (settings, source), budget = initial.settings(compression), initial.budget()
     training_settings = TrainingSettings(**vars(training))
     name = model_name(model_path, model_id)
     folder = output or ckpt_save_path / name / initial.folder_name(settings)
     check_writable(folder / "config.json")
     samples = None
-    if not initial.use_init_params or initial.target_ratio is not None:
+    if not initial.use_init_params or budget is not None:
         samples = load_samples(training_dataset, model_path, num_samples, max_seq_len, seed)
     if settings.window + settings.group == 1:
         say("note: no exact window, every token is compressed at once; --use-window keeps the newest exact")
     model = loading.model(model_path)
     known = statistics_path(statistics, asvd_calib_root, name)
-    if samples is not None and initial.target_ratio is not None:
-        adapter = allocated_adapter(model, settings, known, samples, initial.target_ratio)
+    if samples is not None and budget is not None:
+        adapter = allocated_adapter(model, settings, known, samples, budget, ranks_only=initial.ranks_only)
     elif source is not None:
         adapter = requantised_adapter(model, source, settings, known)
     else:

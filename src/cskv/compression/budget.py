@@ -1,18 +1,22 @@
 """Ranks and widths from one budget: which latents are kept, and in how many bits each.
 
-Every projection is factorised once, at full rank, and what each latent loses at each width is noted: its eigenvalue at
-0 bits and nothing at 16, or, for latents in few bits, the error on real text as the grid stores it. Losses of all
-projections are brought into one unit by measured sensitivity (`sensitivity`), and the widths of least total loss within
-the budget are taken; a width of 0 drops the latent (`cskv.quantization.widths`). All adapters that are tried are slices
-of the same full-rank factors. The result is compared with uniform ranks, or with 4 bits throughout at the rank that
-takes the same bytes, on samples that were not used, and the better is kept: losses of different projections interact,
-so that the sum of them can mislead.
+Every projection is factorised once, at full rank, in the basis in which an error of a latent is nats of the model's
+predictions wherever it is (`cskv.factorization.weighting`). What each latent loses is noted: its eigenvalue where it is
+dropped, the measured error of its grid where it is kept in few bits, nothing at 16 bits. The widths of least total loss
+within the budget are taken over all layers, keys and values at once (`cskv.quantization.widths`). All adapters are
+slices of the same full-rank factors, and no projection is measured by a forward of its own.
+
+To second order the losses would add up to the KL divergence. Errors of real budgets are larger than that, and a model
+that is sure of a token has no gradient there, so losses decide what is kept, and the divergence itself is measured: on
+the samples that widths were chosen by, to find a budget that costs no more than so much, and on others, to say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -21,127 +25,285 @@ from torch import Tensor, nn
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.hooks import Teacher
 from cskv.calibration.statistics import Statistics
-from cskv.compression.divergence import Divergence
-from cskv.compression.initialise import Factorisation
-from cskv.compression.reading import Part
-from cskv.compression.sensitivity import Allocation, OnMeasured, deal, halves
-from cskv.config import CSKVConfig
-from cskv.errors import ConfigError
+from cskv.compression.initialise import Factorisation, Part
+from cskv.config import CSKVConfig, is_number
+from cskv.errors import ConfigError, DataError
 from cskv.factorization.basis import ordered
-from cskv.factorization.components import Components
 from cskv.factorization.factors import Factors, LayerFactors
+from cskv.factorization.weighting import shrunk
 from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.survey import Survey, survey
 from cskv.quantization.grid import Grid
-from cskv.quantization.widths import CHOICES, RANKS, choose_widths, runs_of, width_errors
+from cskv.quantization.widths import CHOICES, RANKS, Losses, choose_widths, runs_of, width_errors
+from cskv.reading.divergence import Divergence
 
-UNIFORM_BITS = 4  # what mixed widths are compared with
 BITS_16 = 16  # of a key or value channel of the uncompressed cache
-ROUNDS = 12  # of finding the budget at which codes that do not fill their last byte take no more than the ratio
+ROUNDS = 12  # of finding the bits at which codes that do not fill their last byte take no more than the ratio
+SEARCH_ROUNDS = 8  # of finding the ratio of a divergence
+CLOSE_ENOUGH = 0.95  # of the divergence that is allowed
+OnProgress = Callable[[str, int, int], None]  # (stage, done, in all)
 
 
-def allocate_ranks(
-    model: nn.Module,
-    config: CSKVConfig,
-    statistics: Statistics,
-    samples: Sequence[Int[Tensor, " tokens"]],
-    target_ratio: float,
-    progress: OnMeasured | None = None,
-) -> Allocation:
-    """Choose the ranks for a cache of `target_ratio` of the uncompressed channels, and factorise with them.
+@dataclass(frozen=True)
+class Budget:
+    """A limit on a cache, in one of three forms.
 
-    Args:
-        model: the base model, with its language-model head.
-        config: a PCA init; its densities are replaced.
-        statistics: of the model, with covariances.
-        samples: token samples without padding, at least two; the second half is kept aside for the comparison.
-        target_ratio: latents kept as a share of all key and value channels, in (0, 1].
-        progress: called with (projections measured, projections in all).
+    Attributes:
+        ratio: bytes of sealed tokens as a share of those of a 16-bit cache, in (0, 1].
+        bytes_per_token: the same bytes, over all layers.
+        max_kl: nats per token that the predictions may lose: the smallest cache that is predicted to lose no more.
 
     Raises:
-        ConfigError: the init is not PCA, or the ratio is out of range.
-        DataError: fewer than two samples.
+        ConfigError: not one of them is given, or it is out of range.
     """
-    if "pca" not in config.init:
-        raise ConfigError(
-            f"ranks are allocated by eigenvalues, init is {config.init!r}; expected 'pca' or 'weighted-pca'"
-        )
-    halves(samples)
-    surveyed = survey(model)
-    config = replace(config, k_density=target_ratio, v_density=target_ratio)
-    divergence, factorisation = Divergence(surveyed), Factorisation(surveyed, config, statistics)
-    components = factorisation.components()
-    uniform = factorisation.adapter(components=components)
-    tables = {part: torch.stack([own.spectrum, torch.zeros_like(own.spectrum)], 1) for part, own in components.items()}
-    budget = float(BITS_16 * int(target_ratio * sum(map(len, tables.values())) + 0.5))
-    step = 2 if config.key_factors == "commuting" else config.head_groups
 
-    def make(weights: Mapping[Part, float]) -> CSKVAdapter:
-        weighted = {part: weights[part] * table for part, table in tables.items()}
-        widths = choose_widths(weighted, dict.fromkeys(tables, (1, 1)), budget, RANKS, step)
-        ranks = {part: int(kept.count_nonzero()) for part, kept in widths.items()}
-        return factorisation.adapter({i: (ranks[i, "k"], ranks[i, "v"]) for i in uniform.layer_indices}, components)
+    ratio: float | None = None
+    bytes_per_token: float | None = None
+    max_kl: float | None = None
 
-    return deal(divergence, uniform, _losses(tables, uniform, RANKS.index(16)), make, samples, progress=progress)
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(f"a budget is a ratio, bytes per token or a largest KL; got {given or 'none'}: give one")
+        ((name, value),) = given.items()
+        if not is_number(value) or value <= 0 or (name == "ratio" and value > 1):
+            expected = "a share of the uncompressed bytes in (0, 1]" if name == "ratio" else "a number above 0"
+            raise ConfigError(f"{name} is {value!r}; expected {expected}")
 
 
-def allocate_widths(
-    model: nn.Module,
-    config: CSKVConfig,
-    statistics: Statistics,
-    samples: Sequence[Int[Tensor, " tokens"]],
-    target_ratio: float,
-    progress: OnMeasured | None = None,
-) -> Allocation:
-    """Choose ranks and widths for a cache of `target_ratio` of the bytes of a 16-bit one, and factorise with them.
+@dataclass(frozen=True)
+class Allocation:
+    """The result of spending a budget.
 
-    The ratio is that of sealed tokens, codes, minima and scales. The window, positions and slack come on top.
-
-    Args:
-        config: a PCA init with `mixed_widths`, joint key factors and one head group; its densities are replaced.
-        target_ratio: in (0, 1).
-        model, statistics, samples, progress: as for `allocate_ranks`.
-
-    Raises:
-        ConfigError: the settings do not go with mixed widths, or the ratio is out of range.
-        DataError: fewer than two samples.
+    Attributes:
+        adapter: ranks and widths as chosen.
+        ratio: the bytes of its sealed tokens as a share of those of a 16-bit cache.
+        predicted_kl: nats per token on the samples that it was chosen by.
+        measured_kl: nats per token on the samples kept aside.
     """
-    _check_mixed(config, target_ratio)
-    seen, _ = halves(samples)
-    surveyed = survey(model)
-    divergence = Divergence(surveyed)
-    plain = replace(config, k_density=1.0, v_density=1.0, mixed_widths=False)
-    components = Factorisation(surveyed, plain, statistics).components()
-    full = CSKVAdapter(plain, _layers({part: own.factors for part, own in components.items()}), surveyed.base)
-    errors = _errors(surveyed, full, config, seen)
-    uniform = _uniform(surveyed, config, statistics, components, target_ratio)
-    losses = _losses(errors, uniform, CHOICES.index(UNIFORM_BITS))
 
-    def make(weights: Mapping[Part, float]) -> CSKVAdapter:
-        return _mixed(full, config, {part: weights[part] * table for part, table in errors.items()}, target_ratio)
-
-    fits = ratio_of(uniform) <= target_ratio
-    return deal(divergence, uniform, losses, make, samples, uniform_fits=fits, progress=progress)
+    adapter: CSKVAdapter
+    ratio: float
+    predicted_kl: float
+    measured_kl: float
 
 
 @torch.no_grad()
+def allocate(
+    model: nn.Module,
+    config: CSKVConfig,
+    statistics: Statistics,
+    samples: Sequence[Int[Tensor, " tokens"]],
+    budget: Budget,
+    *,
+    ranks_only: bool = False,
+    progress: OnProgress | None = None,
+) -> Allocation:
+    """Choose ranks and widths, and factorise with them.
+
+    The bytes are those of sealed tokens: codes, minima and scales. Sinks, the window, positions and slack come on top.
+
+    Args:
+        model: the base model, with its language-model head.
+        config: init "fisher-pca"; its densities and bits are replaced.
+        statistics: of the model, with Fisher information.
+        samples: token samples without padding, at least two; the second half is kept aside to measure on.
+        budget: to spend.
+        ranks_only: keep all latents in 16 bits. So are commuting keys and latents of head groups in any case.
+        progress: called with (stage, done, in all).
+
+    Raises:
+        ConfigError: the settings have another init or widths of their own, or the budget is too small.
+        DataError: fewer than two samples, or statistics without Fisher information.
+    """
+    _check(config)
+    if len(samples) < 2:
+        raise DataError(f"spending a budget needs at least 2 samples, got {len(samples)}; give more text")
+    middle = (len(samples) + 1) // 2  # whole halves, since sources may alternate between kinds of text
+    seen, aside = samples[:middle], samples[middle:]
+    say = progress or (lambda stage, done, total: None)
+    table = _Table(survey(model), config, statistics, ranks_only)
+    table.measure(seen, say)
+    divergence = Divergence(table.surveyed)
+    exact = divergence.exact(seen)
+
+    def kl(adapter: CSKVAdapter) -> float:
+        return divergence.mean(adapter, seen, exact=exact)
+
+    if budget.max_kl is None:
+        ratio = budget.ratio if budget.bytes_per_token is None else budget.bytes_per_token / table.uncompressed_bytes
+        adapter = table.adapter(min(float(ratio), 1.0))  # type: ignore[arg-type]
+        predicted = kl(adapter)
+    else:
+        adapter, predicted = _smallest(table, kl, budget.max_kl, say)
+    say("measuring the divergence", 0, 1)
+    measured = divergence.mean(adapter, aside)
+    return Allocation(adapter, ratio_of(adapter), predicted, measured)
+
+
+def _smallest(
+    table: _Table, kl: Callable[[CSKVAdapter], float], limit: float, say: OnProgress
+) -> tuple[CSKVAdapter, float]:
+    """Find the smallest adapter that diverges by no more than the limit, by bisection of the ratio's logarithm."""
+    low, high = math.log(table.least_ratio), 0.0
+    best = table.adapter(1.0)
+    least = kl(best)
+    if least > limit:
+        raise ConfigError(f"even all latents at full width diverge by {least:.3g} nats per token; allow more")
+    for done in range(SEARCH_ROUNDS):
+        say("searching the ratio", done, SEARCH_ROUNDS)
+        middle = (low + high) / 2
+        tried = table.adapter(math.exp(middle))
+        found = kl(tried)
+        if found > limit:
+            low = middle
+            continue
+        best, least, high = tried, found, middle
+        if found >= CLOSE_ENOUGH * limit:
+            break
+    return best, least
+
+
+class _Table:
+    """What every latent of every projection loses at every width, and the adapters that follow from it.
+
+    Args:
+        surveyed: the base model.
+        config, statistics, ranks_only: as for `allocate`.
+    """
+
+    def __init__(self, surveyed: Survey, config: CSKVConfig, statistics: Statistics, ranks_only: bool) -> None:
+        self.surveyed, self._statistics = surveyed, statistics
+        plain = replace(config, k_density=1.0, v_density=1.0)
+        self._config = replace(plain, mixed_widths=True)
+        self._components = Factorisation(surveyed, plain, statistics).components()
+        grouped = config.head_groups > 1
+        self._plain = {
+            part
+            for part in self._components
+            if ranks_only or grouped or (part[1] == "k" and config.key_factors == "commuting")
+        }
+        self._losses = {part: self._of_ranks(part) for part in self._components}
+
+    @cached_property
+    def uncompressed_bytes(self) -> float:
+        """Bytes of a token's keys and values in 16 bits, over all layers."""
+        return sum(own.factors.kv_dim for own in self._components.values()) * BITS_16 / 8
+
+    @cached_property
+    def least_ratio(self) -> float:
+        """The least ratio that keeps a latent of every projection."""
+        bits = sum(own.step * float(own.costs()[1]) for own in self._losses.values())
+        return min(1.0, 1.05 * bits / (8 * self.uncompressed_bytes))
+
+    def measure(self, samples: Sequence[Int[Tensor, " tokens"]], say: OnProgress) -> None:
+        """Measure the errors of latents in few bits."""
+        factors = {part: own.factors for part, own in self._components.items() if part not in self._plain}
+        if not factors:
+            return
+        errors: dict[Part, Tensor] = {}
+        sinks, stage = self._config.sinks, "measuring widths"
+        for done, (part, latents) in enumerate(observe_latents(self.surveyed, factors, samples)):
+            own = width_errors(latents[:, sinks:], self._config.block(part[1])).cpu() / len(samples)
+            errors[part] = errors[part] + own if part in errors else own
+            say(stage, done + 1, len(factors) * len(samples))
+        for part, table in errors.items():
+            weighted = self._noise_weights(part)[:, None] * table
+            weighted[:, 0] = self._components[part].spectrum
+            self._losses[part] = Losses(weighted, CHOICES, self._config.block(part[1]))
+
+    def adapter(self, ratio: float) -> CSKVAdapter:
+        """Make the adapter of least loss whose bytes are within the ratio.
+
+        Raises:
+            ConfigError: the ratio keeps no latent of some projection.
+        """
+        limit = ratio * 8 * self.uncompressed_bytes
+        low, high, kept = 0.0, 2 * limit, None
+        for _ in range(ROUNDS):  # codes that do not fill their last byte take more than their bits
+            bits = (low + high) / 2
+            try:
+                tried = choose_widths(self._losses, bits)
+            except ConfigError:
+                low = bits
+                continue
+            if sum(self._bits(part, widths) for part, widths in tried.items()) <= limit:
+                kept, low = tried, bits
+            else:
+                high = bits
+        if kept is None:
+            raise ConfigError(f"no choice of widths takes {ratio:.3g} of the bytes; raise the budget")
+        return self._cut(self._promoted(kept, limit))
+
+    def _promoted(self, widths: Mapping[Part, Tensor], limit: float) -> dict[Part, Tensor]:
+        """Spend what is left where all is as wide as grids go: whole projections in 16 bits, since grids end at 8."""
+        found = dict(widths)
+        left = limit - sum(self._bits(part, own) for part, own in found.items())
+        packed = [part for part in found if part not in self._plain and int(found[part].min()) == max(CHOICES)]
+        for part in sorted(packed, key=lambda part: self._losses[part].of(found[part]), reverse=True):
+            wide = torch.full_like(found[part], BITS_16)
+            more = self._bits(part, wide) - self._bits(part, found[part])
+            if more <= left:
+                found[part], left = wide, left - more
+        return found
+
+    def _cut(self, widths: Mapping[Part, Tensor]) -> CSKVAdapter:
+        """Cut factors of these widths out of the full-rank ones."""
+        cut, runs = {}, {}
+        for part, own in widths.items():
+            components = self._components[part]
+            if part in self._plain or int(own.max()) == BITS_16:
+                cut[part] = components.truncated(int(own.count_nonzero())).clone()
+                continue
+            kept, runs[part] = runs_of(own)
+            cut[part] = ordered(components.factors, kept.to(components.factors.down.device)).clone()
+        layers = {index: LayerFactors(cut[index, "k"], cut[index, "v"]) for index, kind in cut if kind == "k"}
+        k_density, v_density = (
+            sum(getattr(own, kind).rank for own in layers.values())
+            / sum(getattr(own, kind).kv_dim for own in layers.values())
+            for kind in ("k", "v")
+        )
+        config = replace(self._config, k_density=k_density, v_density=v_density, mixed_widths=bool(runs))
+        return CSKVAdapter(config, layers, self.surveyed.base, widths=runs)
+
+    def _of_ranks(self, part: Part) -> Losses:
+        """Return the losses of a projection whose latents are dropped or stay in 16 bits."""
+        spectrum = self._components[part].spectrum
+        commuting = part[1] == "k" and self._config.key_factors == "commuting"
+        step = 2 if commuting else self._config.head_groups
+        return Losses(torch.stack([spectrum, torch.zeros_like(spectrum)], 1), RANKS, step=step)
+
+    def _noise_weights(self, part: Part) -> Float[Tensor, " rank"]:
+        """Return the nats per token of a unit of squared error in each latent, where tokens err independently."""
+        up = self._components[part].factors.up.double().cpu()
+        fisher = shrunk(self._statistics.get(part[0], f"{part[1]}.fisher"))
+        return torch.einsum("cr,cd,dr->r", up, fisher, up) / 2
+
+    def _bits(self, part: Part, widths: Tensor) -> float:
+        """Count the bits per token of a projection's latents as they are stored."""
+        if part in self._plain or int(widths.max()) == BITS_16:
+            return float(BITS_16 * widths.count_nonzero())
+        grid = Grid(runs_of(widths)[1], *self._config.block(part[1]))
+        return grid.rank * grid.bits_per_latent
+
+
 def observe_latents(
-    surveyed: Survey, adapter: CSKVAdapter, samples: Iterable[Int[Tensor, " tokens"]]
+    surveyed: Survey, factors: Mapping[Part, Factors], samples: Sequence[Int[Tensor, " tokens"]]
 ) -> Iterator[tuple[Part, Float[Tensor, "1 tokens rank"]]]:
-    """Yield the latents of every layer's keys and values, one sample and one projection at a time, in fp32.
+    """Yield the latents of keys and values, one sample and one projection at a time, in fp32.
 
     Args:
         surveyed: the base model, nothing attached.
-        adapter: made for it, with joint key factors.
+        factors: of the projections to observe, which read the layer's input.
         samples: token ids without padding.
     """
     teacher = Teacher(surveyed.model, surveyed.sites)
-    with evaluation_mode(surveyed.model), teacher.watching():
+    with torch.no_grad(), evaluation_mode(surveyed.model), teacher.watching():
         for sample in samples:
-            for layer, seen in teacher.observe(sample[None]).items():
-                for kind in ("k", "v"):
-                    factors = getattr(adapter.factors(layer), kind).to(seen.x.device, torch.float32)
-                    yield (layer, kind), factors.latents(seen.x.float())
+            seen = teacher.observe(sample[None])
+            for part, own in factors.items():
+                x = seen[part[0]].x
+                yield part, own.to(x.device, torch.float32).latents(x.float())
 
 
 def bytes_per_token(adapter: CSKVAdapter, dtype: torch.dtype) -> tuple[int, float]:
@@ -168,89 +330,13 @@ def ratio_of(adapter: CSKVAdapter) -> float:
     return compressed / uncompressed
 
 
-def _rank(adapter: CSKVAdapter, part: Part) -> int:
-    return getattr(adapter.factors(part[0]), part[1]).rank
-
-
-def _losses(tables: Mapping[Part, Tensor], uniform: CSKVAdapter, width: int) -> dict[Part, float]:
-    """Add up what an adapter of one width loses of every projection: the latents left out, and errors of those kept."""
-    ranks = {part: _rank(uniform, part) for part in tables}
-    return {part: float(own[: ranks[part], width].sum() + own[ranks[part] :, 0].sum()) for part, own in tables.items()}
-
-
-def _layers(parts: Mapping[Part, Factors]) -> dict[int, LayerFactors]:
-    return {index: LayerFactors(parts[index, "k"], parts[index, "v"]) for index, _ in parts}
-
-
-def _check_mixed(config: CSKVConfig, target_ratio: float) -> None:
-    if not config.mixed_widths or "pca" not in config.init:
-        raise ConfigError(f"widths are chosen for PCA latents, init is {config.init!r}; give 'pca' or 'weighted-pca'")
-    if config.key_factors != "joint" or config.head_groups > 1:
+def _check(config: CSKVConfig) -> None:
+    if config.init != "fisher-pca":
         raise ConfigError(
-            f"mixed widths are for joint factors of one head group, got {config.key_factors} keys and "
-            f"{config.head_groups} head groups; give --k-bits and --v-bits instead"
+            f"a budget is spent by what errors cost the predictions, init is {config.init!r}; expected 'fisher-pca'"
         )
-    if not 0 < target_ratio < 1:
-        raise ConfigError(f"target_ratio is {target_ratio!r}; expected a share of the uncompressed bytes in (0, 1)")
-
-
-def _errors(
-    surveyed: Survey, full: CSKVAdapter, config: CSKVConfig, samples: Sequence[Tensor]
-) -> dict[Part, Float[Tensor, "rank choices"]]:
-    """Measure the mean squared error of every full-rank latent at every width, fp64."""
-    tables: dict[Part, Tensor] = {}
-    for part, latents in observe_latents(surveyed, full, samples):
-        table = width_errors(latents, config.block(part[1])).cpu() / len(samples)
-        tables[part] = tables[part] + table if part in tables else table
-    return tables
-
-
-def _uniform(
-    surveyed: Survey,
-    config: CSKVConfig,
-    statistics: Statistics,
-    components: Mapping[Part, Components],
-    target_ratio: float,
-) -> CSKVAdapter:
-    """Make the adapter of 4 bits throughout, in KIVI's blocks, at the largest ranks within the ratio, or the least."""
-    plain = replace(config, mixed_widths=False, k_bits=UNIFORM_BITS, v_bits=UNIFORM_BITS, k_block=None, v_block=None)
-    ranks = {}
-    for site in surveyed.sites:
-        budget = target_ratio * BITS_16 * site.kv_dim
-        k_rank, v_rank = (_largest_rank(site.kv_dim, budget, plain.block(kind)) for kind in ("k", "v"))
-        ranks[site.layer_idx] = k_rank, v_rank
-    k_density, v_density = (rank / surveyed.sites[0].kv_dim for rank in next(iter(ranks.values())))
-    plain = replace(plain, k_density=k_density, v_density=v_density)
-    return Factorisation(surveyed, plain, statistics).adapter(ranks, components)
-
-
-def _largest_rank(kv_dim: int, budget: float, block: tuple[int, int]) -> int:
-    grids = (Grid.uniform(rank, UNIFORM_BITS, block) for rank in range(1, kv_dim + 1))
-    return max((grid.rank for grid in grids if grid.rank * grid.bits_per_latent <= budget), default=1)
-
-
-def _mixed(full: CSKVAdapter, config: CSKVConfig, errors: Mapping[Part, Tensor], target_ratio: float) -> CSKVAdapter:
-    """Make the adapter of least error whose real bytes are within the ratio."""
-    blocks = {part: config.block(part[1]) for part in errors}
-    limit = target_ratio * BITS_16 * sum(len(table) for table in errors.values())
-    low, high, kept = 0.0, 2 * limit, None
-    for _ in range(ROUNDS):  # codes that do not fill their last byte take more than their bits
-        budget = (low + high) / 2
-        try:
-            tried = {part: runs_of(widths) for part, widths in choose_widths(errors, blocks, budget).items()}
-        except ConfigError:
-            low = budget
-            continue
-        grids = (Grid(runs, *blocks[part]) for part, (_, runs) in tried.items())
-        if sum(grid.rank * grid.bits_per_latent for grid in grids) <= limit:
-            kept, low = tried, budget
-        else:
-            high = budget
-    if kept is None:
-        raise ConfigError(f"no choice of widths takes {target_ratio:g} of the bytes; raise the target ratio")
-    layers = _layers({(i, kind): ordered(getattr(full.factors(i), kind), kept[i, kind][0]).clone() for i, kind in kept})
-    k_density, v_density = (
-        sum(len(kept[i, kind][0]) for i in layers) / sum(_rank(full, (i, kind)) for i in layers) for kind in ("k", "v")
-    )
-    widths = {part: runs for part, (_, runs) in kept.items()}
-    return CSKVAdapter(replace(config, k_density=k_density, v_density=v_density), layers, full.base, widths=widths)
+    if config.is_quantised:
+        raise ConfigError(
+            f"a budget chooses the widths of latents; got k_bits {config.k_bits}, v_bits {config.v_bits} and "
+            f"mixed_widths {config.mixed_widths}: give one of them"
+        )

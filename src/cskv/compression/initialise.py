@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.statistics import Statistics
-from cskv.compression.reading import Part
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, CSKVError, DataError, UnsupportedModelError
 from cskv.factorization.basis import centred, hadamard_blocks, rotated
-from cskv.factorization.commuting import commuting_components
+from cskv.factorization.commuting import commuting_components, commuting_part
 from cskv.factorization.components import Components
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.factorization.pca import principal_components
 from cskv.factorization.svd import asvd_factors, svd_factors
-from cskv.factorization.weighting import before_norm, key_gain, value_gain
+from cskv.factorization.weighting import before_norm, fisher_gain, key_gain, mixed_moments, shrunk, value_gain
 from cskv.models.probe import SiteRecipe
 from cskv.models.sites import AttentionSite
 from cskv.models.survey import Survey, survey
 
 Ranks = Mapping[int, tuple[int, int]]
+Part = tuple[int, str]  # layer index, "k" or "v"
 
 
 def initialise(
@@ -50,7 +50,7 @@ def initialise(
         UnsupportedModelError: the model has no layer that can be compressed, or a weight is offloaded.
     """
     if config.mixed_widths:
-        raise ConfigError("mixed widths are chosen together with ranks; use cskv.compression.budget.allocate_widths")
+        raise ConfigError("mixed widths are chosen together with ranks; use cskv.compression.budget.allocate")
     return Factorisation(survey(model), config, statistics).adapter(ranks)
 
 
@@ -168,7 +168,7 @@ class _Layer:
     def components(self, kind: str) -> Components:
         if kind == "k" and self.config.key_factors == "commuting":
             return self._commuting_components()
-        mean, moment, gain = self._statistic(f"{kind}.mean"), self._statistic(f"{kind}.moment"), self._gain(kind)
+        (mean, moment), gain = self._moments(kind), self._gain(kind)
 
         def part(rows: slice, weight: Tensor, bias: Tensor | None) -> Components:
             own = None if gain is None else gain[rows, rows]
@@ -199,14 +199,30 @@ class _Layer:
             raise UnsupportedModelError(
                 "its keys are not rotated: commuting factors are for keys with RoPE; use joint ones"
             )
-        gain = self._key_gain() if self.config.init == "weighted-pca" else None
-        moment, mean = self.statistics.key_moment(self.site.layer_idx), None  # type: ignore[union-attr]
-        if self.site.k.bias is not None:
-            # Only then: it takes the positions of old tokens, and a bias can be far larger than all else.
-            mean = self._statistic("k.mean" if self.recipe.keys.norm is None else "key.mean")
-        return commuting_components(moment, self.recipe.pairs, gain, mean).to(self.site.k.device)
+        pairs, kind = self.recipe.pairs, self.statistics.key_kind(self.site.layer_idx)  # type: ignore[union-attr]
+        gain = None
+        if self.config.init == "fisher-pca":
+            gain = fisher_gain(commuting_part(shrunk(self._statistic(f"{kind}.fisher")), pairs))
+        elif self.config.init == "weighted-pca":
+            gain = torch.diag(self._key_gain())
+        mean, moment = self._moments(kind)
+        # Left out of the latents only where there is a bias: that takes the positions of old tokens, and a bias can be
+        # far larger than all else.
+        return commuting_components(moment, pairs, gain, None if self.site.k.bias is None else mean).to(
+            self.site.k.device
+        )
+
+    def _moments(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Return the mean and the second moment whose principal components are taken."""
+        names = ["mean", "moment"]
+        if self.config.init == "fisher-pca":
+            names += ["coherent_mean", "coherent_moment"]
+        found = [self._statistic(f"{kind}.{name}") for name in names]
+        return mixed_moments(*found) if len(found) == 4 else (found[0], found[1])
 
     def _gain(self, kind: str) -> Tensor | None:
+        if self.config.init == "fisher-pca":
+            return fisher_gain(shrunk(self._statistic(f"{kind}.fisher")))
         if self.config.init != "weighted-pca":
             return None
         if kind == "v":

@@ -31,8 +31,7 @@ from torch import Tensor
 from cskv.errors import ConfigError, DataError
 from cskv.factorization.components import Components
 from cskv.factorization.factors import Factors
-
-LEAST_GAIN = 1e-4  # as a share of the largest
+from cskv.factorization.pca import gain_and_inverse
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class RopePairs:
 def commuting_components(
     moment: Float[Tensor, "kv_dim kv_dim"],
     pairs: RopePairs,
-    gain: Float[Tensor, " kv_dim"] | None = None,
+    gain: Float[Tensor, "kv_dim kv_dim"] | None = None,
     mean: Float[Tensor, " kv_dim"] | None = None,
 ) -> Components:
     """Find factors that act on keys, before or after RoPE alike, at every rank: keys ~= up @ (down @ keys).
@@ -66,7 +65,8 @@ def commuting_components(
     Args:
         moment: E[k k^T] of the keys as RoPE gets them (after the norm where the family has one), heads laid end to end.
         pairs: the channels that RoPE turns together.
-        gain: how much an error counts, by channel; equal within a pair. None counts all channels alike.
+        gain: how much an error counts, symmetric and positive semi-definite; it commutes with RoPE (`commuting_part`).
+            None counts all channels alike.
         mean: E[k] of the same keys before RoPE, to be left out of the latents; it becomes the bias. None leaves it in.
 
     Returns:
@@ -81,20 +81,32 @@ def commuting_components(
         raise DataError(f"the keys' moment has shape {tuple(moment.shape)} or holds NaN; calibrate this model")
     if heads == 1:
         raise ConfigError("commuting key factors mix kv heads, and this model has one: there is nothing to shrink")
-    weights = torch.ones(kv_dim, dtype=torch.float64) if gain is None else gain.detach().double().cpu()
-    weights = weights.clamp(min=LEAST_GAIN * float(weights.max()))
     moment = moment.detach().double().cpu()
+    to_loss, from_loss = gain_and_inverse(gain, moment)
     if mean is not None:
         mean = mean.detach().double().cpu()
         moment = moment - torch.outer(mean, mean)
-    weighted = moment * torch.outer(weights, weights)
+    weighted = to_loss @ moment @ to_loss
     found = [*_pair_directions(weighted, pairs, heads), *_unrotated_directions(weighted, pairs, heads)]
     found.sort(key=lambda direction: direction[0], reverse=True)
     rows = torch.cat([own for _, own in found])
     shares = torch.tensor([value for value, own in found for _ in own], dtype=torch.float64)
     bias = None if mean is None else mean.float()
-    factors = Factors((rows * weights).float().contiguous(), (rows / weights).T.float().contiguous(), bias)
+    factors = Factors((rows @ to_loss).float().contiguous(), (from_loss @ rows.T).float().contiguous(), bias)
     return Components(factors, shares, tuple(len(own) for _, own in found))
+
+
+def commuting_part(matrix: Float[Tensor, "kv_dim kv_dim"], pairs: RopePairs) -> Float[Tensor, "kv_dim kv_dim"]:
+    """Return the part of a symmetric matrix that commutes with RoPE at every position: its mean over all rotations."""
+    heads, found = matrix.shape[0] // pairs.head_dim, torch.zeros_like(matrix)
+    for real, imaginary in zip(*(_channels(own, pairs, heads) for own in (pairs.real, pairs.imaginary)), strict=True):
+        alike = (matrix[real][:, real] + matrix[imaginary][:, imaginary]) / 2
+        turned = (matrix[imaginary][:, real] - matrix[real][:, imaginary]) / 2
+        found[real[:, None], real], found[imaginary[:, None], imaginary] = alike, alike
+        found[imaginary[:, None], real], found[real[:, None], imaginary] = turned, -turned
+    rest = _channels(pairs.unrotated, pairs, heads).flatten()
+    found[rest[:, None], rest] = matrix[rest][:, rest]
+    return found
 
 
 def _pair_directions(moment: Tensor, pairs: RopePairs, heads: int) -> Iterator[tuple[float, Tensor]]:

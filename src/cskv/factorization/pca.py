@@ -58,7 +58,7 @@ def principal_components(
     if not all(torch.isfinite(tensor).all() for tensor in (weight, mean, moment)):
         raise DataError("the weight or the output's statistics hold NaN or infinity; calibrate again")
     offset = torch.zeros_like(mean) if bias is None else bias.detach().double()
-    to_loss, from_loss = _gain_and_inverse(gain, weight)
+    to_loss, from_loss = gain_and_inverse(gain, weight)
     covariance = to_loss @ (moment - torch.outer(mean, mean)) @ to_loss
     # Orthonormal also where the covariance is singular.
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
@@ -73,7 +73,16 @@ def principal_components(
     return Components(factors, values.clamp(min=0).flip(0).cpu(), (1,) * kv_dim)
 
 
-def _gain_and_inverse(gain: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+def gain_and_inverse(gain: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a gain, its smallest eigenvalues raised to `LEAST_GAIN` of the largest, and its inverse, fp64.
+
+    Args:
+        gain: (kv_dim, kv_dim), or None for the identity.
+        like: any tensor of (kv_dim, ...), on the device to compute on.
+
+    Raises:
+        DataError: the gain is zero, not finite or of another shape.
+    """
     if gain is None:
         identity = torch.eye(like.shape[0], dtype=torch.float64, device=like.device)
         return identity, identity

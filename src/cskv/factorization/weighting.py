@@ -9,6 +9,10 @@ channels counts by the energy of the queries there, whatever its direction. So f
 and for values, with W_o,i the columns of the output projection that read query head i, the block of a kv head is
 
     G_h = M_h^(1/2),  M_h = sum over its query heads of W_o,i^T W_o,i.
+
+These are guesses at what an error costs the predictions. Fisher information (`cskv.calibration.fisher`) measures it, in
+nats per token: an error d with second moment D costs 1/2 tr(F D), so that G = (F / 2)^(1/2), and what is minimised is
+the loss itself, in the same unit for every projection.
 """
 
 from __future__ import annotations
@@ -18,6 +22,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cskv.factorization.commuting import RopePairs
+
+LEAST_FISHER = 1e-4  # as a share of the largest: what no gradient was seen for is not free
+SHRINKAGE = 0.1  # more helps where text was short, and costs where the diagonal is not the truth
+COHERENT = 0.25  # from 0.25 to 0.5 all is alike on real models: docs/closed-form.md
 
 
 def key_gain(
@@ -51,6 +59,45 @@ def value_gain(
     values, vectors = torch.linalg.eigh(blocks)
     roots = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT
     return torch.block_diag(*roots)
+
+
+def shrunk(fisher: Float[Tensor, "kv_dim kv_dim"]) -> Float[Tensor, "kv_dim kv_dim"]:
+    """Shrink Fisher information towards its diagonal: gradients are heavy-tailed, so some directions are chance."""
+    fisher = fisher.double()
+    return (1 - SHRINKAGE) * fisher + SHRINKAGE * torch.diag(fisher.diagonal())
+
+
+def fisher_gain(fisher: Float[Tensor, "kv_dim kv_dim"]) -> Float[Tensor, "kv_dim kv_dim"]:
+    """Weight channels by what an error in them costs the predictions, so that squared errors are nats per token.
+
+    Args:
+        fisher: F = E[g g^T] of gradients of log-probabilities, per token, shrunk.
+    """
+    values, vectors = torch.linalg.eigh((fisher + fisher.T).double() / 4)
+    return (vectors * values.clamp(min=LEAST_FISHER * float(values[-1])).sqrt()) @ vectors.T
+
+
+def mixed_moments(
+    mean: Float[Tensor, " kv_dim"],
+    moment: Float[Tensor, "kv_dim kv_dim"],
+    coherent_mean: Float[Tensor, " kv_dim"],
+    coherent_moment: Float[Tensor, "kv_dim kv_dim"],
+) -> tuple[Float[Tensor, " kv_dim"], Float[Tensor, "kv_dim kv_dim"]]:
+    """Mix the moments of tokens that count alike with those of tokens that count by their gradients, and together.
+
+    The first know all directions and not which matter, the second the reverse, from few gradients. The share of the
+    second is `COHERENT`; the mixture has the scale of the first.
+
+    Returns:
+        mean and second moment.
+    """
+    mixture = (1 - COHERENT) * mean + COHERENT * coherent_mean
+    own, coherent = (
+        second - torch.outer(first, first) + torch.outer(first - mixture, first - mixture)
+        for first, second in ((mean, moment), (coherent_mean, coherent_moment))
+    )
+    scale = own.trace() / coherent.trace().clamp(min=torch.finfo(coherent.dtype).tiny)
+    return mixture, (1 - COHERENT) * own + COHERENT * scale * coherent + torch.outer(mixture, mixture)
 
 
 def before_norm(

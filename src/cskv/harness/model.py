@@ -18,7 +18,6 @@ from torch import Tensor
 import cskv
 from cskv.attachment.attach import attach
 from cskv.attachment.cache_bytes import adapter_report
-from cskv.compression.reading import check_readable
 from cskv.errors import ConfigError, CSKVError, UnsupportedModelError, first_line
 from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL
 from cskv.evaluation.forward import forward
@@ -37,6 +36,7 @@ from cskv.models.compat import cache_kwarg
 from cskv.models.gguf import checkpoint_name, is_gguf, load_gguf, load_gguf_tokenizer
 from cskv.models.placement import device_of
 from cskv.models.survey import survey
+from cskv.reading.compressed import check_readable
 
 REPORTED_TOKENS = 131_072  # the longest cache that the results give the bytes of
 

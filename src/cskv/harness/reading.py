@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.compression.reading import compressed_reading
 from cskv.evaluation.forward import pieces, read
 from cskv.models.placement import device_of
 from cskv.models.survey import Survey
+from cskv.reading.compressed import compressed_reading
 
 
 def chunked_logits(model: PreTrainedModel, rows: Tensor, window: int, group: int, keep: int) -> Tensor:

@@ -29,6 +29,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Keep the model's weights from collecting gradients for a while."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 def is_rotary_embedding(module: nn.Module) -> bool:
     """Return whether a module makes cos and sin of positions."""
     return type(module).__name__.endswith("RotaryEmbedding")

@@ -1,15 +1,16 @@
-"""A width for every latent channel from one budget of bits: reverse water-filling on measured errors.
+"""A width for every latent channel from one budget of bits: reverse water-filling on measured losses.
 
-For a Gaussian source the best widths are max(0, 1/2 log2(variance / D)): the same error D in every channel that is
-kept, and none kept that varies less. Real latents on real grids are near that but not it, so the error of every channel
-at every width is measured, and the sum of errors is minimised under a sum of bits: of all channels' next wider widths
-the one that saves most error per bit is taken, again and again, until the bits are spent. With the choices 0 and 16
-that is a choice of ranks: the largest eigenvalues are kept, wherever they are.
+For a Gaussian source the best widths are max(0, 1/2 log2(variance / D)): the same loss D in every channel that is kept,
+and none kept that varies less. Real latents on real grids are near that but not it, so the loss of every channel at
+every width is measured, and the sum of losses is minimised under a sum of bits: of all channels' next wider widths the
+one that saves most per bit is taken, again and again, until the bits are spent. With the choices 0 and 16 that is a
+choice of ranks: the largest eigenvalues are kept, wherever they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
 
@@ -22,8 +23,36 @@ from cskv.quantization.fake import read_back
 from cskv.quantization.grid import PARAMETER_DTYPE, Grid
 
 Key = TypeVar("Key")
-CHOICES = (0, 2, 3, 4, 5, 6, 8)  # 0 drops the channel
+CHOICES = (0, 2, 3, 4, 5, 6, 7, 8)  # 0 drops the channel
 RANKS = (0, 16)  # the choices where no latent is quantised
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What every channel of a projection loses at every width.
+
+    Attributes:
+        table: in one unit for all projections.
+        choices: the widths in bits that the columns stand for, from 0 up.
+        block: (tokens, channels) that share a minimum and a scale, whose bits count.
+        step: neighbours that get the same width (latents of head groups, pairs of commuting keys).
+    """
+
+    table: Float[Tensor, "rank choices"]
+    choices: tuple[int, ...]
+    block: tuple[int, int] = (1, 1)
+    step: int = 1
+
+    def of(self, widths: Int[Tensor, " rank"]) -> float:
+        """Sum the losses at given widths."""
+        columns = torch.searchsorted(torch.tensor(self.choices), widths)
+        return float(self.table.gather(1, columns[:, None]).sum())
+
+    def costs(self) -> Float[Tensor, " choices"]:
+        """Count the bits per token of a channel at every width, its share of a block's minimum and scale included."""
+        parameters = 2 * 8 * PARAMETER_DTYPE.itemsize / (self.block[0] * self.block[1])
+        bits = [width + parameters if 0 < width < 16 else width for width in self.choices]
+        return torch.tensor(bits, dtype=torch.float64)
 
 
 def width_errors(
@@ -44,21 +73,12 @@ def width_errors(
     return torch.stack(columns, dim=1)
 
 
-def choose_widths(
-    errors: Mapping[Key, Tensor],
-    block: Mapping[Key, tuple[int, int]],
-    budget: float,
-    choices: Sequence[int] = CHOICES,
-    step: int = 1,
-) -> dict[Key, Tensor]:
-    """Choose the widths of least error within a budget.
+def choose_widths(losses: Mapping[Key, Losses], budget: float) -> dict[Key, Int[Tensor, " rank"]]:
+    """Choose the widths of least loss within a budget.
 
     Args:
-        errors: of every projection, (its rank, choices), in one unit.
-        block: (tokens, channels) of every projection; a minimum and a scale of each block count as bits.
+        losses: of every projection, in one unit.
         budget: bits per token, all projections together.
-        choices: the widths that the columns of `errors` stand for, from 0 up.
-        step: neighbours that get the same width (latents of head groups, pairs of commuting keys).
 
     Returns:
         bits per channel, 0 where it is dropped. Every projection keeps at least one step.
@@ -66,13 +86,12 @@ def choose_widths(
     Raises:
         ConfigError: the budget does not give every projection a step of the least width.
     """
-    by_key = {key: _widenings(table, step, step * _costs(block[key], choices)) for key, table in errors.items()}
+    by_key = {key: _widenings(own.table, own.step, own.step * own.costs()) for key, own in losses.items()}
     savings, costs = (torch.cat([found[i].flatten() for found in by_key.values()]) for i in (0, 1))
     if (least := float(costs[savings.isposinf()].sum())) > budget:
-        latents = "a latent" if step == 1 else f"{step} latents"
         raise ConfigError(
-            f"a budget of {budget:.0f} bits per token does not keep {latents} of each of {len(errors)} projections, "
-            f"which takes {least:.0f}; raise the target ratio"
+            f"a budget of {budget:.0f} bits per token does not keep a latent of each of {len(losses)} projections, "
+            f"which takes {least:.0f}; raise it"
         )
     order = savings.argsort(descending=True, stable=True)
     order = order[savings[order] >= 0]
@@ -81,7 +100,8 @@ def choose_widths(
     widths, start = {}, 0
     for key, (saving, _, to) in by_key.items():
         own = taken[start : start + saving.numel()].view_as(saving)
-        widths[key] = torch.tensor(choices)[torch.where(own, to, 0).amax(0)].repeat_interleave(step)
+        chosen = torch.tensor(losses[key].choices)[torch.where(own, to, 0).amax(0)]
+        widths[key] = chosen.repeat_interleave(losses[key].step)
         start += saving.numel()
     return widths
 
@@ -91,12 +111,6 @@ def runs_of(widths: Int[Tensor, " rank"]) -> tuple[Int[Tensor, " kept"], tuple[t
     order = widths.argsort(descending=True, stable=True)
     order = order[widths[order] > 0]
     return order, tuple((bits, len(list(run))) for bits, run in groupby(widths[order].tolist()))
-
-
-def _costs(block: tuple[int, int], choices: Sequence[int]) -> Tensor:
-    """Count the bits per token of a channel at every width, its share of a block's minimum and scale included."""
-    parameters = 2 * 8 * PARAMETER_DTYPE.itemsize / (block[0] * block[1])
-    return torch.tensor([bits + parameters if 0 < bits < 16 else bits for bits in choices], dtype=torch.float64)
 
 
 def _widenings(errors: Tensor, step: int, costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

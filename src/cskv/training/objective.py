@@ -8,7 +8,7 @@ section 3.3). Layer inputs come from the frozen model, so no layer's factors inf
 Reconstruction counts every channel alike, and its minimum has a closed form, PCA of keys and values, which training
 from SVD or ASVD approaches step by step, as in the paper. What is wanted is the model's output. Distillation minimises
 the KL divergence of the next-token distributions over whole texts, old tokens read compressed and the window exactly,
-in one differentiable forward (`cskv.compression.reading`). Start it from PCA factors. It keeps the activations of the
+in one differentiable forward (`cskv.reading.compressed`). Start it from PCA factors. It keeps the activations of the
 whole model for the backward pass, so it needs the memory of fine-tuning with a frozen base, or with gradient
 checkpointing those of one layer; logits are made a few positions at a time.
 """
@@ -25,12 +25,13 @@ from torch.nn.functional import mse_loss
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.hooks import Observation
-from cskv.compression.divergence import Divergence
 from cskv.factorization.factors import Factors
+from cskv.models.evaluation_mode import frozen
 from cskv.models.placement import device_of
 from cskv.models.survey import Survey
 from cskv.quantization.fake import read_back
 from cskv.quantization.grid import Grid
+from cskv.reading.divergence import Divergence
 
 
 class Reconstruction(nn.Module):
@@ -87,14 +88,8 @@ class Distillation(nn.Module):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Keep the weights of the base from collecting gradients inside the block."""
-        trainable = [parameter for parameter in self._base.model.parameters() if parameter.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
+        with frozen(self._base.model):
             yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
 
     def observe(self, input_ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
         """Return the tokens on the device where the model takes them."""

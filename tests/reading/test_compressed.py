@@ -15,10 +15,10 @@ from transformers.masking_utils import flash_attention_mask
 
 import cskv
 from cskv import CSKVConfig, LayerFactors
-from cskv.compression.divergence import Divergence
-from cskv.compression.reading import compressed_reading
 from cskv.models.compat import cache_kwarg
 from cskv.models.survey import survey
+from cskv.reading.compressed import compressed_reading
+from cskv.reading.divergence import Divergence
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import FAMILIES, tiny_model, truncated_adapter
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from cskv import CSKVConfig, UnsupportedModelError
-from cskv.compression.divergence import Divergence, Head
 from cskv.compression.initialise import initialise
-from cskv.compression.reading import compressed_reading
 from cskv.models.survey import survey
+from cskv.reading.compressed import compressed_reading
+from cskv.reading.divergence import Divergence
+from cskv.reading.head import Head
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import full_rank_adapter, tiny_model, truncated_adapter
 
