@@ -130,7 +130,7 @@ def test_a_crop_into_sealed_tokens_keeps_every_token_once(total: int, length: in
 def test_bytes_are_those_of_the_tensors_held() -> None:
     store = BiBranchStore(window=2, group=3)
     fill(store, [50, 1, 1])
-    held = [store._k._tokens._storage, store._v._tokens._storage, *store._recent]
+    held = [store._k._tokens._storage, store._v._tokens._storage, *store._exact]
     assert store.nbytes() == sum(tensor.untyped_storage().nbytes() for tensor in held)
     assert store.latent_nbytes().payload == BATCH * store.sealed * (K_RANK + V_RANK) * 4
     assert store.sealed == 48  # of 52, 2 in the window and 2 that do not fill a group
