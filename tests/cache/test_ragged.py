@@ -85,7 +85,7 @@ GRIDS: list[dict[str, Any]] = [
 ]
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @pytest.mark.parametrize("grids", GRIDS, ids=["plain", "packed", "blocks of different tokens"])
 @given(
     st.lists(st.integers(0, 7), min_size=1, max_size=4),
