@@ -107,8 +107,8 @@ class InitialOptions:
                 )
             source = CSKVAdapter.from_pretrained(self.from_adapter)
             names = ["k_bits", "v_bits", "k_block", "v_block"]
-            names += ["window", "group"] if compression.window_given else []
-            return dataclasses.replace(source.config, **{name: getattr(settings, name) for name in names}), source
+            changes = {name: getattr(settings, name) for name in names} | compression.exact_tokens_given(settings)
+            return dataclasses.replace(source.config, **changes), source
         if self.target_ratio is not None:
             return dataclasses.replace(settings, k_density=self.target_ratio, v_density=self.target_ratio), None
         if self.mixed_widths:
