@@ -12,7 +12,7 @@ from tests.cli.conftest import Run
 from tests.cli.support import TEXT, last_json, mistake
 
 DATA = ["--num-samples", 6, "--max-seq-len", 64]
-WINDOW = ["--window", 8, "--group", 4]
+WINDOW = ["--window", 8, "--group", 4, "--sinks", 0]
 
 
 @pytest.fixture
