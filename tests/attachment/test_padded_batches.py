@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,11 @@ from transformers import DynamicCache, GenerationConfig
 
 import cskv
 from cskv import CSKVConfig
+from cskv.attachment import order
 from cskv.compression.initialise import initialise
 from cskv.models.compat import cache_kwarg, output_cache
 from tests.attachment.test_closed_form import statistics_of
+from tests.attachment.test_decode_step import WAITS, Watch
 from tests.interpreter import mend_interpreter
 from tests.models.families import full_rank_adapter, tiny_model, truncated_adapter
 
@@ -164,3 +168,34 @@ def test_full_rank_changes_nothing_whatever_the_padding() -> None:
             with cskv.attach(model, full_rank_adapter(model, settings), attention=attention):
                 found = decoded(model, [0, 1, 2, 3])
             assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_what_layers_share_is_made_once_and_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding is read off the first mask alone, once; every later mask is put in order once, for all layers."""
+    model = tiny_model("llama", attn_implementation="eager")  # sdpa's masks ask the device whether they are needed
+    tokens, mask = padded([0, 1, 2], STEPS)
+    calls = {"leading_padding": 0, "_ordered": 0}
+
+    def counted(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+
+        def count(*args: Any) -> Any:
+            calls[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, count)
+
+    counted(order, "leading_padding")
+    counted(order.Orders, "_ordered")
+    with cskv.attach(model, truncated_adapter(model, SETTINGS["joint"])):
+        cache = output_cache(model(tokens[:, :30], attention_mask=mask[:, :30], use_cache=True))
+        assert calls == {"leading_padding": 1, "_ordered": 0}
+        with Watch() as watch:
+            for t in range(30, 30 + STEPS):  # in which every row seals
+                positions = mask[:, : t + 1].cumsum(-1)[:, -1:] - 1
+                given = {"attention_mask": mask[:, : t + 1], "position_ids": positions}
+                model(tokens[:, t : t + 1], **given, **{cache_kwarg(model): cache})
+    assert calls == {"leading_padding": 1, "_ordered": STEPS}
+    assert "gather" in watch.names
+    assert not watch.names.intersection(WAITS)

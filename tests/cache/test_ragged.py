@@ -147,4 +147,5 @@ def test_a_crop_to_nothing_and_a_selection() -> None:
     assert (store.length, store.sealed) == (0, 0)
     assert store.awaits_tokens
     store.clear()
+    store.map_batch(lambda rows: rows.index_select(0, torch.tensor([0])))  # of nothing
     assert store.nbytes() == 0

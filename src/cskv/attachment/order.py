@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -59,7 +60,7 @@ class Orders:
     def sealed_columns(self, layout: Layout, device: torch.device) -> Tensor:
         """Return the columns of the tokens of the compressed branch, (batch, tokens), -1 where a row has none."""
         known = self._columns.get(("sealed", device))
-        if known is None or known[0].rows != layout.rows:
+        if known is None or replace(known[0], length=layout.length) != layout:
             known = self._columns["sealed", device] = layout, sent(layout.sealed_columns(), device)
         return known[1]
 

@@ -96,6 +96,8 @@ class RaggedStore(BiBranchStore):
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         super().map_batch(change)
         rows = self._layout.rows
+        if not rows:
+            return
         order = change(torch.arange(len(rows))).tolist()
         self._layout = Layout(tuple(rows[row] for row in order), self.length, self.sinks, self._align)
         self.sealed = self._layout.places
