@@ -52,7 +52,7 @@ class Recipe:
 
     @property
     def config(self) -> cskv.CSKVConfig:
-        return cskv.CSKVConfig(**({"window": 32, "group": 32} | self.settings))
+        return cskv.CSKVConfig(**({"window": 32, "group": 32, "sinks": 0} | self.settings))
 
     def at(self, density: float) -> Recipe:
         """Return the recipe at a density of keys and values."""

@@ -66,4 +66,10 @@ def test_json_round_trip() -> None:
 
 def test_settings_of_a_newer_version_are_dropped_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="colour"):
-        assert CSKVConfig.from_dict({"k_density": 0.5, "colour": 4}) == CSKVConfig(k_density=0.5)
+        assert CSKVConfig.from_dict({"k_density": 0.5, "colour": 4}) == CSKVConfig(k_density=0.5, sinks=0)
+
+
+def test_settings_that_are_older_than_sinks_have_none() -> None:
+    assert CSKVConfig().sinks == 4
+    older = {name: value for name, value in CSKVConfig().to_dict().items() if name != "sinks"}
+    assert CSKVConfig.from_dict(older).sinks == 0

@@ -53,7 +53,7 @@ class CSKVConfig:
     v_density: float = 0.2
     window: int = 32
     group: int = 32
-    sinks: int = 0
+    sinks: int = 4
     init: str = "fisher-pca"
     asvd_alpha: float = 0.5
     key_factors: str = "joint"

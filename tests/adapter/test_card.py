@@ -33,3 +33,8 @@ def test_it_says_in_how_many_bits(settings: dict[str, Any], says: str) -> None:
     assert says in card(**settings)
     assert "base_model: some/model" in card(**settings)
     assert "| kl | 0.25 |" in card(**settings)
+
+
+def test_it_says_which_tokens_are_exact() -> None:
+    assert "The first 4 and the newest 8 to 23 tokens are kept exactly." in card(window=8, group=16, sinks=4)
+    assert "The newest 8 to 23 tokens are kept exactly." in card(window=8, group=16, sinks=0)

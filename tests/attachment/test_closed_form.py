@@ -58,9 +58,9 @@ def test_full_rank_changes_no_token(family: str, kind: str) -> None:
 
 def test_commuting_keys_store_no_positions() -> None:
     model = tiny_model("llama-mha")
-    config = CSKVConfig(0.5, 0.5, window=0, group=4, init="pca", key_factors="commuting")
+    config = CSKVConfig(0.5, 0.5, window=0, group=4, sinks=4, init="pca", key_factors="commuting")
     with cskv.attach(model, initialise(model, config, statistics_of(model))), torch.no_grad():
-        report = cskv.cache_report(output_cache(model(torch.arange(3, 43)[None], use_cache=True)), model)
+        report = cskv.cache_report(output_cache(model(torch.arange(3, 47)[None], use_cache=True)), model)
     assert report.position_bytes == 0
     assert report.payload_bytes == 40 * (32 + 32) * 2 * 4
 

@@ -23,9 +23,9 @@ from tests.models.families import tiny_model, truncated_adapter
 
 SEALED = 992
 SETTINGS = {
-    "joint": cskv.CSKVConfig(0.5, 0.5, window=32, group=32),
-    "packed": cskv.CSKVConfig(0.5, 0.5, window=32, group=32, k_bits=4, v_bits=4),
-    "commuting": cskv.CSKVConfig(0.5, 0.5, window=32, group=32, init="pca", key_factors="commuting"),
+    "joint": cskv.CSKVConfig(0.5, 0.5, window=32, group=32, sinks=4),
+    "packed": cskv.CSKVConfig(0.5, 0.5, window=32, group=32, sinks=4, k_bits=4, v_bits=4),
+    "commuting": cskv.CSKVConfig(0.5, 0.5, window=32, group=32, sinks=4, init="pca", key_factors="commuting"),
 }
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")  # operations whose result the host has to know
 
@@ -70,7 +70,7 @@ def prefilled(name: str, attention: str = "auto") -> Iterator[tuple[nn.Module, C
     adapter = initialise(model, config, statistics_of(model)) if commuting else truncated_adapter(model, config)
     cache = DynamicCache(config=model.config)
     with cskv.attach(model, adapter, attention=attention), torch.no_grad():
-        model(torch.randint(3, 96, (1, SEALED + 32)), **{cache_kwarg(model): cache})
+        model(torch.randint(3, 96, (1, SEALED + 36)), **{cache_kwarg(model): cache})
         for _ in range(2):
             model(torch.tensor([[5]]), **{cache_kwarg(model): cache})
         yield model, cache

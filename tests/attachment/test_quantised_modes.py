@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.reading.test_compressed import TOKENS, decoded
 from torch import Tensor, nn
 
 import cskv
@@ -20,6 +19,7 @@ from cskv.reading.compressed import compressed_reading
 from tests.attachment.test_cache_bytes import storages
 from tests.attachment.test_generation_modes import MODES, PROMPT
 from tests.models.families import tiny_model, truncated_adapter
+from tests.reading.test_compressed import TOKENS, decoded
 
 SETTINGS = {
     "KIVI, window": CSKVConfig(0.5, 0.5, window=3, group=4, k_bits=4, v_bits=4),
@@ -42,6 +42,13 @@ class ReadBackLatents(PlainStore):
         for part in (latents[:, :head], latents[:, head:]):
             if part.shape[1]:
                 super().append(read_back(part, self._grid))
+
+    def put(self, row: int, start: int, latents: Tensor, batch: int) -> None:
+        size = 1 if self._grid is None else self._grid.block_tokens
+        head = -start % size
+        for part, place in ((latents[:head], start), (latents[head:], start + head)):
+            if part.shape[0]:
+                super().put(row, place, read_back(part[None], self._grid)[0], batch)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
@@ -72,10 +79,10 @@ def test_a_whole_text_is_read_as_it_is_decoded(family: str, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_those_of_the_tensors(dtype: torch.dtype) -> None:
     model = tiny_model("llama").float()
-    adapter = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=32, k_bits=4, v_bits=4))
+    adapter = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=32, sinks=4, k_bits=4, v_bits=4))
     model.to(dtype)
     with cskv.attach(model, adapter), torch.no_grad():
-        cache = output_cache(model(torch.randint(3, 96, (2, 320)), use_cache=True))
+        cache = output_cache(model(torch.randint(3, 96, (2, 324)), use_cache=True))
     report = cskv.cache_report(cache, model)
     layers, rank = 2, adapter.factors(0).k.rank
     assert report.payload_bytes == 2 * 320 * layers * 2 * rank // 2  # batch, tokens, layers, K and V, 4 bits each

@@ -46,5 +46,6 @@ def _adapter(model: torch.nn.Module, folder: Path, settings: dict) -> cskv.CSKVA
         settings["v_density"],
         window=0,
         group=settings["q_window_size"] if settings["use_window"] else 1,
+        sinks=0,
     )
     return cskv.CSKVAdapter(config, layers, survey(model).base)

@@ -54,6 +54,72 @@ def test_what_the_next_forward_reads(window: int, group: int, cached: int, seale
     assert exact == list(range(sealed, cached + 2))
 
 
+@pytest.mark.parametrize(
+    ("sinks", "cached", "sealed"),
+    # Window 3, group 4: the rule of no sinks, of that many tokens fewer.
+    [(1, 7, []), (1, 8, [1, 2, 3, 4]), (4, 10, []), (4, 11, [4, 5, 6, 7]), (4, 18, [4, 5, 6, 7, 8, 9, 10, 11])],
+)
+def test_the_first_tokens_are_never_sealed(sinks: int, cached: int, sealed: list[int]) -> None:
+    store = BiBranchStore(3, 4, sinks=sinks)
+    fill(store, [cached])
+    compressed, exact = read_from(fill(store, [2]))
+    assert compressed == sealed
+    assert exact == [token for token in range(cached + 2) if token not in sealed]  # sinks first
+
+
+def test_more_sinks_than_tokens_seal_nothing() -> None:
+    store = BiBranchStore(0, 1, sinks=9)
+    assert read_from(fill(store, [5, 1, 1])) == ([], list(range(7)))
+    assert store.window_nbytes() == BATCH * 7 * 2 * HEADS * HEAD_DIM * 4  # and have no latents to come
+    assert read_from(fill(store, [2, 1, 1])) == ([9], [*range(9), 10])
+
+
+@pytest.mark.parametrize(
+    ("length", "sealed", "exact"),
+    # Of 12 tokens 2 are sinks and 8 are sealed.
+    [(11, 8, [0, 1, 10]), (10, 8, [0, 1]), (7, 5, [0, 1]), (2, 0, [0, 1]), (1, 0, [0]), (0, 0, [])],
+)
+def test_a_crop_into_and_before_the_sinks(length: int, sealed: int, exact: list[int]) -> None:
+    store = BiBranchStore(0, 4, sinks=2)
+    fill(store, [12, 1])
+    store.crop(12)
+    assert store.sealed == 8
+    store.crop(length)
+    assert (store.length, store.sealed) == (length, sealed)
+    assert store._exact.keys[0, 0, :, 0].int().tolist() == exact
+    compressed, held = read_from(fill(store, [1]))
+    assert compressed == list(range(2, 2 + sealed))
+    assert held == [*exact, length]
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1, max_size=14),
+    st.integers(0, 5),
+    st.integers(1, 5),
+    st.integers(0, 6),
+)
+def test_appends_and_crops_leave_every_token_where_plain_counting_has_it(
+    operations: list[tuple[bool, int]], window: int, group: int, sinks: int
+) -> None:
+    store, sealed = BiBranchStore(window, group, sinks=sinks), set[int]()
+
+    def seal(certain: int) -> None:
+        whole_groups = (certain - sinks - window) // group * group
+        sealed.update(token for token in range(sinks, certain) if token - sinks < whole_groups)
+
+    for is_crop, number in [*operations, (False, 1), (False, 1)]:
+        if is_crop:
+            store.crop(max(0, store.length - number))
+            sealed = {token for token in sealed if token < store.length}
+            continue
+        before = store.length
+        seal(before)
+        compressed, exact = read_from(fill(store, [number]))
+        assert compressed == sorted(sealed)
+        assert exact == [token for token in range(store.length) if token not in sealed]
+        seal(before + 1 if before else number)  # all but one of a later piece may be guesses
+
+
 def test_a_prefill_reads_nothing_compressed() -> None:
     compressed, exact = read_from(fill(BiBranchStore(0, 4), [19]))
     assert compressed == []
@@ -63,17 +129,17 @@ def test_a_prefill_reads_nothing_compressed() -> None:
 sizes_lists = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 
-@given(sizes_lists, st.integers(0, 6), st.integers(1, 6))
-def test_no_way_of_filling_changes_what_is_read(sizes: list[int], window: int, group: int) -> None:
+@given(sizes_lists, st.integers(0, 6), st.integers(1, 6), st.integers(0, 6))
+def test_no_way_of_filling_changes_what_is_read(sizes: list[int], window: int, group: int, sinks: int) -> None:
     total = sum(sizes)
-    chunked, single, whole = (BiBranchStore(window, group) for _ in range(3))
+    chunked, single, whole = (BiBranchStore(window, group, sinks=sinks) for _ in range(3))
     fill(chunked, sizes)
     fill(single, [1] * total)
     fill(whole, [total])
     views = [read_from(fill(store, [1])) for store in (chunked, single, whole)]
     assert views[0] == views[1] == views[2]
-    sealed = max(0, total - window) // group * group
-    assert views[0] == (list(range(sealed)), list(range(sealed, total + 1)))
+    until = sinks + max(0, total - sinks - window) // group * group
+    assert views[0] == (list(range(sinks, until)), [t for t in range(total + 1) if not sinks <= t < until])
 
 
 @given(sizes_lists, st.integers(0, 6), st.integers(1, 6))
@@ -130,7 +196,7 @@ def test_a_crop_into_sealed_tokens_keeps_every_token_once(total: int, length: in
 def test_bytes_are_those_of_the_tensors_held() -> None:
     store = BiBranchStore(window=2, group=3)
     fill(store, [50, 1, 1])
-    held = [store._k._tokens._storage, store._v._tokens._storage, *store._recent]
+    held = [store._k._tokens._storage, store._v._tokens._storage, *store._exact]
     assert store.nbytes() == sum(tensor.untyped_storage().nbytes() for tensor in held)
     assert store.latent_nbytes().payload == BATCH * store.sealed * (K_RANK + V_RANK) * 4
     assert store.sealed == 48  # of 52, 2 in the window and 2 that do not fill a group

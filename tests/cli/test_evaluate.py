@@ -39,7 +39,7 @@ def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_adapters_and_baselines_side_by_side(run, adapter, book, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")  # a table that is not cut
     target = tmp_path / "results.json"
-    methods = ["--adapter", f"Mine={adapter}", "-b", "svd@0.5"]
+    methods = ["--adapter", f"Mine={adapter}", "-b", "svd@0.5", "--sinks", 0]
     result = run("evaluate", *methods, "--text", book, "--seed", "0,1", "-o", target, *SMALL)
     told = last_json(result)
     assert told["results"] == str(target)

@@ -87,6 +87,15 @@ def test_window_options_replace_the_adapters_own(run: Run, full_rank: Path) -> N
     assert own <= (8 + 4) * token < 64 * token <= wide
 
 
+def test_sinks_replace_the_adapters_own_and_stay_with_another_window(run: Run, full_rank: Path) -> None:
+    base = ["generate", "--adapter", full_rank, "--prompt", PROMPT, "--max-new-tokens", 2, "--window", 0, "--group", 1]
+    sizes = [last_json(run(*base, *more))["cache"]["window_bytes"] for more in ([], ["--sinks", 5], ["--sinks", 0])]
+    own = last_json(run("inspect", full_rank))["settings"]["sinks"]
+    token = 2 * 2 * 16 * 4  # layers x keys and values of 16 channels x bytes of fp32: sinks have no latents to come
+    assert sizes[1] - sizes[2] == 5 * token
+    assert sizes[0] - sizes[2] == own * token
+
+
 def test_an_adapter_folder_stands_for_its_base_model(run: Run, full_rank: Path) -> None:
     by_model = last_json(run("generate", "--model-path", full_rank, "--prompt", PROMPT, "-n", 4))
     by_adapter = last_json(run("generate", "--adapter", full_rank, "--prompt", PROMPT, "-n", 4))

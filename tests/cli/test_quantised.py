@@ -12,7 +12,7 @@ from tests.cli.conftest import Run
 from tests.cli.support import TEXT, last_json, mistake
 
 DATA = ["--num-samples", 6, "--max-seq-len", 64]
-WINDOW = ["--window", 8, "--group", 4]
+WINDOW = ["--window", 8, "--group", 4, "--sinks", 0]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_bits_and_blocks_are_named_and_their_bytes_printed(run: Run, options: li
     assert cache["scale_bytes"] == cache["minimum_bytes"] == layers * 2 * (sealed // 4 * 4 + sealed)
     assert inspected["widths"] is None
     printed = result.stdout
-    assert f"scales {cache['scale_bytes']:,}, minima {cache['minimum_bytes']:,}, exact window" in printed
+    assert f"scales {cache['scale_bytes']:,}, minima {cache['minimum_bytes']:,}, exact tokens" in printed
     assert f"{cache['ratio']:.1%} of it" in printed
     table = printed.splitlines()[printed.splitlines().index("") + 1 :]
     assert table[0].split("    ")[-2:] == ["K bits", "V bits"]

@@ -23,14 +23,14 @@ def test_training_lowers_the_loss_and_writes_a_whole_adapter(run: Run, model_fol
     assert report["k_loss"] < report["initial_k_loss"]
     assert report["v_loss"] < report["initial_v_loss"]
     folder = Path(report["adapter"])
-    assert folder == Path("outputs/adapters/tiny/k0.2-v0.2-svd-window8-group4")
+    assert folder == Path("outputs/adapters/tiny/k0.2-v0.2-svd-window8-group4-sinks4")
     inspected = last_json(run("inspect", folder))
     assert inspected["settings"] == report["settings"]
     assert inspected["metrics"]["k_loss"] == report["k_loss"]
     assert inspected["ranks"]["0"] == {"k": 3, "v": 3, "kv_dim": 16}
     cache = inspected["cache"]
     assert cache["tokens"] == 16384
-    assert cache["payload_bytes"] == (16384 - 8) // 4 * 4 * 2 * (3 + 3) * 2  # sealed tokens, layers, ranks, bytes
+    assert cache["payload_bytes"] == (16384 - 4 - 8) // 4 * 4 * 2 * (3 + 3) * 2  # sealed tokens, layers, ranks, bytes
     assert cache["uncompressed_bytes"] == 16384 * 2 * 32 * 2
     assert inspected["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
 
@@ -89,10 +89,10 @@ def test_closed_form_adapters(run: Run, model_folder: Path, text_file: Path, opt
     last_json(run("calibrate", "-m", model_folder, *text, "--covariance"))
     compression = [*options, "--k-density", 0.5, "--v-density", 0.5, "--window", 8, "--group", 4]
     made = last_json(run("train", "-m", model_folder, *compression, "--use-init-params"))
-    name = f"k0.5-v0.5-{options[1]}-window8-group4{suffix}-untrained"
+    name = f"k0.5-v0.5-{options[1]}-window8-group4-sinks4{suffix}-untrained"
     assert made["adapter"] == f"outputs/adapters/tiny/{name}"
     report = last_json(run("generate", "--adapter", made["adapter"], "--prompt", "A cache of old tokens", "-n", 24))
-    assert report["cache"]["payload_bytes"] == (report["cache"]["tokens"] - 8) // 4 * 4 * 2 * (8 + 8) * 4
+    assert report["cache"]["payload_bytes"] == (report["cache"]["tokens"] - 4 - 8) // 4 * 4 * 2 * (8 + 8) * 4
 
 
 def test_pca_needs_second_moments(run: Run, model_folder: Path, text_file: Path) -> None:

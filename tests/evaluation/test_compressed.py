@@ -20,8 +20,8 @@ def tokens(rows: int, length: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(5))
 
 
-def adapter(model, density: float, window: int = 0, group: int = 8):
-    return initialise(model, CSKVConfig(k_density=density, v_density=density, window=window, group=group, init="svd"))
+def adapter(model, density: float, window: int = 0, group: int = 8, sinks: int = 0):
+    return initialise(model, CSKVConfig(density, density, window, group, sinks, init="svd"))
 
 
 def test_full_rank_changes_no_perplexity_and_low_rank_does():
@@ -40,12 +40,12 @@ def test_one_forward_hides_the_compression():
         assert perplexity(model, text, chunk=50).nll == pytest.approx(exact.nll, rel=1e-5)
 
 
-@pytest.mark.parametrize("window", [0, 5])
-def test_chunks_that_begin_at_sealings_equal_token_by_token(window):
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (5, 0), (5, 3)])
+def test_chunks_that_begin_at_sealings_equal_token_by_token(window, sinks):
     model, text = tiny_llama(), tokens(2, 60)
-    with cskv.attach(model, adapter(model, 0.25, window=window)):
+    with cskv.attach(model, adapter(model, 0.25, window=window, sinks=sinks)):
         one_by_one = perplexity(model, text, chunk=1, first_chunk=window + 8)
-        chunked = perplexity(model, text, chunk=8, first_chunk=window + 8)
+        chunked = perplexity(model, text, chunk=8, first_chunk=sinks + window + 8)
     assert chunked.nll == pytest.approx(one_by_one.nll, rel=1e-5)
 
 

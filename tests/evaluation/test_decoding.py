@@ -23,7 +23,7 @@ NEW = 8
 
 
 def adapter(model, density: float, window: int = 4):
-    return initialise(model, CSKVConfig(density, density, init="svd", window=window, group=8))
+    return initialise(model, CSKVConfig(density, density, init="svd", window=window, group=8, sinks=0))
 
 
 def by_hand(model, context: str, question: str) -> str:

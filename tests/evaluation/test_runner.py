@@ -48,7 +48,9 @@ def model():
 
 
 def svd(model, density: float = 0.25, name: str = "SVD"):
-    return compressed(initialise(model, CSKVConfig(density, density, init="svd", window=8, group=8)), name, density)
+    return compressed(
+        initialise(model, CSKVConfig(density, density, init="svd", window=8, group=8, sinks=0)), name, density
+    )
 
 
 def start(model, path, settings=SETTINGS):

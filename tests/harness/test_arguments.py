@@ -31,6 +31,8 @@ def test_a_window_replaces_the_adapters_without_changing_it(adapters: dict[str, 
     found = find_compressor(adapter, None, None, 4, None)
     assert found.adapter is not None
     assert (found.adapter.config.window, found.adapter.config.group, found.window) == (4, 8, 4)
+    found = find_compressor(adapter, None, sinks=2)
+    assert (found.adapter.config.sinks, found.sinks, found.window) == (2, 2, 8)
     assert (adapter.config.window, adapter.config.group) == (8, 8)
 
 
@@ -38,7 +40,7 @@ def test_a_window_replaces_the_adapters_without_changing_it(adapters: dict[str, 
 def test_no_adapter_is_the_uncompressed_model(nothing: str | None) -> None:
     found = find_compressor(nothing, "base", None, 4, 2)
     assert found.adapter is None
-    assert (found.base, found.window, found.group) == ("base", 4, 2)
+    assert (found.base, found.window, found.group, found.sinks) == ("base", 4, 2, cskv.CSKVConfig().sinks)
 
 
 def test_what_is_missing_or_misplaced_is_one_line(adapters: dict[str, str], tmp_path: Path) -> None:

@@ -110,8 +110,9 @@ def test_rolling_perplexity_is_that_of_the_evaluation(adapters: dict[str, str], 
         assert got == pytest.approx(-expected.nll * expected.tokens, abs=TOLERANCE)
 
 
-def test_it_is_what_token_by_token_decoding_gives(adapters: dict[str, str], texts: list[str]) -> None:
-    lm = model(adapters["low"], window=3, group=5)
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_it_is_what_token_by_token_decoding_gives(adapters: dict[str, str], texts: list[str], sinks: int) -> None:
+    lm = model(adapters["low"], window=3, group=5, sinks=sinks)
     (got,) = rolling(lm, texts[2:3])
     tokens = torch.tensor([[lm.prefix_token_id, *lm.tok_encode(texts[2])]])
     expected = perplexity(lm.model, tokens, chunk=1)

@@ -31,7 +31,7 @@ def test_a_compressor_is_on_the_model_for_the_time_of_the_block():
         assert cache_after_prefill(model, PROMPT).ratio < 0.5
     assert attachment_of(model) is None
     assert method.label == "mine 25 %"
-    assert (method.first_piece, method.piece) == (12, 8)
+    assert (method.first_piece, method.piece) == (4 + 12, 8)
     assert method.facts["settings"]["window"] == 4
     assert method.facts["source"] == "a"
     assert method.facts["ratio"] == pytest.approx(0.25)

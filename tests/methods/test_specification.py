@@ -49,5 +49,6 @@ def test_statistics_are_needed_for_all_factors_but_svd():
 def test_methods_are_made():
     model = tiny_llama()
     assert method_of("uncompressed", model, None, 4, 8).budget is None
-    method = method_of("svd@0.25", model, None, 4, 8)
-    assert (method.label, method.piece) == ("SVD 25 %", 8)
+    method = method_of("svd@0.25", model, None, 4, 8, 3)
+    assert (method.label, method.first_piece, method.piece) == ("SVD 25 %", 3 + 4 + 8, 8)
+    assert method.facts["settings"]["sinks"] == 3

@@ -24,8 +24,8 @@ def model_card(description: dict[str, Any]) -> str:
         f"# KV cache compressor for {base['name'] or base['model_type']}",
         "",
         f"Keeps {settings['k_density']:.0%} of the key channels and {settings['v_density']:.0%} of the value channels",
-        f"of the KV cache as latents{_bits(settings)} (CSKV, arXiv 2409.10593). The newest {settings['window']} to "
-        f"{settings['window'] + settings['group'] - 1} tokens are kept exactly.",
+        f"of the KV cache as latents{_bits(settings)} (CSKV, arXiv 2409.10593). The {_sinks(settings)}newest "
+        f"{settings['window']} to {settings['window'] + settings['group'] - 1} tokens are kept exactly.",
         "",
         "```python",
         "import cskv",
@@ -46,6 +46,10 @@ def model_card(description: dict[str, Any]) -> str:
         lines += ["", "| figure | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in sorted(_flat(description["metrics"]).items())]
     return "\n".join(lines) + "\n"
+
+
+def _sinks(settings: dict[str, Any]) -> str:
+    return f"first {settings['sinks']} and the " if settings["sinks"] else ""
 
 
 def _bits(settings: dict[str, Any]) -> str:

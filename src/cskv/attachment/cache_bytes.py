@@ -33,7 +33,8 @@ class CacheReport:
         batch: sequences.
         payload_bytes: latents of sealed tokens, or their packed codes.
         scale_bytes, minimum_bytes: of the blocks of packed latents.
-        window_bytes: exact keys and values of the newest tokens, in compressed layers, and their latents to come.
+        window_bytes: exact keys and values of the sinks and the newest tokens, in compressed layers, and the latents to
+            come of the latter.
         position_bytes: what RoPE needs to rotate rebuilt keys.
         slack_bytes: spare capacity for latents.
         other_bytes: layers that are not compressed (sliding windows, or all layers of an ordinary cache).
@@ -121,12 +122,13 @@ def adapter_report(adapter: CSKVAdapter, tokens: int, dtype: torch.dtype = torch
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ConfigError(f"tokens is {tokens!r}; expected a whole number, at least 1")
     config, latents, window, uncompressed = adapter.config, LatentBytes(), 0, 0
-    sealed = sealed_tokens(tokens, config.window, config.group)
+    sinks = min(tokens, config.sinks)
+    sealed = sealed_tokens(tokens - sinks, config.window, config.group)
     for index in adapter.layer_indices:
         factors = adapter.factors(index)
         for part, grid in zip((factors.k, factors.v), adapter.grids(index), strict=True):
             latents += bytes_of_filled(sealed, part.rank, dtype, grid)
-            window += (tokens - sealed) * (part.kv_dim + part.rank) * dtype.itemsize
+            window += ((tokens - sealed) * part.kv_dim + (tokens - sealed - sinks) * part.rank) * dtype.itemsize
             uncompressed += tokens * part.kv_dim * dtype.itemsize
     has_positions = any(needs_positions(adapter, index) for index in adapter.layer_indices)
     return CacheReport(

@@ -130,7 +130,8 @@ class LayerCompressor:
         owns = owner_idx == self.layer_idx
         table = PositionTable(capacity) if owns else None if owner is None else owner.table
         grids = self.setup.adapter.grids(self.layer_idx)
-        return CSKVLayer(config.window, config.group, grids, table, owns, self.setup.fingerprint, capacity)
+        exact = config.window, config.group, config.sinks
+        return CSKVLayer(*exact, grids, table, owns, self.setup.fingerprint, capacity)
 
     @property
     def owner_idx(self) -> int | None:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from cskv.cache.bibranch import BiBranchStore
 from cskv.cache.positions import PositionTable
+from cskv.cache.ragged import RaggedStore
 from cskv.errors import CacheError
 from cskv.quantization.grid import Grid
 
@@ -24,10 +25,10 @@ Grids = tuple[Grid | None, Grid | None]
 
 
 class CSKVLayer(DynamicLayer):
-    """Latents of sealed tokens, exact keys and values of the newest.
+    """Latents of sealed tokens, exact keys and values of the first and the newest.
 
     Args:
-        window, group: see `CSKVConfig`.
+        window, group, sinks: see `CSKVConfig`.
         grids: on which key and value latents are packed, or None each.
         table: the positions shared by the layers of one cache, or None where keys are not rotated.
         owns_table: whether this layer is the one that appends to the table and reorders or crops it.
@@ -46,6 +47,7 @@ class CSKVLayer(DynamicLayer):
         self,
         window: int,
         group: int,
+        sinks: int,
         grids: Grids,
         table: PositionTable | None,
         owns_table: bool,
@@ -53,7 +55,9 @@ class CSKVLayer(DynamicLayer):
         capacity: int = 0,
     ) -> None:
         super().__init__()
-        self.store = BiBranchStore(window, group, *grids, capacity=capacity)
+        self._settings: dict[str, Any] = {"window": window, "group": group, "sinks": sinks, "capacity": capacity}
+        self._settings |= {"k_grid": grids[0], "v_grid": grids[1]}
+        self.store = BiBranchStore(**self._settings)
         self.table = table
         self.owns_table = owns_table
         self.fingerprint = fingerprint
@@ -77,6 +81,18 @@ class CSKVLayer(DynamicLayer):
         self.is_initialized = True
         self.device, self.dtype = key_states.device, key_states.dtype
         return step.append(key_states, value_states)
+
+    def expect(self, padding: tuple[int, ...]) -> None:
+        """Hear how many of the next columns, the first ones, are padding of each row; nothing for none of any row.
+
+        An empty layer chooses by it how it keeps its tokens.
+        """
+        if not self.store.length:
+            kind = RaggedStore if any(padding) else BiBranchStore
+            if type(self.store) is not kind:
+                self.store = kind(**self._settings)
+        if isinstance(self.store, RaggedStore):
+            self.store.expect(padding)
 
     def get_seq_length(self, *_args: Any) -> int:
         """Count the tokens cached, compressed or not."""

@@ -5,7 +5,7 @@
     attention   the model's attention function, ours in its place: `attend` reads latents where they lie
 
 Where our function does not stand in, or the piece of text is long, `append` gives the model's own function rebuilt keys
-and values instead.
+and values instead. The model's order of tokens is made that of the view on the way in, and back on the way out.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from cskv.attachment.compressor import LayerCompressor
 from cskv.attachment.layer import CSKVLayer
+from cskv.attachment.order import Orders
 from cskv.attention.attend import attends_to_latents, attention
 from cskv.attention.inputs import AttentionInputs, Logits, Rotation, rebuilt
 from cskv.cache.buffer import TokenBuffer
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
+from cskv.latents.layout import Layout, Row
 from cskv.latents.view import View
 from cskv.models.attention_interface import Original, name_of
 from cskv.models.calls import AttentionCall, logits_of
@@ -43,12 +45,14 @@ class ThreadState(threading.local):
     Attributes:
         scratch: tensors of the attention on latents, used by one layer after the other.
         cos_sin: of the sealed tokens of the cache that was read last.
+        orders: of the tokens of the forward under way.
         guessed: how many tokens of the forward under way, the last ones, may be rejected.
     """
 
     def __init__(self) -> None:
         self.scratch = Scratch()
         self.cos_sin = SealedCosSin()
+        self.orders = Orders()
         self.guessed = 0
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> ThreadState:
@@ -56,12 +60,13 @@ class ThreadState(threading.local):
 
     def nbytes(self) -> int:
         """Count the bytes allocated for the calling thread."""
-        return self.scratch.nbytes() + self.cos_sin.nbytes()
+        return self.scratch.nbytes() + self.cos_sin.nbytes() + self.orders.nbytes()
 
     def clear(self) -> None:
         """Free all memory of the calling thread."""
         self.scratch.clear()
         self.cos_sin.clear()
+        self.orders.clear()
 
 
 class _Held(NamedTuple):
@@ -73,6 +78,15 @@ class _Held(NamedTuple):
     read: tuple[Tensor, Tensor]
 
 
+class _OfRows(NamedTuple):
+    """The same of rows of different padding."""
+
+    table: weakref.ref[PositionTable]
+    epoch: int
+    rows: tuple[Row, ...]
+    read: tuple[Tensor, Tensor]
+
+
 class SealedCosSin:
     """Cos and sin of the sealed tokens of one cache, kept from step to step: a step adds those of newly sealed tokens.
 
@@ -81,9 +95,10 @@ class SealedCosSin:
 
     def __init__(self) -> None:
         self._held: dict[object, _Held] = {}
+        self._of_rows: dict[object, _OfRows] = {}
 
     def read(
-        self, owner: int | None, table: PositionTable, rope: CosSin, sealed: int, like: Tensor
+        self, owner: int | None, table: PositionTable, rope: CosSin, start: int, sealed: int, like: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return cos and sin, (batch or 1, sealed, rotary_dim), on the device and in the dtype of `like`.
 
@@ -91,11 +106,12 @@ class SealedCosSin:
             owner: the layer that keeps the positions.
             table: the positions.
             rope: how they become cos and sin.
-            sealed: tokens from the first on.
+            start: the first sealed token, the same in every call.
+            sealed: tokens from there on.
             like: any tensor of the layer.
         """
         if torch.compiler.is_compiling():  # it cannot trace what is kept between forwards
-            cos, sin = rope.cos_sin(table.read(0, sealed), like)
+            cos, sin = rope.cos_sin(table.read(start, start + sealed), like)
             return cos.to(like), sin.to(like)
         key = (owner, like.device, like.dtype)
         held = self._held.get(key)
@@ -105,19 +121,42 @@ class SealedCosSin:
             return held.read
         done = held.buffers[0].length
         if done < sealed:
-            for buffer, new in zip(held.buffers, rope.cos_sin(table.read(done, sealed), like), strict=True):
+            for buffer, new in zip(
+                held.buffers, rope.cos_sin(table.read(start + done, start + sealed), like), strict=True
+            ):
                 buffer.append(new.to(like))
         cos, sin = (buffer.tokens[:, :sealed] for buffer in held.buffers)
         self._held[key] = held._replace(read=(cos, sin))
         return cos, sin
 
+    def read_rows(
+        self, owner: int | None, table: PositionTable, rope: CosSin, layout: Layout, columns: Tensor, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return them where rows have different padding, (batch, places, rotary_dim); made anew once any row seals.
+
+        Args:
+            owner, table, rope, like: as for `read`.
+            layout: of the rows.
+            columns: its `sealed_columns`, on the device of `like`.
+        """
+        key = (owner, like.device, like.dtype)
+        held = self._of_rows.get(key)
+        if held is None or held[:3] != (weakref.ref(table), table.epoch, layout.rows):
+            cos, sin = rope.cos_sin(table.at(columns), like)
+            held = self._of_rows[key] = _OfRows(
+                weakref.ref(table), table.epoch, layout.rows, (cos.to(like), sin.to(like))
+            )
+        return held.read
+
     def nbytes(self) -> int:
         """Count the bytes really allocated."""
-        return sum(buffer.nbytes() for held in self._held.values() for buffer in held.buffers)
+        of_rows = (part.untyped_storage().nbytes() for held in self._of_rows.values() for part in held.read)
+        return sum(buffer.nbytes() for held in self._held.values() for buffer in held.buffers) + sum(of_rows)
 
     def clear(self) -> None:
         """Forget everything."""
         self._held.clear()
+        self._of_rows.clear()
 
 
 class Step:
@@ -158,7 +197,10 @@ class Step:
         Raises:
             CacheError: other tokens came than the layer saw, or gradients would have to flow through latents.
         """
-        layer, store, seen, new = self._layer, self._layer.store, self._call.x.shape[1], keys.shape[2]
+        layer, seen, new = self._layer, self._call.x.shape[1], keys.shape[2]
+        if layer.store.awaits_tokens:
+            self._expect(new, keys.shape[0])
+        store = layer.store
         if seen != new:
             raise CacheError(f"the layer saw {seen} tokens, and {new} came to be cached; start a new cache")
         if store.cuts_gradients and keys.requires_grad and torch.is_grad_enabled():
@@ -173,33 +215,61 @@ class Step:
         self.view = view = store.append(*latents, keys, values, guessed=self.state.guessed)
         if self.compressor.layer_idx == self.compressor.setup.last:
             self.state.guessed = 0
+        self._new = new
         if view.k is None:
             self.attends = False
-            return view.keys, view.values
+            return (view.keys, view.values) if view.layout is None else self.rebuilt()
         self.attends = self.attends and attends_to_latents(new, self.compressor.q_heads, keys.shape[1])
         return (view.keys, view.values) if self.attends else self.rebuilt()
 
     def rebuilt(self) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of all tokens, (batch, kv_heads, length, head_dim)."""
+        """Return the keys and values of all columns, (batch, kv_heads, length, head_dim); zeros where padded."""
         view: View = self.view  # type: ignore[assignment]
         keys, values = rebuilt(self._inputs(NO_LOGITS, view))
-        return keys.to(view.keys.dtype), values.to(view.values.dtype)
+        return self.state.orders.in_columns(keys.to(view.keys.dtype), values.to(view.values.dtype), view)
+
+    def mask(self, mask: Tensor | None) -> Tensor | None:
+        """Return the model's mask in the view's order."""
+        view: View = self.view  # type: ignore[assignment]
+        return mask if mask is None and view.layout is None else self.state.orders.mask(mask, view, self._new)
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
-        """Return the heads' outputs, (batch, q_heads, new, head_dim), in the query's dtype."""
+        """Return the heads' outputs, (batch, q_heads, new, head_dim), in the query's dtype.
+
+        Args:
+            query: after norm and RoPE.
+            logits: with the mask in the view's order.
+        """
         inputs = self._inputs(logits, self.view)
         return attention(query, inputs, backend=self.compressor.setup.backend, scratch=self.state.scratch)
 
     def _inputs(self, logits: Logits, view: View) -> AttentionInputs:
         compressor, placed, table = self.compressor, self._placed, self._layer.table
         recipe, cos, sin, rotation, offset = compressor.recipe, None, None, None, None
-        if recipe.rope is not None and table is not None:
-            cos, sin = self.state.cos_sin.read(compressor.owner_idx, table, recipe.rope, view.sealed, view.values)
+        if recipe.rope is not None and table is not None and view.sealed:
+            cos, sin = self._cos_sin(table, recipe.rope, view)
         if not compressor.is_linear:
             rotation = Rotation(cos, sin, recipe.keys.heads, recipe.plain_rope, placed.norm)
         elif cos is not None:
             offset = compressor.key_offset(placed, cos, sin)
         return AttentionInputs(view, placed.factors, rotation, logits, compressor.value_heads, offset)
+
+    def _cos_sin(self, table: PositionTable, rope: CosSin, view: View) -> tuple[Tensor, Tensor]:
+        kept, owner, layout = self.state.cos_sin, self.compressor.owner_idx, view.layout
+        if layout is None:
+            return kept.read(owner, table, rope, view.sinks, view.sealed, view.values)
+        columns = self.state.orders.sealed_columns(layout, view.values.device)
+        return kept.read_rows(owner, table, rope, layout, columns, view.values)
+
+    def _expect(self, new: int, batch: int) -> None:
+        """Tell the layer of the padding among the new columns: only the first tokens of a row can have it before them.
+
+        A mask that gives no row any padding, or none at all, changes nothing.
+        """
+        mask, padding = self._call.mask, tuple[int, ...]()
+        if mask is not None:
+            padding = self.state.orders.padding(mask, self._layer.store.length, new, batch)
+        self._layer.expect(padding)
 
 
 def attend(
@@ -209,10 +279,10 @@ def attend(
     step: Step | None = kwargs.pop(KWARG, None)
     if step is None or not step.attends:
         return original(module, query, key, value, mask, **kwargs)
-    if mask is not None:
-        mask = mask[..., : step.view.length]
     if query.requires_grad and torch.is_grad_enabled():
-        return original(module, query, *step.rebuilt(), mask, **kwargs)
+        keys, values = step.rebuilt()
+        return original(module, query, keys, values, None if mask is None else mask[..., : keys.shape[2]], **kwargs)
     with torch.no_grad():
-        output = step.attend(query, logits_of(query, mask, kwargs, step.compressor.recipe.attention.ignored))
+        logits = logits_of(query, step.mask(mask), kwargs, step.compressor.recipe.attention.ignored)
+        output = step.attend(query, logits)
     return output.transpose(1, 2).contiguous(), None

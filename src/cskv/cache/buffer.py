@@ -47,6 +47,13 @@ class TokenBuffer:
         self._storage[:, self.length : end, : self._channels] = rows  # type: ignore[index]
         self.length = end
 
+    def put(self, row: int, start: int, tokens: Tensor, batch: int) -> None:
+        """Write (new tokens, channels) into one row of `batch`, from `start` on. What other rows lack is zeros."""
+        missing = start + tokens.shape[0] - self.length
+        if missing > 0:
+            self.append(tokens.new_zeros(batch, missing, tokens.shape[1]))
+        self.tokens[row, start : start + tokens.shape[0]] = tokens
+
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on. Their memory is kept for those that follow, unless it is too much."""
         self.length = min(self.length, length)

@@ -61,6 +61,9 @@ class LatentStore(Protocol):
     def append(self, latents: Float[Tensor, "batch new rank"]) -> None:
         """Append tokens."""
 
+    def put(self, row: int, start: int, latents: Float[Tensor, "new rank"], batch: int) -> None:
+        """Write tokens of one row of `batch`, from `start` on. Blocks begin at multiples of their tokens."""
+
     def view(self, length: int) -> Latents:
         """View the first `length` tokens, at least one."""
 
@@ -97,6 +100,9 @@ class PlainStore:
 
     def append(self, latents: Float[Tensor, "batch new rank"]) -> None:
         self._tokens.append(latents)
+
+    def put(self, row: int, start: int, latents: Float[Tensor, "new rank"], batch: int) -> None:
+        self._tokens.put(row, start, latents, batch)
 
     def view(self, length: int) -> PlainLatents:
         return PlainLatents(self._tokens.tokens[:, :length])
@@ -150,6 +156,16 @@ class PackedStore:
                 self._payload.append(quantised.payload)
                 self._scales.append(quantised.scales)
                 self._minima.append(quantised.minima)
+
+    def put(self, row: int, start: int, latents: Float[Tensor, "new rank"], batch: int) -> None:
+        self._dtype, size = latents.dtype, self.grid.block_tokens
+        to_boundary = -start % size  # not 0 only after a crop
+        for part, place in ((latents[:to_boundary], start), (latents[to_boundary:], start + to_boundary)):
+            if part.shape[0]:
+                quantised = quantise(part[None], self.grid)
+                self._payload.put(row, place, quantised.payload[0], batch)
+                self._scales.put(row, place // size, quantised.scales[0], batch)
+                self._minima.put(row, place // size, quantised.minima[0], batch)
 
     def view(self, length: int) -> PackedLatents:
         payload, scales, minima = (buffer.tokens for buffer in (self._payload, self._scales, self._minima))

@@ -58,6 +58,15 @@ class PositionTable:
         rows = (buffer.tokens[:, start:stop] for buffer in self._buffers)
         return tuple(row if row.is_floating_point() else row[..., 0].long() for row in rows)
 
+    def at(self, columns: Tensor) -> tuple[Tensor, ...]:
+        """Return tokens of each row, (batch, tokens) of columns, likewise; of those below 0 it returns any."""
+        columns = columns.clamp(min=0)
+        found = []
+        for row in self.read(0, self.length):
+            index = columns if row.ndim == 2 else columns[..., None].expand(-1, -1, row.shape[2])
+            found.append(row.expand(columns.shape[0], *row.shape[1:]).gather(1, index))
+        return tuple(found)
+
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on."""
         for buffer in self._buffers:

@@ -55,8 +55,8 @@ class AdapterChoice:
             return None, self.model_path
         explicit = self.adapter or (self.model_path if self.model_path and is_adapter(self.model_path) else None)
         adapter = CSKVAdapter.from_pretrained(os.path.expanduser(explicit) if explicit else self._folder(settings))
-        if explicit and compression.window_given:
-            adapter = adapter.with_settings(window=settings.window, group=settings.group)
+        if explicit:
+            adapter = adapter.with_settings(**compression.exact_tokens_given(settings))
         return adapter, adapter.base.path(None if explicit == self.model_path else self.model_path)
 
     def initial(self, model: PreTrainedModel, base: str, settings: CSKVConfig) -> CSKVAdapter:

@@ -47,6 +47,7 @@ class Contestants:
     uncompressed: Annotated[bool, method_option(help="Measure the model's own cache, too.")] = True
     window: Annotated[int, opt.window(help="Newest tokens that untrained baselines keep exact.")] = CSKVConfig.window
     group: Annotated[int, opt.window(help="Tokens that leave the window at a time.")] = CSKVConfig.group
+    sinks: Annotated[int, opt.window(help="First tokens that they keep exact.")] = CSKVConfig.sinks
     statistics: opt.Statistics = None
     asvd_calib_root: opt.CalibrationRoot = opt.DEFAULT_CALIBRATION_ROOT
 
@@ -91,7 +92,8 @@ class Contestants:
         if any(map(needs_statistics, (self.baseline or ()))):
             name = model_name(base, self.model_id)
             statistics = Statistics.load(statistics_path(self.statistics, self.asvd_calib_root, name))
-        return found + [method_of(text, model, statistics, self.window, self.group) for text in (self.baseline or ())]
+        exact = self.window, self.group, self.sinks
+        return found + [method_of(text, model, statistics, *exact) for text in (self.baseline or ())]
 
 
 def _name_and_path(text: str) -> tuple[str, str]:

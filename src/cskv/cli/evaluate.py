@@ -81,9 +81,9 @@ def evaluate(
 ) -> None:
     """Measure accuracy, perplexity, agreement and allocated bytes of adapters and baselines, side by side.
 
-    Every figure is of the cache as it really is: old tokens compressed, the window exact, bytes those of the tensors
-    that are held. `--window` and `--group` are those of untrained baselines; adapters have their own. `cskv report`
-    makes a page of the result files.
+    Every figure is of the cache as it really is: old tokens compressed, sinks and window exact, bytes those of the
+    tensors that are held. `--window`, `--group` and `--sinks` are those of untrained baselines; adapters have their
+    own. `cskv report` makes a page of the result files.
 
     Examples:
 

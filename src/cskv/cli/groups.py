@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from cskv.cli import options as opt
-from cskv.cli.settings import block_of, check_number, init_of, window_and_group
+from cskv.cli.settings import block_of, check_number, exact_tokens, init_of
 from cskv.config import CSKVConfig
 from cskv.errors import CSKVError
 
@@ -145,16 +145,26 @@ class CompressionOptions:
     use_window: Annotated[
         bool | None,
         opt.window(
-            help="Keep recent tokens exact: window 0, group `--q-window-size`. Without any window option none are."
+            help="Keep recent tokens exact as the paper does: window 0, group `--q-window-size`, no sinks. Without any "
+            "window option none are."
         ),
     ] = None
     q_window_size: Annotated[int, opt.window(help="Tokens per group for `--use-window`.")] = 32
     window: Annotated[int | None, opt.window(help="Tokens that are always exact, instead of `--use-window`.")] = None
     group: Annotated[int | None, opt.window(help="Tokens that leave the window at a time.")] = None
+    sinks: Annotated[
+        int | None,
+        opt.window(
+            help="First tokens of every sequence that are always exact. [default: 4 with `--window` or `--group`, else "
+            "0; of an adapter that is given, its own]"
+        ),
+    ] = None
 
-    @property
-    def window_given(self) -> bool:
-        return (self.use_window, self.window, self.group) != (None, None, None)
+    def exact_tokens_given(self, settings: CSKVConfig) -> dict[str, int]:
+        """Return what options say in place of an adapter's own window, group and sinks; `settings` are those of all."""
+        names = ["window", "group"] if (self.use_window, self.window, self.group) != (None, None, None) else []
+        names += ["sinks"] if self.sinks is not None else []
+        return {name: getattr(settings, name) for name in names}
 
     def config(self) -> CSKVConfig:
         """Return the settings that the options name.
@@ -163,9 +173,8 @@ class CompressionOptions:
             ConfigError: one is out of range, or something was given in two ways.
         """
         given: dict[str, Any] = dict(vars(self))
-        window, group = window_and_group(
-            *(given.pop(name) for name in ("use_window", "q_window_size", "window", "group"))
-        )
+        names = ("use_window", "q_window_size", "window", "group", "sinks")
+        given |= exact_tokens(*(given.pop(name) for name in names))
         init = init_of(given.pop("init"), given.pop("use_asvd"))
         given |= {f"{kind}_block": block_of(f"--{kind}-block", given[f"{kind}_block"]) for kind in ("k", "v")}
-        return CSKVConfig(window=window, group=group, init=init, **given)
+        return CSKVConfig(init=init, **given)

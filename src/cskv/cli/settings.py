@@ -49,23 +49,24 @@ def numbers(
     return tuple(dict.fromkeys(found))
 
 
-def window_and_group(
-    use_window: bool | None, q_window_size: int, window: int | None, group: int | None
-) -> tuple[int, int]:
-    """Return the exact window and the sealing group, in tokens.
+def exact_tokens(
+    use_window: bool | None, q_window_size: int, window: int | None, group: int | None, sinks: int | None
+) -> dict[str, int]:
+    """Return the exact window, the sealing group and the exact sinks, in tokens, as `CSKVConfig` names them.
 
     The paper's `--use_window --q_window_size g` is window 0 and group g; without `--use_window` it compresses every
-    token at once, which is window 0 and group 1. `--window` and `--group` set both directly.
+    token at once, which is window 0 and group 1. Neither has sinks unless `--sinks` says so. `--window` and `--group`
+    set both directly, and leave the sinks at their default.
 
     Raises:
         ConfigError: both ways were used.
     """
     if window is None and group is None:
-        return 0, (q_window_size if use_window else 1)
+        return {"window": 0, "group": q_window_size if use_window else 1, "sinks": sinks or 0}
     if use_window is not None:
         raise ConfigError("give either --use-window with --q-window-size, or --window with --group, not both")
-    defaults = CSKVConfig()
-    return (defaults.window if window is None else window, defaults.group if group is None else group)
+    given = {"window": window, "group": group, "sinks": sinks}
+    return {name: getattr(CSKVConfig(), name) if value is None else value for name, value in given.items()}
 
 
 def model_name(model_path: str, model_id: str | None) -> str:
@@ -100,6 +101,7 @@ def init_of(init: str | None, use_asvd: bool | None) -> str:
 def adapter_name(config: CSKVConfig) -> str:
     """Return the folder name of an adapter with these settings, with what differs from the paper's form at its end."""
     name = f"k{config.k_density:g}-v{config.v_density:g}-{config.init}-window{config.window}-group{config.group}"
+    name += f"-sinks{config.sinks}" if config.sinks else ""
     name += f"-{config.key_factors}" if config.key_factors != "joint" else ""
     name += f"-headgroups{config.head_groups}" if config.head_groups > 1 else ""
     for kind in ("k", "v") if config.is_quantised else ():

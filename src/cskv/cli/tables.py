@@ -14,7 +14,7 @@ PARTS = {
     "payload": "latents",
     "scale": "scales",
     "minimum": "minima",
-    "window": "exact window",
+    "window": "exact tokens",
     "position": "positions",
     "slack": "slack",
     "other": "uncompressed layers",

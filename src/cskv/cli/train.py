@@ -65,7 +65,8 @@ class InitialOptions:
         float | None,
         opt.compression(
             help="Share of the bytes of a 16-bit cache that sealed tokens take: ranks and widths follow, over all "
-            "layers, keys and values. Instead of densities and bits."
+            "layers, keys and values. Instead of densities and bits; without any window option the newest 32 to 63 "
+            "tokens and 4 sinks are exact."
         ),
     ] = None
     bytes_per_token: Annotated[
@@ -115,8 +116,12 @@ class InitialOptions:
                 )
             source = CSKVAdapter.from_pretrained(self.from_adapter)
             names = ["k_bits", "v_bits", "k_block", "v_block"]
-            names += ["window", "group"] if compression.window_given else []
-            return dataclasses.replace(source.config, **{name: getattr(settings, name) for name in names}), source
+            changes = {name: getattr(settings, name) for name in names} | compression.exact_tokens_given(settings)
+            return dataclasses.replace(source.config, **changes), source
+        if budget is not None and "window" not in compression.exact_tokens_given(settings):
+            exact = {"window": CSKVConfig.window, "group": CSKVConfig.group}
+            exact["sinks"] = CSKVConfig.sinks if compression.sinks is None else compression.sinks
+            settings = dataclasses.replace(settings, **exact)
         return settings, None
 
     def budget(self) -> Budget | None:

@@ -110,7 +110,7 @@ def in_few_bits(adapter: CSKVAdapter, config: CSKVConfig, statistics: Statistics
 
     Args:
         adapter: of 16-bit latents; stays as it is.
-        config: bits, blocks, window and group are taken from it, all else from the adapter.
+        config: bits, blocks, window, group and sinks are taken from it, all else from the adapter.
         statistics: of the base model, to centre latents; without them their mean stays.
 
     Raises:
@@ -124,7 +124,9 @@ def in_few_bits(adapter: CSKVAdapter, config: CSKVConfig, statistics: Statistics
         )
     if statistics is not None and sorted(statistics.layers) != adapter.layer_indices:
         raise AdapterError(f"the statistics have layers {sorted(statistics.layers)}, not {adapter.layer_indices}")
-    taken = {name: getattr(config, name) for name in ("k_bits", "v_bits", "k_block", "v_block", "window", "group")}
+    taken = {
+        name: getattr(config, name) for name in ("k_bits", "v_bits", "k_block", "v_block", "window", "group", "sinks")
+    }
     changed = dataclasses.replace(adapter.config, **taken)
     layers = {}
     for index in adapter.layer_indices:

@@ -1,9 +1,9 @@
 """Forwards through a model's cache: one, those of a whole text, and a clock that waits for the device.
 
 A single forward over a text attends exactly and would hide the compression. Here a text is fed in pieces,
-teacher-forced: a position reads the tokens sealed before its piece from the latents, and the window and its own piece
-exactly. With a first piece of `window + group` tokens and pieces of `group`, pieces begin where groups are sealed, so
-that this equals token-by-token decoding and costs `group` times fewer forwards.
+teacher-forced: a position reads the tokens sealed before its piece from the latents, and the sinks, the window and its
+own piece exactly. With a first piece of `sinks + window + group` tokens and pieces of `group`, pieces begin where
+groups are sealed, so that this equals token-by-token decoding and costs `group` times fewer forwards.
 """
 
 from __future__ import annotations

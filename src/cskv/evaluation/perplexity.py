@@ -46,7 +46,7 @@ def perplexity(
         sequences: token ids, each row a text of its own.
         chunk: tokens per forward after the first; `config.group` for equality with token-by-token decoding.
         first_chunk: tokens of the first forward (the prefill, which attends exactly); `chunk` when None. Use
-            `config.window + config.group` for the equality above.
+            `config.sinks + config.window + config.group` for the equality above.
         batch_size: rows fed together.
         on_tokens: called with the number of tokens just fed (rows times tokens), for a progress bar.
         new_cache: makes the empty cache of each batch of rows; the model's own when None.

@@ -135,12 +135,13 @@ class _Measure:
     def _text(self, method: Method, job: Job, what: str) -> Row:
         texts = self.material.texts(job.size, job.seed)
         prefix = job.size - self.settings.continued if job.task == CONTINUATION else 0
+        to_sealing = (method.first_piece - prefix - 1) % method.piece + 1  # pieces begin where groups are sealed
         found = agreement(
             self.model,
             method,
             texts,
             chunk=method.piece,
-            first_chunk=method.piece if prefix else method.first_piece,
+            first_chunk=to_sealing if prefix else method.first_piece,
             prefix=prefix,
             batch_size=self.settings.batch_size if method.pads else 1,
             on_tokens=lambda done: self.on_work(what, done / (texts.numel() - len(texts))),

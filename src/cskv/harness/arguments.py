@@ -45,7 +45,7 @@ class Compressor:
         name: what was asked for, for the results.
         base: name of the base model, or a loaded one.
         revision: of the base on the hub.
-        window, group: tokens, as the cache seals them; without an adapter only the sizes of chunks.
+        window, group, sinks: tokens, as the cache seals them; without an adapter only the sizes of chunks.
     """
 
     adapter: CSKVAdapter | None
@@ -54,10 +54,16 @@ class Compressor:
     revision: str
     window: int
     group: int
+    sinks: int
 
 
 def find_compressor(
-    adapter: str | CSKVAdapter | None, pretrained: Any, revision: str | None, window: int | None, group: int | None
+    adapter: str | CSKVAdapter | None,
+    pretrained: Any,
+    revision: str | None = None,
+    window: int | None = None,
+    group: int | None = None,
+    sinks: int | None = None,
 ) -> Compressor:
     """Load the adapter and find its base model.
 
@@ -65,11 +71,11 @@ def find_compressor(
         adapter: folder or hub id; "none" or None for no compression; or an adapter.
         pretrained: folder or hub id of the base model, or a loaded one; None for the one that the adapter names.
         revision: of the base; None for the adapter's own, or "main".
-        window, group: in place of the adapter's.
+        window, group, sinks: in place of the adapter's.
 
     Raises:
         AdapterError: there is no such adapter, it is damaged, or no base model is named.
-        ConfigError: nothing was given for `adapter`, or the window or group is out of range.
+        ConfigError: nothing was given for `adapter`, or the window, group or sinks are out of range.
     """
     if isinstance(pretrained, str) and is_adapter(pretrained):
         raise AdapterError(f"pretrained={pretrained} is an adapter; give it as adapter=..., and the base model here")
@@ -81,15 +87,16 @@ def find_compressor(
     if adapter is None or (isinstance(adapter, str) and adapter.lower() == NONE):
         if pretrained is None:
             raise ConfigError("adapter=none names no base model; give it with pretrained=MODEL")
-        given = {name: value for name, value in (("window", window), ("group", group)) if value is not None}
-        sizes = CSKVConfig(**given)  # type: ignore[arg-type]
-        return Compressor(None, NONE, pretrained, revision or "main", sizes.window, sizes.group)
+        given = {"window": window, "group": group, "sinks": sinks}
+        sizes = CSKVConfig(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        return Compressor(None, NONE, pretrained, revision or "main", sizes.window, sizes.group, sizes.sinks)
     found = adapter if isinstance(adapter, CSKVAdapter) else CSKVAdapter.from_pretrained(str(adapter))
-    found = found.with_settings(window=window, group=group)
+    found = found.with_settings(window=window, group=group, sinks=sinks)
+    config = found.config
     name = "a loaded adapter" if isinstance(adapter, CSKVAdapter) else str(adapter)
     own = found.base.revision if pretrained is None else None
     base = found.base.path() if pretrained is None else pretrained
-    return Compressor(found, name, base, revision or own or "main", found.config.window, found.config.group)
+    return Compressor(found, name, base, revision or own or "main", config.window, config.group, config.sinks)
 
 
 def check_arguments(given: Mapping[str, Any], known: Collection[str], reading: str = CHUNKS) -> None:

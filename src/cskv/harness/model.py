@@ -49,7 +49,7 @@ class CSKVLM(HFLM):
         pretrained: folder, hub id or GGUF file of the base model, or a loaded one; the adapter's own when None.
         adapter: folder or hub id, or an adapter; "none" for the uncompressed model read in the same way.
         attention: what attends to old tokens, as for `cskv.attach`.
-        window, group: in place of the adapter's.
+        window, group, sinks: in place of the adapter's.
         protocol: of generation. "in-prefill": the prompt is prefilled at once and attends exactly, as in the paper.
             "context-first": all but its last `question_tokens` tokens are, and those read the compressed cache.
         question_tokens: for "context-first".
@@ -72,6 +72,7 @@ class CSKVLM(HFLM):
         attention: str = "auto",
         window: int | None = None,
         group: int | None = None,
+        sinks: int | None = None,
         protocol: str = IN_PREFILL,
         question_tokens: int = 64,
         reading: str = CHUNKS,
@@ -84,7 +85,7 @@ class CSKVLM(HFLM):
         check_settings(protocol, question_tokens, reading, batch_size)
         self._attention, self._reading = attention, reading
         self._protocol, self._question_tokens = protocol, question_tokens
-        self._compressor = find_compressor(adapter, pretrained, revision, window, group)
+        self._compressor = find_compressor(adapter, pretrained, revision, window, group, sinks)
         self._longest_continuation: int | None = None
         base, revision = self._compressor.base, self._compressor.revision
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,7 +132,8 @@ class CSKVLM(HFLM):
         # Of a batch, the ends of shorter rows lie anywhere; a batch of long contexts has one row.
         longest = self._longest_continuation
         keep = longest if longest is not None and inps.shape[0] == 1 else inps.shape[1]
-        return chunked_logits(self.model, inps, self._compressor.window, self._compressor.group, keep)
+        sizes = self._compressor
+        return chunked_logits(self.model, inps, sizes.sinks + sizes.window + sizes.group, sizes.group, keep)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         if self._protocol == CONTEXT_FIRST:
@@ -158,6 +160,7 @@ class CSKVLM(HFLM):
             "base_model": chosen.base if isinstance(chosen.base, str) else str(self.config.name_or_path),
             "window": chosen.window,
             "group": chosen.group,
+            "sinks": chosen.sinks,
             "reading": self._reading,
             "protocol": self._protocol,
             "question_tokens": self._question_tokens if self._protocol == CONTEXT_FIRST else None,

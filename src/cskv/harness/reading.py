@@ -19,7 +19,7 @@ from cskv.models.survey import Survey
 from cskv.reading.compressed import compressed_reading
 
 
-def chunked_logits(model: PreTrainedModel, rows: Tensor, window: int, group: int, keep: int) -> Tensor:
+def chunked_logits(model: PreTrainedModel, rows: Tensor, first: int, chunk: int, keep: int) -> Tensor:
     """Feed texts through the model's own cache, compressed when it is attached.
 
     Memory is that of the cache, of the logits of one chunk, and of the result.
@@ -27,7 +27,7 @@ def chunked_logits(model: PreTrainedModel, rows: Tensor, window: int, group: int
     Args:
         model: attached or not.
         rows: (batch, tokens) ids, padded on the right or not at all.
-        window, group: of the cache.
+        first, chunk: tokens of the first chunk and of the others: `sinks + window + group` and `group` of the cache.
         keep: how many of the last positions are wanted; the language-model head is spared the others.
 
     Returns:
@@ -37,7 +37,7 @@ def chunked_logits(model: PreTrainedModel, rows: Tensor, window: int, group: int
     first_kept = max(0, length - keep)
     kept: Tensor | None = None
     # The first chunk attends exactly, and so does decoding until the first group is sealed.
-    for (start, stop), logits in read(model, rows, pieces(length, window + group, group), skipped=first_kept):
+    for (start, stop), logits in read(model, rows, pieces(length, first, chunk), skipped=first_kept):
         if stop <= first_kept:
             continue
         if kept is None:

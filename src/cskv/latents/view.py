@@ -12,6 +12,7 @@ import torch
 from jaxtyping import BFloat16, Bool, Float, Int, UInt8
 from torch import Tensor
 
+from cskv.latents.layout import Layout
 from cskv.latents.pages import PagedLatents
 from cskv.quantization.grid import Grid, dequantise
 from cskv.scratch import Scratch
@@ -118,6 +119,10 @@ class View:
         v: latents of their values; None where `k` is.
         exists: which exact tokens exist, where sequences have different numbers of them. The others hold zeros.
             None: all.
+        sinks: how many of the exact tokens, the first ones, stand before the older ones in the model's order. Attention
+            needs no order beside that of the mask, which whoever gives it puts into that of the view.
+        layout: the model's columns of the tokens of both branches, where rows have different padding; None where all
+            tokens are in order but for the sinks. Where a row has no token the mask hides what is there.
     """
 
     keys: Float[Tensor, "batch kv_heads recent head_dim"]
@@ -125,6 +130,8 @@ class View:
     k: Latents | None = None
     v: Latents | None = None
     exists: Bool[Tensor, "batch recent"] | None = None
+    sinks: int = 0
+    layout: Layout | None = None
 
     @property
     def sealed(self) -> int:

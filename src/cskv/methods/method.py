@@ -84,6 +84,6 @@ def compressed(adapter: CSKVAdapter, name: str, budget: float | None = None, **f
         ratio_of(adapter) if budget is None else budget,
         on,
         known | facts,
-        first_piece=config.window + config.group,
+        first_piece=config.sinks + config.window + config.group,
         piece=config.group,
     )

@@ -44,14 +44,21 @@ def needs_statistics(text: str) -> bool:
     return name in TITLES and name != "svd"
 
 
-def method_of(text: str, model: PreTrainedModel, statistics: Statistics | None, window: int, group: int) -> Method:
+def method_of(
+    text: str,
+    model: PreTrainedModel,
+    statistics: Statistics | None,
+    window: int,
+    group: int,
+    sinks: int = CSKVConfig.sinks,
+) -> Method:
     """Make the method.
 
     Args:
         text: its specification.
         model: the bare model.
         statistics: where `needs_statistics`.
-        window, group: exact tokens of untrained factors.
+        window, group, sinks: exact tokens of untrained factors.
 
     Raises:
         CSKVError: it names no method, a setting is out of range, a package or statistics are missing, or the statistics
@@ -63,6 +70,6 @@ def method_of(text: str, model: PreTrainedModel, statistics: Statistics | None, 
     if name in QUANTISED:
         return quantized(int(budget), QUANTISED[name])
     if name in TITLES:
-        config = CSKVConfig(budget, budget, init=name, window=window, group=group)
+        config = CSKVConfig(budget, budget, init=name, window=window, group=group, sinks=sinks)
         return compressed(initialise(model, config, statistics), TITLES[name], budget)
     return press(name, budget)

@@ -23,6 +23,7 @@ class AttentionCall:
         cos, sin: (batch or 1, tokens, rotary_dim), or None where the layer is given no rotary embedding.
         position_ids: (batch or 1, tokens) or None.
         cache: the model's cache, or None when nothing is cached.
+        mask: as the attention function will get it, or None.
     """
 
     x: Tensor
@@ -30,6 +31,7 @@ class AttentionCall:
     sin: Tensor | None
     position_ids: Tensor | None
     cache: Cache | None
+    mask: Any
 
 
 class CallReader:
@@ -51,7 +53,7 @@ class CallReader:
             raise UnsupportedModelError(f"{self._family} was called without hidden_states; its input cannot be found")
         cos, sin = self._cos_sin(given.get("position_embeddings"))
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-        return AttentionCall(x, cos, sin, given.get("position_ids"), cache)
+        return AttentionCall(x, cos, sin, given.get("position_ids"), cache, given.get("attention_mask"))
 
     def _cos_sin(self, embeddings: Any) -> tuple[Tensor | None, Tensor | None]:
         if embeddings is None:
