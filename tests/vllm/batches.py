@@ -33,7 +33,7 @@ class Setting:
 
     Attributes:
         problem: sizes, factors and rope.
-        window, group: see `CSKVConfig`.
+        window, group, sinks: see `CSKVConfig`.
         k_grid, v_grid: of packed latents.
         block_size: tokens of a page.
         softcap: of logits.
@@ -48,6 +48,7 @@ class Setting:
     block_size: int = 16
     softcap: float | None = None
     dtype: torch.dtype = torch.float32
+    sinks: int = 0
 
     @property
     def layout(self) -> PageLayout:
@@ -55,11 +56,11 @@ class Setting:
 
     @property
     def ring(self) -> Ring | None:
-        if self.window + self.group == 1:
+        if self.window + self.group + self.sinks == 1:
             return None
         waiting = (0 if grid is None or grid.block_tokens == 1 else grid.rank for grid in (self.k_grid, self.v_grid))
         sizes = self.problem.kv_heads, self.problem.head_dim
-        return Ring(self.window, self.group, *sizes, *waiting, self.dtype)
+        return Ring(self.window, self.group, *sizes, *waiting, self.dtype, self.sinks)
 
     @property
     def rules(self) -> LayerRules:
@@ -73,13 +74,15 @@ class Request:
     """A request that lives.
 
     Attributes:
-        store: what it would be by itself.
+        store: what it would be by itself behind the sinks.
+        sinks: its first keys and values, (1, kv_heads, tokens, head_dim).
         ring_page: of its ring; 0 where there are none.
         pages: of its latents, in order.
         length: its tokens.
     """
 
     store: BiBranchStore
+    sinks: tuple[Tensor, Tensor]
     ring_page: int
     pages: list[int] = field(default_factory=list)
     length: int = 0
@@ -124,7 +127,8 @@ class Server:
         """A new request; one with a prefix begins with another's pages and what they hold."""
         setting = self.setting
         store = BiBranchStore(setting.window, setting.group, setting.k_grid, setting.v_grid)
-        request = Request(store, 0 if self.ring is None else self._free.pop())
+        none = torch.empty(1, setting.problem.kv_heads, 0, setting.problem.head_dim, dtype=setting.dtype)
+        request = Request(store, (none, none), 0 if self.ring is None else self._free.pop())
         if prefix is not None:
             request.pages, request.length = prefix.pages[:], prefix.length
         return request
@@ -181,7 +185,9 @@ class Server:
         lengths = [request.length for request in requests] + [self._random.randrange(MOST) for _ in range(padding)]
         slots += [-1] * padding
         numbers = np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64)
-        return plan_step(*numbers, table, torch.tensor(slots), self.setting.window, self.setting.group)
+        setting = self.setting
+        sizes = {"window": setting.window, "group": setting.group, "sinks": setting.sinks}
+        return plan_step(*numbers, table, torch.tensor(slots), setting.block_size, **sizes)
 
     def _cache(self, requests: list[Request], padding: int) -> LayerCache:
         if self.ring is None:
@@ -204,7 +210,7 @@ class Server:
         start = int(plan.start[index])
         rows = slice(start, start + request.length - int(plan.length[index]))
         query, keys, values, k, v = tokens.of(rows)
-        view = request.store.append(k, v, keys, values)
+        view = self._grown(request, keys, values, k, v)
         assert view.sealed == int(plan.sealed[index])
         if view.k is not None and view.v is not None:
             table, lengths = plan.table[index : index + 1], plan.sealed[index : index + 1]
@@ -213,8 +219,20 @@ class Server:
                 assert torch.equal(paged.read(), alone.read())
         return self._reference(query, view)[0].transpose(0, 1)
 
+    def _grown(self, request: Request, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> View:
+        """What a request's new tokens read: its first ones and what a store of all others gives."""
+        held = request.sinks[0].shape[2]
+        sinks = min(self.setting.sinks - held, keys.shape[2])
+        new = keys[:, :, :sinks], values[:, :, :sinks]
+        request.sinks = tuple(torch.cat(parts, dim=2) for parts in zip(request.sinks, new))
+        if sinks == keys.shape[2]:
+            return View(*request.sinks)
+        view = request.store.append(k[:, sinks:], v[:, sinks:], keys[:, :, sinks:], values[:, :, sinks:])
+        exact = (torch.cat(parts, dim=2) for parts in zip(request.sinks, (view.keys, view.values)))
+        return View(*exact, view.k, view.v)
+
     def _reference(self, query: Tensor, view: View) -> Tensor:
-        return reference.attention(query.double(), self.rules.inputs(view))
+        return reference.attention(query.double(), self.rules.inputs(view, self.setting.sinks))
 
 
 def off_by(output: Tensor, expected: Tensor) -> float:

@@ -36,6 +36,7 @@ PROBLEMS = {
     "one kv head": replace(PROBLEM, kv_heads=1),
 }
 SIZES = ((0, 1), (0, 4), (3, 1), (5, 4), (8, 8), (1, 2), (17, 8))  # (window, group)
+SINKS = (0, 1, 4, 13, 400)  # 400: more than there are tokens
 
 
 def grids(kind: str, group: int) -> tuple[Grid | None, Grid | None]:
@@ -98,6 +99,7 @@ schedules = st.lists(st.lists(pieces, min_size=PLACES, max_size=PLACES), min_siz
     st.sampled_from(SIZES),
     st.sampled_from([8, 16, 24]),
     st.sampled_from([None, None, 2.0]),
+    st.sampled_from(SINKS),
     schedules,
     st.lists(st.integers(0, 2), min_size=1, max_size=3),
     st.integers(0, 2**31),
@@ -108,11 +110,12 @@ def test_every_request_is_as_by_itself(
     sizes: tuple[int, int],
     block_size: int,
     softcap: float | None,
+    sinks: int,
     schedule: list[list[int]],
     paddings: list[int],
     seed: int,
 ) -> None:
-    server = Server(setting(kind, problem, sizes, block_size, softcap=softcap), seed=seed)
+    server = Server(setting(kind, problem, sizes, block_size, softcap=softcap, sinks=sinks), seed=seed)
     assert run(server, schedule, paddings) <= TOLERANCE
 
 
@@ -181,9 +184,9 @@ def test_a_shared_prefix_is_read_where_it_is(kind: str) -> None:
 
 def test_an_empty_batch_does_nothing() -> None:
     """As when a server warms up."""
-    server = Server(setting("in groups", "rope", (5, 4)))
+    server = Server(setting("in groups", "rope", (5, 4), sinks=4))
     none = np.zeros(3, dtype=np.int64), np.zeros(2, dtype=np.int64)
-    step = plan_step(*none, torch.zeros(2, 4, dtype=torch.int32), torch.full((4,), -1), 5, 4)
+    step = plan_step(*none, torch.zeros(2, 4, dtype=torch.int32), torch.full((4,), -1), 16, window=5, group=4, sinks=4)
     before, cache, tokens = server.memory.clone(), server._cache([], 2), server._draw(0)
     attend(step, cache, server.rules, tokens.query, tokens.keys, tokens.values, tokens.query.clone())
     write(step, cache, tokens.keys, tokens.values, tokens.latents)

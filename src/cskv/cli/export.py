@@ -32,6 +32,9 @@ def export(
             "the group: another group is another grid than it was trained for. [default: the adapter's]"
         ),
     ] = None,
+    sinks: Annotated[
+        int | None, opt.window(help="First tokens of a request that are always exact. [default: the adapter's]")
+    ] = None,
     copy: Annotated[
         bool,
         opt.files(
@@ -45,12 +48,13 @@ def export(
     """Write a checkpoint that vLLM serves from a compressed cache: the base model's files, and the adapter beside them.
 
     `config.json` names an architecture that the plugin knows, all else is the base model's. Weights in other formats
-    than safetensors are left out. Window and group only say how tokens are read: they may be changed without training.
+    than safetensors are left out. Window, group and sinks only say how tokens are read: they may be changed without
+    training.
 
     Examples:
 
     * `cskv export outputs/adapters/my-model/k0.2-v0.2-weighted-pca-window32-group32 --out served`
-    * `cskv export ADAPTER --out served --window 0 --group 1`
+    * `cskv export ADAPTER --out served --window 0 --group 1 --sinks 0`
     """
     from cskv.adapter.adapter import CSKVAdapter
     from cskv.vllm.export import check_place
@@ -62,7 +66,7 @@ def export(
     check_writable(out / "config.json")
     loaded = CSKVAdapter.from_pretrained(folder if folder.is_dir() else adapter)
     base = find_base(loaded, model_path)
-    report = write(loaded, base, out, window=window, group=group, copy=copy, overwrite=overwrite)
+    report = write(loaded, base, out, window=window, group=group, sinks=sinks, copy=copy, overwrite=overwrite)
     for line in describe(report):
         typer.echo(line)
     emit({"command": "export", "adapter": adapter, **report.to_dict()})
@@ -86,6 +90,8 @@ def find_base(adapter: CSKVAdapter, model_path: str | None) -> Path:
 
 def describe(report: ExportReport) -> list[str]:
     """Return the report as lines for a person."""
+    from cskv.vllm.served import exact_tokens
+
     weights = [
         *([f"{len(report.linked)} file(s) hard-linked to the base model's"] if report.linked else []),
         *([f"{len(report.copied)} file(s) copied"] if report.copied else []),
@@ -95,15 +101,15 @@ def describe(report: ExportReport) -> list[str]:
         f"serves      {report.architecture} from {report.base}",
         f"weights     {', '.join(weights)}",
         f"cache       {report.uncompressed_bytes_per_token:,} bytes per token uncompressed, "
-        f"{report.bytes_per_token:,.6g} compressed ({report.ratio:.1%}), in {report.dtype}, exact window aside",
+        f"{report.bytes_per_token:,.6g} compressed ({report.ratio:.1%}), in {report.dtype}, exact tokens aside",
     ]
     if report.left_out:
         lines.insert(3, f"left out    {', '.join(report.left_out)}")
     if not report.prefix_caching:
-        newest = f"{report.window} to {report.window + report.group - 1}"
+        exact = exact_tokens(report.window, report.group, report.sinks)
         lines.append(
-            f"prefixes    are not shared: the newest {newest} tokens are kept exactly, so prefix caching will be "
-            "switched off; `--window 0 --group 1` allows it"
+            f"prefixes    are not shared: {exact} tokens of a request are kept exactly, so prefix caching will be "
+            "switched off; `--window 0 --group 1 --sinks 0` allows it"
         )
     folder = shlex.quote(str(report.folder))
     return [*lines, f"serve       python -m vllm.entrypoints.openai.api_server --model {folder}"]
