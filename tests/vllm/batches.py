@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cskv.attention import reference
-from cskv.attention.inputs import Logits
+from cskv.attention.inputs import AttentionInputs, KeyOffset, Logits
 from cskv.cache.bibranch import BiBranchStore
 from cskv.cache.ring import Ring
 from cskv.latents.pages import PagedLatents, PageLayout
@@ -33,11 +33,13 @@ class Setting:
 
     Attributes:
         problem: sizes, factors and rope.
-        window, group, sinks: see `CSKVConfig`.
+        window, group: see `CSKVConfig`.
         k_grid, v_grid: of packed latents.
         block_size: tokens of a page.
         softcap: of logits.
         dtype: of all tensors.
+        sinks: see `CSKVConfig`.
+        offset: whether latents leave a constant out of the keys, which is rotated on half of their channels.
     """
 
     problem: Problem
@@ -49,6 +51,7 @@ class Setting:
     softcap: float | None = None
     dtype: torch.dtype = torch.float32
     sinks: int = 0
+    offset: bool = False
 
     @property
     def layout(self) -> PageLayout:
@@ -66,7 +69,16 @@ class Setting:
     def rules(self) -> LayerRules:
         factors = self.problem.factors().to(dtype=self.dtype)
         logits = Logits(0.3, self.softcap)  # not what a product of queries and keys is usually scaled by
-        return LayerRules(factors, self.problem.rope(self.dtype), logits, Scratch())
+        return LayerRules(factors, self.problem.rope(self.dtype), logits, Scratch(), self.key_offset)
+
+    @property
+    def key_offset(self) -> KeyOffset | None:
+        if not self.offset:
+            return None
+        problem = replace(self.problem, rotary=self.problem.head_dim // 2)
+        rotation = problem.rope(self.dtype)
+        assert rotation is not None
+        return KeyOffset(rotation, torch.linspace(-3, 3, problem.kv_heads * problem.head_dim))
 
 
 @dataclass
@@ -232,7 +244,15 @@ class Server:
         return View(*exact, view.k, view.v)
 
     def _reference(self, query: Tensor, view: View) -> Tensor:
-        return reference.attention(query.double(), self.rules.inputs(view, self.setting.sinks))
+        rules, position = self.rules, self.setting.sinks + torch.arange(view.sealed)
+        rope, offset = rules.rope, rules.offset
+        if rope is not None:
+            rope = replace(rope, cos=rope.cos[:, position], sin=rope.sin[:, position])
+        if offset is not None:
+            cos, sin = offset.rotation.cos[:, position], offset.rotation.sin[:, position]
+            offset = replace(offset, rotation=replace(offset.rotation, cos=cos, sin=sin))
+        inputs = AttentionInputs(view, rules.factors, rope, rules.logits, key_offset=offset)
+        return reference.attention(query.double(), inputs)
 
 
 def off_by(output: Tensor, expected: Tensor) -> float:

@@ -172,6 +172,13 @@ def test_all_kinds_of_heads(problem: str) -> None:
     )
 
 
+@pytest.mark.parametrize("sinks", [0, 5])
+@pytest.mark.parametrize("sizes", [(0, 1), (5, 4)], ids="window {0[0]} group {0[1]}".format)
+def test_what_latents_leave_out_is_read_at_its_positions(sizes: tuple[int, int], sinks: int) -> None:
+    server = Server(setting("in groups", "no rope", sizes, sinks=sinks, offset=True))
+    assert run(server, SCHEDULE, [0]) <= TOLERANCE
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_long_pieces_are_as_short_ones(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Old keys and values are rebuilt for long pieces, which softcaps do not allow."""
