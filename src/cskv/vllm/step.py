@@ -120,12 +120,11 @@ def plan_step(
         Prefill(i, slice(int(starts[i]), int(starts[i] + new[i])), int(before[i]), int(sealed[i]))
         for i in range(decodes, requests)
     )
-    newest = sinks + sealed[:, None] + np.arange(window + group - 1)
-    position = np.concatenate([np.tile(np.arange(sinks), (requests, 1)), newest], axis=1)
     sent = partial(_sent, device=table.device)
     decoding = sealed[:decodes]
     if sinks:
-        slots = _shifted(slots[:tokens], table, *map(sent, _tokens(before - sinks, new)), block_size)
+        request, place = map(sent, _tokens(before - sinks, new))
+        slots = _shifted(slots[:tokens], table, request, place, block_size)
     return Step(
         sinks=sinks,
         tokens=tokens,
@@ -138,10 +137,17 @@ def plan_step(
         sealed=sent(sealed),
         most=int(decoding.max(initial=0)),
         least=int(decoding.min()) if decodes else 0,
-        exact=Exact(sent(position), sent(position < before[:, None])),
+        exact=Exact(*map(sent, _exact(before, sealed, sinks, window + group - 1))),
         groups=Groups(*map(sent, _tokens(sinks + sealed, (sealed_after - sealed) // group, group))),
         kept=Kept(*map(sent, _kept(starts, before, lengths, sinks, window + group - 1))),
     )
+
+
+def _exact(before: Numbers, sealed: Numbers, sinks: int, newest: int) -> tuple[Numbers, npt.NDArray[np.bool_]]:
+    """List the positions that rings may hold, the sinks first, and which of them are there."""
+    place = np.arange(sinks + newest)
+    position = place + np.where(place < sinks, 0, sealed[:, None])
+    return position, position < before[:, None]
 
 
 def _kept(
