@@ -258,16 +258,11 @@ def test_window_group_and_sinks_are_those_asked_for(adapter: cskv.CSKVAdapter, b
     assert adapter.config == CONFIG
 
 
-@pytest.mark.parametrize(
-    ("window", "group", "sinks"),
-    [(None, None, None), (0, None, 0), (None, 1, 0), (1, 1, 0), (0, 1, None), (0, 1, 3)],
-)
-def test_exact_tokens_rule_out_prefix_caching(
-    adapter: cskv.CSKVAdapter, base: Path, out: Path, window: int | None, group: int | None, sinks: int | None
-) -> None:
-    report = export(adapter, base, out, window=window, group=group, sinks=sinks)
+@pytest.mark.parametrize("changes", [{}, {"window": 0, "sinks": 0}, {"window": 0, "group": 1}, {"sinks": 3}])
+def test_exact_tokens_rule_out_prefix_caching(base: Path, out: Path, changes: dict[str, Any]) -> None:
+    report = export(adapter_for(), base, out, **changes)
     assert not report.prefix_caching
-    assert report.sinks == (CONFIG.sinks if sinks is None else sinks)
+    assert report.sinks == changes.get("sinks", CONFIG.sinks)
 
 
 def test_a_group_that_the_blocks_do_not_divide_is_refused(base: Path, out: Path) -> None:
