@@ -1,4 +1,4 @@
-"""The rings of exact tokens, beside a model that keeps every token there ever was."""
+"""The rings of exact tokens and the sinks before them, beside a model that keeps every token there ever was."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from cskv.cache.ring import Ring
 HEADS, DIM, K_RANK, V_RANK, PAGES = 2, 3, 5, 4, 7
 RING = Ring(window=3, group=4, kv_heads=HEADS, head_dim=DIM, k_waiting=0, v_waiting=0, dtype=torch.float32)
 rings = st.builds(
-    lambda window, group, k, v: replace(RING, window=window, group=group, k_waiting=k, v_waiting=v),
+    lambda window, group, k, v, sinks: replace(RING, window=window, group=group, k_waiting=k, v_waiting=v, sinks=sinks),
     st.integers(0, 6),
     st.integers(1, 6),
     st.sampled_from([0, K_RANK]),
     st.sampled_from([0, V_RANK]),
+    st.sampled_from([0, 0, 1, 4, 40]),
 ).filter(lambda ring: ring.slots > 0)
 
 
@@ -37,7 +38,20 @@ def test_bytes_by_hand() -> None:
     assert replace(RING, k_waiting=5).page_bytes == 6 * 17 * 4 + 8  # 408, up to a multiple of 16
     assert replace(RING, k_waiting=5, v_waiting=4, dtype=torch.bfloat16).page_bytes == 6 * 21 * 2 + 4
     assert replace(RING, window=0, group=1).page_bytes == 0  # nothing is kept exactly
+    assert replace(RING, window=0, group=1, sinks=4).page_bytes == 4 * 12 * 4
+    assert replace(RING, sinks=4, k_waiting=5).page_bytes == 10 * 17 * 4 + 8  # sinks have room for latents as well
     assert replace(RING, window=32, group=32, kv_heads=8, head_dim=128, dtype=torch.float16).page_bytes == 63 * 2048 * 2
+
+
+def test_places_by_hand() -> None:
+    """Four sinks have the first places for good; the others take the six behind them by turns."""
+    position = torch.arange(18).view(2, 9)
+    assert replace(RING, sinks=4).places(position).tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7, 8],
+        [9, 4, 5, 6, 7, 8, 9, 4, 5],
+    ]
+    assert RING.places(position).tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2], [3, 4, 5, 0, 1, 2, 3, 4, 5]]
+    assert replace(RING, window=0, group=1, sinks=4).places(torch.arange(4)).tolist() == [0, 1, 2, 3]
 
 
 @given(rings, st.lists(st.integers(1, 9), min_size=1, max_size=9))
@@ -46,16 +60,20 @@ def test_there_is_a_place_for_all_that_a_store_does_not_seal(ring: Ring, sizes: 
     for size in sizes:
         parts = torch.zeros(1, size, K_RANK), torch.zeros(1, size, V_RANK)
         view = store.append(*parts, *[torch.zeros(1, HEADS, size, DIM)] * 2)
-        assert length - view.sealed <= ring.slots
+        assert length - view.sealed <= ring.slots - ring.sinks
         length += size
 
 
-def recent(ring: Ring, held: Tensor, page: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def exact(ring: Ring, held: Tensor, page: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The exact tokens of requests of `length` tokens, and which of them there are."""
-    sealed = (length - ring.window).clamp(min=0) // ring.group * ring.group
-    position = sealed[:, None] + torch.arange(ring.slots)
+    sealed = (length - ring.sinks - ring.window).clamp(min=0) // ring.group * ring.group
+    place = torch.arange(ring.slots)
+    position = place + (place >= ring.sinks) * sealed[:, None]
     exists = position < length[:, None]
-    return *ring.recent(held, page, position, exists), exists
+    return *ring.exact(held, page, position, exists), exists
+
+
+Token = tuple[int, int, tuple[Tensor, ...]]  # page, position and parts
 
 
 class Model:
@@ -68,7 +86,7 @@ class Model:
     def length(self) -> int:
         return len(self.tokens)
 
-    def grow(self, count: int, generator: torch.Generator) -> list[tuple[int, int, tuple[Tensor, ...]]]:
+    def grow(self, count: int, generator: torch.Generator) -> list[Token]:
         """Page, position and parts of new tokens."""
         new = []
         for position in range(self.length, self.length + count):
@@ -78,21 +96,28 @@ class Model:
         return new
 
 
+def newest(ring: Ring, tokens: list[Token]) -> list[Token]:
+    """Those of new tokens that a ring is to hold."""
+    last = len(tokens) - (ring.slots - ring.sinks)
+    return [token for i, token in enumerate(tokens) if token[1] < ring.sinks or i >= last]
+
+
 def check(ring: Ring, held: Tensor, models: list[Model]) -> None:
     page = torch.tensor([model.page for model in models])
     length = torch.tensor([model.length for model in models])
-    keys, values, exists = recent(ring, held, page, length)
+    keys, values, exists = exact(ring, held, page, length)
     assert keys.shape == values.shape == (len(models), HEADS, ring.slots, DIM)
     for row, model in enumerate(models):
-        due = max(0, model.length - ring.window) // ring.group * ring.group
-        expected = [model.tokens[position] for position in range(due, model.length)]
+        due = max(0, model.length - ring.sinks - ring.window) // ring.group * ring.group
+        positions = [p for p in range(model.length) if not ring.sinks <= p < ring.sinks + due]
+        expected = [model.tokens[position] for position in positions]
         assert exists[row].tolist() == [i < len(expected) for i in range(ring.slots)]
         assert not keys[row, :, len(expected) :].any()  # which is true of NaN
         assert not values[row, :, len(expected) :].any()
         for i, (key, value, k, v) in enumerate(expected):
             assert torch.equal(keys[row, :, i], key)
             assert torch.equal(values[row, :, i], value)
-            token = ring.tokens(held, page[row : row + 1], torch.tensor([[due + i]]))
+            token = ring.tokens(held, page[row : row + 1], torch.tensor([[positions[i]]]))
             waiting = token[0, 0, 2 * HEADS * DIM :]
             assert torch.equal(waiting, torch.cat([k[: ring.k_waiting], v[: ring.v_waiting]]))
 
@@ -105,7 +130,7 @@ def test_a_ring_is_all_tokens_that_are_not_sealed(ring: Ring, steps: list[list[i
     models = [Model(page) for page in (4, 1, 6)]
     for number, sizes in enumerate(steps):
         check(ring, held, models)
-        new = [token for model, size in zip(models, sizes) for token in model.grow(size, generator)[-ring.slots :]]
+        new = [token for model, size in zip(models, sizes) for token in newest(ring, model.grow(size, generator))]
         if new:
             page, position, parts = zip(*new)
             columns = [torch.stack(column) for column in zip(*parts)]
@@ -127,7 +152,7 @@ def test_the_oldest_come_first() -> None:
     nothing = torch.zeros(6, K_RANK), torch.zeros(6, V_RANK)
     RING.write(held, torch.full((6,), 2), position, (numbers, -numbers, *nothing))
     assert held[2, :, 0].tolist() == [6, 7, 8, 9, 10, 11]
-    keys, values, exists = recent(RING, held, torch.tensor([2]), torch.tensor([12]))
+    keys, values, exists = exact(RING, held, torch.tensor([2]), torch.tensor([12]))
     assert keys[0, 1, :, 2].tolist() == [8, 9, 10, 11, 0, 0]
     assert values[0, 0, :, 0].tolist() == [-8, -9, -10, -11, 0, 0]
     assert exists.tolist() == [[True, True, True, True, False, False]]
@@ -136,7 +161,7 @@ def test_the_oldest_come_first() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_empty_request_has_no_exact_tokens(dtype: torch.dtype) -> None:
     held, _ = garbage(replace(RING, dtype=dtype))
-    keys, values, exists = recent(replace(RING, dtype=dtype), held, torch.tensor([3]), torch.tensor([0]))
+    keys, values, exists = exact(replace(RING, dtype=dtype), held, torch.tensor([3]), torch.tensor([0]))
     assert not exists.any()
     assert not keys.any()
     assert not values.any()

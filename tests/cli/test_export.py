@@ -20,7 +20,7 @@ from tests.cli.support import last_json, mistake
 from tests.harness.support import CHECKPOINT
 from tests.vllm.support import as_hub_cache
 
-CONFIG = cskv.CSKVConfig(k_density=0.25, v_density=0.25, window=8, group=4, init="svd")
+CONFIG = cskv.CSKVConfig(k_density=0.25, v_density=0.25, window=8, group=4, sinks=2, init="svd")
 
 
 @pytest.fixture(scope="session")
@@ -69,13 +69,15 @@ def test_left_out_weights_are_named(run: Run, small_adapter: Path, model_folder:
 def test_who_keeps_exact_tokens_is_told_what_it_costs(run: Run, small_adapter: Path, tmp_path: Path) -> None:
     result = run("export", small_adapter, "--out", "a")
     assert not last_json(result)["prefix_caching"]
-    assert "the newest 8 to 11 tokens are kept exactly" in result.stdout
-    assert "`--window 0 --group 1` allows it" in result.stdout
-    result = run("export", small_adapter, "--out", "b", "--window", 0, "--group", 1)
-    assert last_json(result)["prefix_caching"]
+    assert "the first 2 and the newest 8 to 11 tokens of a request are kept exactly" in result.stdout
+    assert "`--window 0 --group 1 --sinks 0` allows it" in result.stdout
+    result = run("export", small_adapter, "--out", "c", "--window", 0, "--group", 1)
+    assert "the first 2 tokens of a request are kept exactly" in result.stdout
+    result = run("export", small_adapter, "--out", "b", "--window", 0, "--group", 1, "--sinks", 0)
+    assert (last_json(result)["prefix_caching"], last_json(result)["sinks"]) == (True, 0)
     assert "prefix" not in result.stdout.rpartition("\n{")[0]
     settings = cskv.CSKVAdapter.from_pretrained(tmp_path / "b" / "cskv").config
-    assert (settings.window, settings.group) == (0, 1)
+    assert (settings.window, settings.group, settings.sinks) == (0, 1, 0)
 
 
 def test_the_base_may_be_on_the_hub(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cskv.attention import reference
-from cskv.attention.inputs import Logits
+from cskv.attention.inputs import AttentionInputs, KeyOffset, Logits
 from cskv.cache.bibranch import BiBranchStore
 from cskv.cache.ring import Ring
 from cskv.latents.pages import PagedLatents, PageLayout
@@ -38,6 +38,8 @@ class Setting:
         block_size: tokens of a page.
         softcap: of logits.
         dtype: of all tensors.
+        sinks: see `CSKVConfig`.
+        offset: whether latents leave a constant out of the keys, which is rotated on half of their channels.
     """
 
     problem: Problem
@@ -48,6 +50,8 @@ class Setting:
     block_size: int = 16
     softcap: float | None = None
     dtype: torch.dtype = torch.float32
+    sinks: int = 0
+    offset: bool = False
 
     @property
     def layout(self) -> PageLayout:
@@ -55,17 +59,26 @@ class Setting:
 
     @property
     def ring(self) -> Ring | None:
-        if self.window + self.group == 1:
+        if self.window + self.group + self.sinks == 1:
             return None
         waiting = (0 if grid is None or grid.block_tokens == 1 else grid.rank for grid in (self.k_grid, self.v_grid))
         sizes = self.problem.kv_heads, self.problem.head_dim
-        return Ring(self.window, self.group, *sizes, *waiting, self.dtype)
+        return Ring(self.window, self.group, *sizes, *waiting, self.dtype, self.sinks)
 
     @property
     def rules(self) -> LayerRules:
         factors = self.problem.factors().to(dtype=self.dtype)
         logits = Logits(0.3, self.softcap)  # not what a product of queries and keys is usually scaled by
-        return LayerRules(factors, self.problem.rope(self.dtype), logits, Scratch())
+        return LayerRules(factors, self.problem.rope(self.dtype), logits, Scratch(), self.key_offset)
+
+    @property
+    def key_offset(self) -> KeyOffset | None:
+        if not self.offset:
+            return None
+        problem = replace(self.problem, rotary=self.problem.head_dim // 2)
+        rotation = problem.rope(self.dtype)
+        assert rotation is not None
+        return KeyOffset(rotation, torch.linspace(-3, 3, problem.kv_heads * problem.head_dim))
 
 
 @dataclass
@@ -73,13 +86,15 @@ class Request:
     """A request that lives.
 
     Attributes:
-        store: what it would be by itself.
+        store: what it would be by itself behind the sinks.
+        sinks: its first keys and values, (1, kv_heads, tokens, head_dim).
         ring_page: of its ring; 0 where there are none.
         pages: of its latents, in order.
         length: its tokens.
     """
 
     store: BiBranchStore
+    sinks: tuple[Tensor, Tensor]
     ring_page: int
     pages: list[int] = field(default_factory=list)
     length: int = 0
@@ -124,7 +139,8 @@ class Server:
         """A new request; one with a prefix begins with another's pages and what they hold."""
         setting = self.setting
         store = BiBranchStore(setting.window, setting.group, setting.k_grid, setting.v_grid)
-        request = Request(store, 0 if self.ring is None else self._free.pop())
+        none = torch.empty(1, setting.problem.kv_heads, 0, setting.problem.head_dim, dtype=setting.dtype)
+        request = Request(store, (none, none), 0 if self.ring is None else self._free.pop())
         if prefix is not None:
             request.pages, request.length = prefix.pages[:], prefix.length
         return request
@@ -181,7 +197,9 @@ class Server:
         lengths = [request.length for request in requests] + [self._random.randrange(MOST) for _ in range(padding)]
         slots += [-1] * padding
         numbers = np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64)
-        return plan_step(*numbers, table, torch.tensor(slots), self.setting.window, self.setting.group)
+        setting = self.setting
+        sizes = {"window": setting.window, "group": setting.group, "sinks": setting.sinks}
+        return plan_step(*numbers, table, torch.tensor(slots), setting.block_size, **sizes)
 
     def _cache(self, requests: list[Request], padding: int) -> LayerCache:
         if self.ring is None:
@@ -204,7 +222,7 @@ class Server:
         start = int(plan.start[index])
         rows = slice(start, start + request.length - int(plan.length[index]))
         query, keys, values, k, v = tokens.of(rows)
-        view = request.store.append(k, v, keys, values)
+        view = self._grown(request, keys, values, k, v)
         assert view.sealed == int(plan.sealed[index])
         if view.k is not None and view.v is not None:
             table, lengths = plan.table[index : index + 1], plan.sealed[index : index + 1]
@@ -213,8 +231,28 @@ class Server:
                 assert torch.equal(paged.read(), alone.read())
         return self._reference(query, view)[0].transpose(0, 1)
 
+    def _grown(self, request: Request, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> View:
+        """What a request's new tokens read: its first ones and what a store of all others gives."""
+        held = request.sinks[0].shape[2]
+        sinks = min(self.setting.sinks - held, keys.shape[2])
+        new = keys[:, :, :sinks], values[:, :, :sinks]
+        request.sinks = tuple(torch.cat(parts, dim=2) for parts in zip(request.sinks, new))
+        if sinks == keys.shape[2]:
+            return View(*request.sinks)
+        view = request.store.append(k[:, sinks:], v[:, sinks:], keys[:, :, sinks:], values[:, :, sinks:])
+        exact = (torch.cat(parts, dim=2) for parts in zip(request.sinks, (view.keys, view.values)))
+        return View(*exact, view.k, view.v)
+
     def _reference(self, query: Tensor, view: View) -> Tensor:
-        return reference.attention(query.double(), self.rules.inputs(view))
+        rules, position = self.rules, self.setting.sinks + torch.arange(view.sealed)
+        rope, offset = rules.rope, rules.offset
+        if rope is not None:
+            rope = replace(rope, cos=rope.cos[:, position], sin=rope.sin[:, position])
+        if offset is not None:
+            cos, sin = offset.rotation.cos[:, position], offset.rotation.sin[:, position]
+            offset = replace(offset, rotation=replace(offset.rotation, cos=cos, sin=sin))
+        inputs = AttentionInputs(view, rules.factors, rope, rules.logits, key_offset=offset)
+        return reference.attention(query.double(), inputs)
 
 
 def off_by(output: Tensor, expected: Tensor) -> float:

@@ -93,11 +93,13 @@ def answers(llm: Any, asked: list[list[int]], tokens: int = 24) -> list[tuple[li
     return found
 
 
-def check_same(found: list[tuple[list[int], list[float]]], expected: list[tuple[list[int], list[float]]]) -> None:
+def check_same(
+    found: list[tuple[list[int], list[float]]], expected: list[tuple[list[int], list[float]]], off_by: float = 1e-4
+) -> None:
     """Answers agree token by token, to the first at which two are equally likely but for rounding."""
     for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(found, expected, strict=True):
         same = [*map(int.__eq__, tokens, expected_tokens), False].index(False)
-        assert logprobs[: same + 1] == pytest.approx(expected_logprobs[: same + 1], abs=1e-4)
+        assert logprobs[: same + 1] == pytest.approx(expected_logprobs[: same + 1], abs=off_by)
 
 
 def reused(llm: Any, prompt: list[int]) -> int:

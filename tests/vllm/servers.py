@@ -96,7 +96,7 @@ class Checkpoints:
     @cached_property
     def whole(self) -> Path:
         """All channels, in another basis."""
-        settings = cskv.CSKVConfig(k_density=1.0, v_density=1.0, window=32, group=32, init="svd")
+        settings = cskv.CSKVConfig(k_density=1.0, v_density=1.0, window=32, group=32, sinks=4, init="svd")
         return self._export("whole", full_rank_adapter(self.model, settings))
 
     @cached_property
@@ -142,7 +142,7 @@ class Checkpoints:
         return folder
 
     def _adapter(self, **bits: int) -> cskv.CSKVAdapter:
-        settings = cskv.CSKVConfig(k_density=0.5, v_density=0.5, window=32, group=32, init="pca", **bits)
+        settings = cskv.CSKVConfig(k_density=0.5, v_density=0.5, window=32, group=32, sinks=4, init="pca", **bits)
         return initialise(self.model, settings, self._statistics)
 
     def _export(self, name: str, adapter: cskv.CSKVAdapter) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import cskv
 from tests.models.families import tiny_model, truncated_adapter
 
-CONFIG = cskv.CSKVConfig(k_density=0.25, v_density=0.5, window=8, group=4)
+CONFIG = cskv.CSKVConfig(k_density=0.25, v_density=0.5, window=8, group=4, sinks=2)
 
 
 def save_base(folder: Path, family: str = "llama", **changes: Any) -> Path:

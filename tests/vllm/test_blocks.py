@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +18,10 @@ from cskv.vllm.served import Served
 from cskv.vllm.shards import ServedShard, Shard
 from tests.vllm.adapters import HEAD_DIM, HEADS, served, vllm_config
 
-WINDOW = CSKVConfig(window=8, group=4)
-GROUPED = CSKVConfig(window=8, group=12, k_bits=4, v_bits=4)
-NO_WINDOW = CSKVConfig(window=0, group=1)
+WINDOW = CSKVConfig(window=8, group=4, sinks=0)
+SINKS = CSKVConfig(window=0, group=1, sinks=4)
+GROUPED = CSKVConfig(window=8, group=12, k_bits=4, v_bits=4, sinks=0)
+NO_RING = CSKVConfig(window=0, group=1, sinks=0)
 
 
 def share_of(adapter: Served, dtype: torch.dtype = torch.float32, ranks: int = 1) -> ServedShard:
@@ -93,6 +95,15 @@ def test_the_least_block_size_by_hand() -> None:
     assert rings == Rings(1, 48 * 64, 2816)
 
 
+def test_sinks_make_rings_larger() -> None:
+    """Five of them: 5 tokens more of 2 * 32 numbers, 4096 bytes in all, for which 32 tokens of 128 bytes are enough."""
+    share = share_of(served(dataclasses.replace(WINDOW, sinks=5), EQUAL))
+    assert share.ring_bytes == 4096
+    assert least_block_size(share, 1) == 32
+    alone = share_of(served(SINKS, EQUAL))  # 4 * 256 bytes: both layers' in 16 tokens
+    assert rings_of(alone, 16, [2]) == Rings(1, 2048, 1024)
+
+
 def test_latents_that_wait_make_rings_larger() -> None:
     """19 tokens of 2 * 32 numbers, and of keys 8 more: 19 * 72 * 4 bytes are 5472. Values are packed per token."""
     share = share_of(served(GROUPED, [(8, 8), (4, 8)]))
@@ -106,7 +117,9 @@ def test_latents_that_wait_make_rings_larger() -> None:
 
 
 ranks_lists = st.lists(st.tuples(st.integers(1, 32), st.integers(1, 32)), min_size=2, max_size=6)
-configs = st.sampled_from([WINDOW, GROUPED, CSKVConfig(window=0, group=4, k_bits=8), CSKVConfig(window=30, group=1)])
+configs = st.sampled_from(
+    [WINDOW, SINKS, GROUPED, CSKVConfig(window=0, group=4, k_bits=8), CSKVConfig(window=30, group=1, sinks=4)]
+)
 
 
 @given(configs, ranks_lists, st.sampled_from([16, 48]), st.sampled_from([1, 2]))
@@ -136,7 +149,7 @@ def test_more_stages_than_layers_are_refused() -> None:
 def test_stages_of_very_different_numbers_of_layers_are_refused() -> None:
     share = share_of(served(WINDOW, [(8, 8)] * 8))
     least = least_block_size(share, 16, stages=2)
-    with pytest.raises(ConfigError, match=r"cannot hold the exact windows of stages of \[1, 7\] layers"):
+    with pytest.raises(ConfigError, match=r"cannot hold the exact tokens of stages of \[1, 7\] layers"):
         rings_of(share, least, [1, 7])
 
 
@@ -153,7 +166,13 @@ EQUAL = [(8, 8), (8, 8)]
 
 @pytest.mark.parametrize(
     ("config", "stages", "size"),
-    [(WINDOW, 1, 32), (WINDOW, 2, 48), (GROUPED, 1, 192)],  # 192 * 2 / 48 * 704 = 5632, and 5472 are needed
+    [
+        (WINDOW, 1, 32),
+        (WINDOW, 2, 48),
+        (SINKS, 1, 16),
+        (SINKS, 2, 16),
+        (GROUPED, 1, 192),
+    ],  # 192 * 2 / 48 * 704 = 5632, and 5472 are needed
 )
 def test_a_block_size_is_chosen(config: CSKVConfig, stages: int, size: int, said: list[str]) -> None:
     server = vllm_config(parallel={"pipeline_parallel_size": stages})
@@ -162,9 +181,9 @@ def test_a_block_size_is_chosen(config: CSKVConfig, stages: int, size: int, said
     assert said == []
 
 
-def test_without_a_window_vllm_chooses() -> None:
+def test_without_rings_vllm_chooses() -> None:
     server = vllm_config()
-    choose_block_size(share_of(served(NO_WINDOW, [(8, 8), (4, 8)])), server)
+    choose_block_size(share_of(served(NO_RING, [(8, 8), (4, 8)])), server)
     assert (server.cache_config.block_size, server.cache_config.user_specified_block_size) == (16, False)
 
 
@@ -207,7 +226,7 @@ def test_tokens_that_are_packed_one_by_one_may_be_cut(config: CSKVConfig) -> Non
 def test_a_small_block_size_wastes_memory(said: list[str]) -> None:
     choose_block_size(share_of(served(WINDOW, EQUAL)), asked_for(16))
     assert said == [
-        "blocks of 16 tokens cannot hold the exact window of one layer, so memory is wasted; give --block-size 32 or "
+        "blocks of 16 tokens cannot hold the exact tokens of one layer, so memory is wasted; give --block-size 32 or "
         "more"
     ]
 
@@ -216,14 +235,19 @@ def test_with_pipeline_stages_a_small_block_size_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         choose_block_size(share_of(served(WINDOW, EQUAL)), asked_for(32, stages=2))
     assert str(caught.value) == (
-        "blocks of 32 tokens cannot hold the exact window of one layer, which 2 pipeline stages need; give "
+        "blocks of 32 tokens cannot hold the exact tokens of one layer, which 2 pipeline stages need; give "
         "--block-size 48 or more"
     )
 
 
 def test_with_pipeline_stages_ranks_must_not_differ() -> None:
-    with pytest.raises(ConfigError, match="2 pipeline stages, an exact window and layers of different ranks or widths"):
-        choose_block_size(
-            share_of(served(WINDOW, [(8, 8), (4, 8)])), vllm_config(parallel={"pipeline_parallel_size": 2})
+    for config in (WINDOW, SINKS):
+        with pytest.raises(ConfigError) as caught:
+            choose_block_size(
+                share_of(served(config, [(8, 8), (4, 8)])), vllm_config(parallel={"pipeline_parallel_size": 2})
+            )
+        assert str(caught.value) == (
+            "2 pipeline stages, exact tokens and layers of different ranks or widths do not go together in vLLM's "
+            "block pool; serve with window 0, group 1 and sinks 0, or with one rank for all layers"
         )
     choose_block_size(share_of(served(WINDOW, [(8, 8), (4, 8)])), vllm_config())

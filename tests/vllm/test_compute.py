@@ -20,7 +20,7 @@ from cskv.vllm import compute
 from cskv.vllm.compute import attend, write
 from cskv.vllm.step import plan_step
 from tests.attention.problems import Problem
-from tests.vllm.batches import MOST, PLACES, Request, Server, Setting, off_by
+from tests.vllm.batches import MOST, PLACES, Request, Server, Setting, Tokens, off_by
 
 TOLERANCE = 1e-5
 ENDS = -1  # in a schedule: the request ends, and another one begins in its place
@@ -36,6 +36,7 @@ PROBLEMS = {
     "one kv head": replace(PROBLEM, kv_heads=1),
 }
 SIZES = ((0, 1), (0, 4), (3, 1), (5, 4), (8, 8), (1, 2), (17, 8))  # (window, group)
+SINKS = (0, 1, 4, 13, 400)  # 400: more than there are tokens
 
 
 def grids(kind: str, group: int) -> tuple[Grid | None, Grid | None]:
@@ -98,6 +99,7 @@ schedules = st.lists(st.lists(pieces, min_size=PLACES, max_size=PLACES), min_siz
     st.sampled_from(SIZES),
     st.sampled_from([8, 16, 24]),
     st.sampled_from([None, None, 2.0]),
+    st.sampled_from(SINKS),
     schedules,
     st.lists(st.integers(0, 2), min_size=1, max_size=3),
     st.integers(0, 2**31),
@@ -108,11 +110,12 @@ def test_every_request_is_as_by_itself(
     sizes: tuple[int, int],
     block_size: int,
     softcap: float | None,
+    sinks: int,
     schedule: list[list[int]],
     paddings: list[int],
     seed: int,
 ) -> None:
-    server = Server(setting(kind, problem, sizes, block_size, softcap=softcap), seed=seed)
+    server = Server(setting(kind, problem, sizes, block_size, softcap=softcap, sinks=sinks), seed=seed)
     assert run(server, schedule, paddings) <= TOLERANCE
 
 
@@ -136,9 +139,44 @@ def test_all_kinds_of_latents(kind: str, sizes: tuple[int, int]) -> None:
     assert run(Server(setting(kind, problem, sizes)), SCHEDULE, [0, 1]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("sinks", [1, 4, 40, 400], ids="sinks {}".format)
+@pytest.mark.parametrize("sizes", [(0, 1), (5, 4)], ids="window {0[0]} group {0[1]}".format)
+def test_sinks(sizes: tuple[int, int], sinks: int) -> None:
+    """40 are more than the first piece of a prompt has, 400 more than a request gets."""
+    for kind in ("plain", "keys in groups, values per token"):
+        assert run(Server(setting(kind, "rope", sizes, sinks=sinks)), SCHEDULE, [0, 1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(0, 1), (5, 4)], ids="window {0[0]} group {0[1]}".format)
+def test_latents_of_sinks_are_never_read(kind: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are NaN here. The sinks come in pieces, and with the last of them the first other tokens."""
+    server = Server(setting(kind, "rope", sizes, sinks=6))
+    request, drawn = server.begin(), server._draw
+
+    def draw(count: int) -> Tokens:
+        tokens = drawn(count)
+        for latents in tokens.latents:
+            latents[: max(0, 6 - (request.length - count))] = torch.nan
+        return tokens
+
+    monkeypatch.setattr(server, "_draw", draw)
+    for size in (2, 1, 1, 7, *[1] * 12, 70, *[1] * 12):
+        assert off_by(*server.step([(request, size)])) <= TOLERANCE
+
+
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_all_kinds_of_heads(problem: str) -> None:
-    assert run(Server(setting("keys in groups, values per token", problem, (5, 4))), SCHEDULE, [0]) <= TOLERANCE
+    assert (
+        run(Server(setting("keys in groups, values per token", problem, (5, 4), sinks=4)), SCHEDULE, [0]) <= TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("sinks", [0, 5])
+@pytest.mark.parametrize("sizes", [(0, 1), (5, 4)], ids="window {0[0]} group {0[1]}".format)
+def test_what_latents_leave_out_is_read_at_its_positions(sizes: tuple[int, int], sinks: int) -> None:
+    server = Server(setting("in groups", "no rope", sizes, sinks=sinks, offset=True))
+    assert run(server, SCHEDULE, [0]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -149,7 +187,7 @@ def test_long_pieces_are_as_short_ones(softcap: float | None, monkeypatch: pytes
         compute, "_on_rebuilt", lambda *given, old=compute._on_rebuilt: rebuilt.append(1) or old(*given)
     )
     for problem in ("rope", "no rope, head groups, biased"):
-        server = Server(setting("in groups", problem, (5, 4), softcap=softcap))
+        server = Server(setting("in groups", problem, (5, 4), softcap=softcap, sinks=4))
         assert run(server, [[90, 3], [70, 64], [MOST_NEW, 65], [1, 100], [1, 1]], [0]) <= TOLERANCE
     assert len(rebuilt) == (0 if softcap else 2 * 4)
 
@@ -157,13 +195,13 @@ def test_long_pieces_are_as_short_ones(softcap: float | None, monkeypatch: pytes
 @pytest.mark.parametrize("kind", KINDS)
 def test_latents_in_half_precision_are_sealed_to_the_bit(kind: str) -> None:
     """Those that wait in rings too. Outputs differ by what tensors of 8 bits lose."""
-    server = Server(setting(kind, "rope", (5, 4), dtype=torch.bfloat16))
+    server = Server(setting(kind, "rope", (5, 4), dtype=torch.bfloat16, sinks=4))
     assert run(server, SCHEDULE, [0]) <= 5e-2
 
 
 @pytest.mark.parametrize("kind", ["plain", "per token"])
 def test_a_shared_prefix_is_read_where_it_is(kind: str) -> None:
-    """Prefix caching, with window 0 and group 1: a new request begins with pages that another one wrote."""
+    """Prefix caching, with window 0, group 1 and no sinks: a new request begins with pages that another one wrote."""
     server = Server(setting(kind, "rope", (0, 1)))
     first = server.begin()
     server.step([(first, 32)])
@@ -181,9 +219,9 @@ def test_a_shared_prefix_is_read_where_it_is(kind: str) -> None:
 
 def test_an_empty_batch_does_nothing() -> None:
     """As when a server warms up."""
-    server = Server(setting("in groups", "rope", (5, 4)))
+    server = Server(setting("in groups", "rope", (5, 4), sinks=4))
     none = np.zeros(3, dtype=np.int64), np.zeros(2, dtype=np.int64)
-    step = plan_step(*none, torch.zeros(2, 4, dtype=torch.int32), torch.full((4,), -1), 5, 4)
+    step = plan_step(*none, torch.zeros(2, 4, dtype=torch.int32), torch.full((4,), -1), 16, window=5, group=4, sinks=4)
     before, cache, tokens = server.memory.clone(), server._cache([], 2), server._draw(0)
     attend(step, cache, server.rules, tokens.query, tokens.keys, tokens.values, tokens.query.clone())
     write(step, cache, tokens.keys, tokens.values, tokens.latents)

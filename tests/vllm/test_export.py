@@ -248,20 +248,21 @@ def test_a_file_is_not_replaced(adapter: cskv.CSKVAdapter, base: Path, tmp_path:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_window_and_group_are_those_asked_for(adapter: cskv.CSKVAdapter, base: Path, out: Path) -> None:
-    report = export(adapter, base, out, window=0, group=1)
+def test_window_group_and_sinks_are_those_asked_for(adapter: cskv.CSKVAdapter, base: Path, out: Path) -> None:
+    report = export(adapter, base, out, window=0, group=1, sinks=0)
     loaded = cskv.CSKVAdapter.from_pretrained(out / "cskv")
-    assert loaded.config == dataclasses.replace(CONFIG, window=0, group=1)
-    assert (report.window, report.group, report.prefix_caching) == (0, 1, True)
+    assert loaded.config == dataclasses.replace(CONFIG, window=0, group=1, sinks=0)
+    assert (report.window, report.group, report.sinks, report.prefix_caching) == (0, 1, 0, True)
+    assert report.to_dict()["sinks"] == 0
     assert "newest 0 to 0 tokens" in (out / "cskv" / "README.md").read_text()
     assert adapter.config == CONFIG
 
 
-@pytest.mark.parametrize(("window", "group"), [(None, None), (0, None), (None, 1), (1, 1)])
-def test_exact_tokens_rule_out_prefix_caching(
-    adapter: cskv.CSKVAdapter, base: Path, out: Path, window: int | None, group: int | None
-) -> None:
-    assert not export(adapter, base, out, window=window, group=group).prefix_caching
+@pytest.mark.parametrize("changes", [{}, {"window": 0, "sinks": 0}, {"window": 0, "group": 1}, {"sinks": 3}])
+def test_exact_tokens_rule_out_prefix_caching(base: Path, out: Path, changes: dict[str, Any]) -> None:
+    report = export(adapter_for(), base, out, **changes)
+    assert not report.prefix_caching
+    assert report.sinks == changes.get("sinks", CONFIG.sinks)
 
 
 def test_a_group_that_the_blocks_do_not_divide_is_refused(base: Path, out: Path) -> None:
@@ -269,6 +270,7 @@ def test_a_group_that_the_blocks_do_not_divide_is_refused(base: Path, out: Path)
     message = "k_block has 4 tokens, which do not divide the group of 6"
     refused(ConfigError, message, lambda: export(packed, base, out, group=6), out)
     refused(ConfigError, "window is -1", lambda: export(packed, base, out, window=-1), out)
+    refused(ConfigError, "sinks is -1", lambda: export(packed, base, out, sinks=-1), out)
     export(packed, base, out, group=8)
     assert cskv.CSKVAdapter.from_pretrained(out / "cskv").grid(0, "k").block_tokens == 4
 
@@ -277,7 +279,7 @@ def test_a_group_that_the_blocks_do_not_divide_is_refused(base: Path, out: Path)
 @pytest.mark.parametrize("group", [4, 8])
 def test_the_bytes_are_those_that_a_cache_allocates(base: Path, out: Path, changes: dict[str, Any], group: int) -> None:
     made = adapter_for(config=dataclasses.replace(CONFIG, **changes))
-    report = export(made, base, out, window=0, group=group)
+    report = export(made, base, out, window=0, group=group, sinks=0)
     tokens = 64
     cache = adapter_report(cskv.CSKVAdapter.from_pretrained(out / "cskv").with_settings(sinks=0), tokens)
     assert report.bytes_per_token * tokens == cache.payload_bytes + cache.scale_bytes + cache.minimum_bytes

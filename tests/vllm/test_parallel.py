@@ -54,7 +54,7 @@ def test_tensor_parallel_ranks_keep_the_latents_of_their_head_groups(
     asked = prompts(3, seed=7)
     with engine(folder, kv_cache_memory_bytes=POOL) as llm:
         expected = [tokens for tokens, _ in answers(llm, asked)]
-    adapter = grouped_adapter(model, config(window=8, group=4, head_groups=2))
+    adapter = grouped_adapter(model, config(window=8, group=4, sinks=4, head_groups=2))
     compressed = save_compressed(folder, adapter, tmp_path / "out")
     with engine(compressed, kv_cache_memory_bytes=POOL) as llm:
         alone = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
@@ -86,7 +86,7 @@ def test_pipeline_stages_answer_as_one_process(base: tuple[nn.Module, Path], tmp
     asked = prompts(3, seed=9)
     with engine(folder, kv_cache_memory_bytes=POOL) as llm:
         expected = [tokens for tokens, _ in answers(llm, asked)]
-    adapter = full_rank_adapter(model, config(window=8, group=8, k_bits=16))
+    adapter = full_rank_adapter(model, config(window=8, group=8, sinks=4, k_bits=16))
     compressed = save_compressed(folder, adapter, tmp_path / "out")
     found = in_parallel(compressed, asked, pipeline_parallel_size=2, enforce_eager=False)
     assert found["answers"] == expected

@@ -13,7 +13,7 @@ from tests.models.families import full_rank_adapter, truncated_adapter
 from tests.vllm.engines import answers, engine, prompts, reused, save_base, save_compressed
 from tests.vllm.test_answers import config, transformers_answer
 
-LONG = 16_384  # the exact window costs a request as much as 63 uncompressed tokens, however long it is
+LONG = 16_384  # exact tokens cost a request as much as 67 uncompressed ones, however long it is
 TOKEN = 8 * 2 * 128 * 4  # bytes, uncompressed: layers, keys and values, channels, fp32
 
 
@@ -35,8 +35,9 @@ CAPACITIES = {
     # Of 128 channels 32 are left, in bytes in place of fp32, and a scale and a minimum in bf16 for 32 of them.
     "25 % in int8": (config(0.25, k_bits=8, v_bits=8), (32 + 4) / 512),
     "25 % in int4": (config(0.25, k_bits=4, v_bits=4), (16 + 4) / 512),
-    "25 %, window": (config(0.25, window=32, group=32), 1 / 4),
-    "25 % in int8, window": (config(0.25, window=32, group=32, k_bits=8, v_bits=8), (32 + 4) / 512),
+    "25 %, sinks": (config(0.25, sinks=4), 1 / 4),
+    "25 %, window": (config(0.25, window=32, group=32, sinks=4), 1 / 4),
+    "25 % in int8, window": (config(0.25, window=32, group=32, sinks=4, k_bits=8, v_bits=8), (32 + 4) / 512),
 }
 
 
@@ -81,11 +82,13 @@ def test_a_pool_too_small_for_vllm_serves_all(base: tuple[nn.Module, Path], tmp_
         assert [len(tokens) for tokens, _ in answers(llm, asked)] == [24] * 6
 
 
-@pytest.mark.parametrize("window", [0, 8])
-def test_preempted_requests_answer_the_same(window: int, base: tuple[nn.Module, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (0, 4), (8, 4)])
+def test_preempted_requests_answer_the_same(
+    window: int, sinks: int, base: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
     """At full rank: below it a request that is preempted reads its own tokens exactly again, as any prompt."""
     model, folder = base
-    adapter = full_rank_adapter(model, config(window=window, group=4 if window else 1))
+    adapter = full_rank_adapter(model, config(window=window, group=4 if window else 1, sinks=sinks))
     compressed = save_compressed(folder, adapter, tmp_path / "out")
     asked = [prompt[:90] for prompt in prompts(6, seed=4)]
     with engine(compressed, max_model_len=256, enable_prefix_caching=False) as llm:
@@ -113,13 +116,23 @@ def test_a_cached_prefix_is_read_from_latents(base: tuple[nn.Module, Path], tmp_
         assert logprobs == pytest.approx(expected_logprobs, abs=2e-3)
 
 
-def test_a_window_switches_prefix_caching_off_and_says_so(
-    base: tuple[nn.Module, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("settings", [config(0.5, window=8, group=8), config(0.5, sinks=4)])
+def test_exact_tokens_switch_prefix_caching_off_and_say_so(
+    settings: cskv.CSKVConfig, base: tuple[nn.Module, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, folder = base
-    adapter = truncated_adapter(model, config(0.5, window=8, group=8))
+    adapter = truncated_adapter(model, settings)
     compressed = save_compressed(folder, adapter, tmp_path / "out")
     prompt = prompts(1, seed=5)[0] * 2
     with caplog.at_level("WARNING", logger="vllm.cskv"), engine(compressed, enable_prefix_caching=True) as llm:
         assert reused(llm, prompt) == reused(llm, prompt) == 0
     assert any("prefix caching is switched off" in record.message for record in caplog.records)
+
+
+def test_without_sinks_an_adapter_that_has_them_shares_prefixes(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model, folder = base
+    adapter = truncated_adapter(model, config(0.5, window=8, group=8, sinks=4))
+    compressed = save_compressed(folder, adapter, tmp_path / "out", window=0, group=1, sinks=0)
+    prompt = prompts(1, seed=5)[0][:70] * 2
+    with engine(compressed, block_size=16, enable_prefix_caching=True) as llm:
+        assert (reused(llm, prompt), reused(llm, prompt)) == (0, (len(prompt) - 1) // 16 * 16)

@@ -17,8 +17,8 @@ from cskv.vllm.refusals import check
 from cskv.vllm.served import Served, find_served
 from tests.vllm.adapters import save, served, vllm_config
 
-WINDOW = CSKVConfig(window=8, group=4)
-NO_WINDOW = CSKVConfig(window=0, group=1)
+WINDOW = CSKVConfig(window=8, group=4, sinks=0)
+NO_RING = CSKVConfig(window=0, group=1, sinks=0)
 RANKS = [(4, 4), (4, 4)]
 
 
@@ -100,7 +100,8 @@ def test_layers_that_are_not_compressed_are_named(adapter: Served) -> None:
         ),
         (
             {"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)},
-            "with a window and without the hybrid KV cache manager; leave that on, or serve with window 0 and group 1",
+            "with exact tokens and without the hybrid KV cache manager; leave that on, or serve with window 0, group 1 "
+            "and sinks 0",
         ),
     ],
 )
@@ -108,9 +109,9 @@ def test_options_that_do_not_go_with_it_are_refused(adapter: Served, options: di
     assert refused(ConfigError, adapter, vllm_config(**options)) == f"a compressed cache cannot be served {message}"
 
 
-def test_without_a_window_any_cache_manager_will_do(tmp_path: Path) -> None:
+def test_without_exact_tokens_any_cache_manager_will_do(tmp_path: Path) -> None:
     options = {"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)}
-    check(made(tmp_path, NO_WINDOW), vllm_config(**options))
+    check(made(tmp_path, NO_RING), vllm_config(**options))
 
 
 def test_commuting_keys_have_all_heads_mixed(tmp_path: Path) -> None:
@@ -132,16 +133,30 @@ def test_weights_are_looked_at_before_the_model_is_loaded(adapter: Served) -> No
 
 
 @pytest.mark.parametrize(
-    ("config", "left"), [(WINDOW, False), (CSKVConfig(window=0, group=2), False), (NO_WINDOW, True)]
+    ("config", "exact"),
+    [
+        (WINDOW, "the newest 8 to 11"),
+        (CSKVConfig(window=0, group=2, sinks=0), "the newest 0 to 1"),
+        (CSKVConfig(window=0, group=1, sinks=4), "the first 4"),
+        (CSKVConfig(window=8, group=4, sinks=4), "the first 4 and the newest 8 to 11"),
+    ],
 )
-def test_with_a_window_prefixes_are_not_cached(tmp_path: Path, said: list[str], config: CSKVConfig, left: bool) -> None:
+def test_with_exact_tokens_prefixes_are_not_cached(
+    tmp_path: Path, said: list[str], config: CSKVConfig, exact: str
+) -> None:
     server = vllm_config()
     check(made(tmp_path, config), server)
-    assert server.cache_config.enable_prefix_caching == left
-    assert len(said) == (0 if left else 1)
-    if not left:
-        assert said[0].startswith(f"prefix caching is switched off: the exact window of {config.window} tokens")
-        assert "serve with window 0 and group 1" in said[0]
+    assert not server.cache_config.enable_prefix_caching
+    assert said == [
+        f"prefix caching is switched off: {exact} tokens of a request are kept exactly, and a shared prefix has only "
+        "latents; serve with window 0, group 1 and sinks 0 to have prefix caching"
+    ]
+
+
+def test_without_exact_tokens_prefixes_are_cached(tmp_path: Path, said: list[str]) -> None:
+    server = vllm_config()
+    check(made(tmp_path, NO_RING), server)
+    assert (server.cache_config.enable_prefix_caching, said) == (True, [])
 
 
 def test_prefix_caching_that_is_off_is_not_spoken_of(adapter: Served, said: list[str]) -> None:
@@ -227,7 +242,7 @@ def test_only_layers_together_count(tmp_path: Path, said: list[str]) -> None:
     assert "the cache is 1.1 times smaller, not 4.6" in said[0]
 
 
-@pytest.mark.parametrize("config", [WINDOW, NO_WINDOW], ids=["in groups", "per token"])
+@pytest.mark.parametrize("config", [WINDOW, NO_RING], ids=["in groups", "per token"])
 def test_bits_count(config: CSKVConfig, tmp_path: Path, said: list[str]) -> None:
     """In fp32: 8 + 8 latents in 8 bits are 16 bytes. Per token there are one scale and minimum of 2 bytes for each, in
     all 24; over groups of 4, a key's 8 channels share theirs with 4 tokens: 8 * 4 / 4 + 4 = 12 bytes, in all 28. Four
@@ -241,7 +256,7 @@ def test_bits_count(config: CSKVConfig, tmp_path: Path, said: list[str]) -> None
 
 def test_small_latents_are_not_counted_as_padding(tmp_path: Path) -> None:
     """Parts of a page are rounded up to 16 bytes, not those of a token: 2 + 2 latents for 16 numbers of 2 bytes."""
-    check(made(tmp_path, NO_WINDOW, [(2, 2)] * 2), on_ranks(4, dtype=torch.bfloat16))
+    check(made(tmp_path, NO_RING, [(2, 2)] * 2), on_ranks(4, dtype=torch.bfloat16))
 
 
 def test_one_rank_is_never_warned(tmp_path: Path, said: list[str]) -> None:

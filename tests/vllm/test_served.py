@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from cskv.vllm.served import Served, find_served
 from cskv.vllm.shards import ServedShard, Shard
 from tests.vllm.adapters import HEAD_DIM, HEADS, KV_DIM, save, served
 
-CONFIG = CSKVConfig(window=8, group=4)
+CONFIG = CSKVConfig(window=8, group=4, sinks=2)
 RANKS = [(8, 6), (4, 10)]
 WHOLE, HALF = Shard.of_rank(0, 1, HEADS), Shard.of_rank(1, 2, HEADS)
 
@@ -51,26 +52,43 @@ def test_an_adapter_in_the_models_folder(model: Path) -> None:
 
 
 def test_an_adapter_elsewhere(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path / "home" / "other", CSKVConfig(window=0, group=1), RANKS)
+    save(tmp_path / "home" / "other", CSKVConfig(window=0, group=1, sinks=0), RANKS)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     for adapter in (str(tmp_path / "home" / "other"), "home/other", "~/other"):
         assert find(model, adapter=adapter).config.group == 1
         assert find("someone/model", adapter=adapter).config.group == 1
-    save(tmp_path / "cskv", CSKVConfig(window=0, group=1), RANKS)
+    save(tmp_path / "cskv", CSKVConfig(window=0, group=1, sinks=0), RANKS)
     assert find(model, adapter="cskv").config == CONFIG  # what is in the model's folder goes first
 
 
-def test_window_and_group_may_be_others(model: Path) -> None:
-    config = find(model, adapter="cskv", window=0, group=16).config
-    assert (config.window, config.group) == (0, 16)
-    assert (find(model, adapter="cskv", window=2).config.group, CONFIG.group) == (4, 4)
-    assert find(model, adapter="cskv").config.window == 8  # and the folder is as it was
+def test_window_group_and_sinks_may_be_others(model: Path) -> None:
+    config = find(model, adapter="cskv", window=0, group=16, sinks=5).config
+    assert (config.window, config.group, config.sinks) == (0, 16, 5)
+    config = find(model, adapter="cskv", window=2).config
+    assert (config.window, config.group, config.sinks) == (2, 4, 2)
+    assert find(model, adapter="cskv", sinks=0).config.sinks == 0
+    assert find(model, adapter="cskv").config == CONFIG  # and the folder is as it was
+
+
+def test_an_older_adapter_has_no_sinks(model: Path) -> None:
+    path = model / "cskv" / "config.json"
+    described = json.loads(path.read_text())
+    del described["compression"]["sinks"]
+    path.write_text(json.dumps(described))
+    assert find(model, adapter="cskv").config.sinks == 0
+    assert find(model, adapter="cskv", sinks=4).config.sinks == 4
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [({"window": -1}, "window is -1"), ({"group": 0}, "group is 0"), ({"window": "8"}, "window is '8'")],
+    [
+        ({"window": -1}, "window is -1"),
+        ({"group": 0}, "group is 0"),
+        ({"window": "8"}, "window is '8'"),
+        ({"sinks": -1}, "sinks is -1"),
+        ({"sinks": None}, "sinks is None"),
+    ],
 )
 def test_overrides_are_checked(model: Path, override: dict[str, Any], message: str) -> None:
     assert message in refused(ConfigError, model, adapter="cskv", **override)
@@ -91,7 +109,9 @@ def test_a_config_without_an_adapter_is_refused(model: Path, named: Any) -> None
 
 def test_unknown_keys_are_refused(model: Path) -> None:
     message = refused(ConfigError, model, adapter="cskv", windw=3, k_bits=4)
-    assert message == "'cskv' in the model's config has ['k_bits', 'windw']; expected 'adapter', 'window' and 'group'"
+    assert message == (
+        "'cskv' in the model's config has ['k_bits', 'windw']; expected 'adapter', 'window', 'group' and 'sinks'"
+    )
 
 
 @pytest.mark.parametrize("adapter", ["cksv", "/nowhere/cskv", "~/nowhere/cskv"])
@@ -165,7 +185,7 @@ def share_of(adapter: Served, shard: Shard, dtype: torch.dtype = torch.float32) 
     return ServedShard(adapter, shard, dtype, HEAD_DIM)
 
 
-QUANTISED = CSKVConfig(window=8, group=4, k_bits=4, v_bits=3)
+QUANTISED = CSKVConfig(window=8, group=4, sinks=0, k_bits=4, v_bits=3)
 GROUPS = CSKVConfig(window=8, group=4, head_groups=2)
 WIDTHS = {(0, "k"): ((8, 3), (2, 5)), (0, "v"): ((4, 6),)}
 
@@ -204,13 +224,13 @@ def test_pages_of_mixed_widths() -> None:
 @pytest.mark.parametrize(
     ("config", "shard", "expected"),
     [
-        (CONFIG, WHOLE, Ring(8, 4, 4, HEAD_DIM, 0, 0, torch.float32)),
-        (CONFIG, HALF, Ring(8, 4, 2, HEAD_DIM, 0, 0, torch.float32)),
+        (CONFIG, WHOLE, Ring(8, 4, 4, HEAD_DIM, 0, 0, torch.float32, sinks=2)),
+        (CONFIG, HALF, Ring(8, 4, 2, HEAD_DIM, 0, 0, torch.float32, sinks=2)),
         (QUANTISED, HALF, Ring(8, 4, 2, HEAD_DIM, 8, 0, torch.float32)),  # values are packed token by token
         (
-            CSKVConfig(window=8, group=4, k_bits=4, v_bits=4, v_block=(2, 4), head_groups=2),
+            CSKVConfig(window=8, group=4, k_bits=4, v_bits=4, v_block=(2, 4), head_groups=2, sinks=7),
             HALF,
-            Ring(8, 4, 2, HEAD_DIM, 4, 3, torch.float32),
+            Ring(8, 4, 2, HEAD_DIM, 4, 3, torch.float32, sinks=7),
         ),
     ],
 )
@@ -221,10 +241,12 @@ def test_what_a_ring_holds(config: CSKVConfig, shard: Shard, expected: Ring) -> 
 @pytest.mark.parametrize(
     ("config", "ring", "grouped"),
     [
-        (CSKVConfig(window=0, group=1), False, False),
-        (CSKVConfig(window=0, group=1, k_bits=4, v_bits=4), False, False),
-        (CSKVConfig(window=1, group=1), True, False),
-        (CSKVConfig(window=0, group=2), True, False),
+        (CSKVConfig(window=0, group=1, sinks=0), False, False),
+        (CSKVConfig(window=0, group=1, sinks=0, k_bits=4, v_bits=4), False, False),
+        (CSKVConfig(window=0, group=1, sinks=1), True, False),
+        (CSKVConfig(window=0, group=1, sinks=4, k_bits=4, v_bits=4), True, False),
+        (CSKVConfig(window=1, group=1, sinks=0), True, False),
+        (CSKVConfig(window=0, group=2, sinks=0), True, False),
         (CSKVConfig(window=0, group=2, k_bits=4), True, True),
         (CSKVConfig(window=0, group=2, v_bits=4), True, False),
         (CSKVConfig(window=0, group=2, v_bits=4, v_block=(2, 1)), True, True),
@@ -270,9 +292,14 @@ def test_what_is_compiled_depends_on_settings_and_ranks() -> None:
     """vLLM keeps what it compiled under a hash of this, as JSON."""
     summaries = [
         json.dumps(adapter.summary())
-        for adapter in (served(CONFIG, RANKS), served(QUANTISED, RANKS), served(CONFIG, [(8, 6), (4, 4)]))
+        for adapter in (
+            served(CONFIG, RANKS),
+            served(dataclasses.replace(CONFIG, sinks=3), RANKS),
+            served(QUANTISED, RANKS),
+            served(CONFIG, [(8, 6), (4, 4)]),
+        )
     ]
-    assert len(set(summaries)) == 3
+    assert len(set(summaries)) == 4
     assert json.dumps(served(CONFIG, RANKS).summary()) == summaries[0]
 
 

@@ -1,9 +1,10 @@
-"""The exact window of many requests: one ring of the newest tokens per request, in pages beside those of latents.
+"""The exact tokens of many requests: sinks and a ring of the newest per request, in pages beside those of latents.
 
-Before a forward that appends to a request, all but its newest tokens are sealed (`cskv.cache.bibranch`), so that at
-most `window + group - 1` are not: a token's place in the ring is its position modulo that. A ring is read before the
-forward writes its own tokens over the oldest ones. Where latents are packed in groups of tokens, those of tokens that
-are not sealed yet wait in the ring as well.
+Sinks, a request's first tokens, stay in the first places for good. Before a forward that appends to a request, all but
+its newest other tokens are sealed (`cskv.cache.bibranch`), so that at most `window + group - 1` are not: behind the
+sinks, a token's place is its position modulo that. A ring is read before the forward writes its own tokens over the
+oldest ones. Where latents are packed in groups of tokens, those of tokens that are not sealed yet wait in the ring as
+well.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Ring:
     """What the ring of one request holds, of one layer.
 
     Attributes:
-        window, group: see `CSKVConfig`.
+        window, group, sinks: see `CSKVConfig`.
         kv_heads, head_dim: of the exact keys and values.
         k_waiting, v_waiting: latents per token that wait to be packed with their group; 0 where none do.
         dtype: of all of them.
@@ -35,11 +36,12 @@ class Ring:
     k_waiting: int
     v_waiting: int
     dtype: torch.dtype
+    sinks: int = 0
 
     @property
     def slots(self) -> int:
-        """Tokens; 0 where nothing is ever kept exactly, and there is no ring."""
-        return self.window + self.group - 1
+        """Tokens, the sinks first; 0 where nothing is ever kept exactly, and there is no ring."""
+        return self.sinks + self.window + self.group - 1
 
     @property
     def row(self) -> tuple[int, int, int, int]:
@@ -58,6 +60,11 @@ class Ring:
         numbers = storage.view(self.dtype)[:, : self.slots * sum(self.row)]
         return numbers.unflatten(1, (self.slots, sum(self.row)))
 
+    def places(self, position: Int[Tensor, "*tokens"]) -> Int[Tensor, "*tokens"]:
+        """The places of tokens in their rings."""
+        newest = max(1, self.slots - self.sinks)  # where there are none, nobody asks for the place of one
+        return torch.where(position < self.sinks, position, self.sinks + (position - self.sinks) % newest)
+
     def tokens(
         self,
         rings: Float[Tensor, "pages slots row"],
@@ -65,7 +72,7 @@ class Ring:
         position: Int[Tensor, "batch tokens"],
     ) -> Float[Tensor, "batch tokens row"]:
         """What the rings hold of some positions."""
-        return rings[page[:, None], position % self.slots]
+        return rings[page[:, None], self.places(position)]
 
     def heads(self, rows: Float[Tensor, "batch tokens row"]) -> tuple[Tensor, Tensor]:
         """Keys and values, (batch, kv_heads, tokens, head_dim), of rows of a ring."""
@@ -75,7 +82,7 @@ class Ring:
             values.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2),
         )
 
-    def recent(
+    def exact(
         self,
         rings: Float[Tensor, "pages slots row"],
         page: Int[Tensor, " batch"],
@@ -104,9 +111,9 @@ class Ring:
         Args:
             rings: those of all requests.
             page: of each token's request.
-            position: of each token; the newest `slots` of a request at most.
+            position: of each token; of a request, sinks and the newest `window + group - 1` at most.
             parts: keys, values and the latents of both, (tokens, ...); latents that do not wait are left out.
         """
         keys, values, k_latents, v_latents = parts
         waiting = k_latents[:, : self.k_waiting], v_latents[:, : self.v_waiting]
-        rings[page, position % self.slots] = torch.cat([keys.flatten(1), values.flatten(1), *waiting], dim=1)
+        rings[page, self.places(position)] = torch.cat([keys.flatten(1), values.flatten(1), *waiting], dim=1)

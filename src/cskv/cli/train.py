@@ -119,9 +119,8 @@ class InitialOptions:
             changes = {name: getattr(settings, name) for name in names} | compression.exact_tokens_given(settings)
             return dataclasses.replace(source.config, **changes), source
         if budget is not None and "window" not in compression.exact_tokens_given(settings):
-            exact = {"window": CSKVConfig.window, "group": CSKVConfig.group}
-            exact["sinks"] = CSKVConfig.sinks if compression.sinks is None else compression.sinks
-            settings = dataclasses.replace(settings, **exact)
+            sinks = CSKVConfig.sinks if compression.sinks is None else compression.sinks
+            settings = dataclasses.replace(settings, window=CSKVConfig.window, group=CSKVConfig.group, sinks=sinks)
         return settings, None
 
     def budget(self) -> Budget | None:

@@ -65,7 +65,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._window, self._group = kv_cache_spec.window, kv_cache_spec.group
+        self._spec = kv_cache_spec
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -81,8 +81,10 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
                 lengths.numpy().astype("int64"),
                 common.block_table_tensor,
                 common.slot_mapping,
-                self._window,
-                self._group,
+                self._spec.block_size,
+                window=self._spec.window,
+                group=self._spec.group,
+                sinks=self._spec.sinks,
             )
             common._cskv_step = made
         return made

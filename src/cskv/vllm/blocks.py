@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from cskv.errors import ConfigError
 from cskv.latents.pages import ALIGNMENT
+from cskv.vllm.served import NO_RING
 from cskv.vllm.shards import ServedShard
 
 logger = logging.getLogger("vllm.cskv")
@@ -70,7 +71,7 @@ def rings_of(share: ServedShard, block_size: int, layers: Sequence[int]) -> Ring
     rings = cut_rings(block, share.ring_bytes, layers)
     if len(layers) > 1 and rings.page_bytes > _stage_bytes(block, len(layers)):
         raise ConfigError(
-            f"blocks of {block_size} tokens cannot hold the exact windows of stages of {list(layers)} layers; give a "
+            f"blocks of {block_size} tokens cannot hold the exact tokens of stages of {list(layers)} layers; give a "
             "larger --block-size, or as many layers to every stage"
         )
     return rings
@@ -96,15 +97,15 @@ def choose_block_size(share: ServedShard, vllm_config: Any) -> None:
             f"give --block-size a multiple of {group}"
         )
     elif cache.block_size < least:
-        reason = f"blocks of {cache.block_size} tokens cannot hold the exact window of one layer"
+        reason = f"blocks of {cache.block_size} tokens cannot hold the exact tokens of one layer"
         if stages > 1:
             raise ConfigError(f"{reason}, which {stages} pipeline stages need; give --block-size {least} or more")
         logger.warning("%s, so memory is wasted; give --block-size %d or more", reason, least)
     sizes = {layout.page_bytes(cache.block_size) for layout in share.layouts.values()}
     if stages > 1 and len(sizes) > 1:
         raise ConfigError(
-            f"{stages} pipeline stages, an exact window and layers of different ranks or widths do not go together in "
-            "vLLM's block pool; serve with window 0 and group 1, or with one rank for all layers"
+            f"{stages} pipeline stages, exact tokens and layers of different ranks or widths do not go together in "
+            f"vLLM's block pool; serve with {NO_RING}, or with one rank for all layers"
         )
 
 

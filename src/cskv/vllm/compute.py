@@ -1,7 +1,8 @@
 """The attention of one layer in one step of a server, and what it writes into the cache.
 
-Queries read sealed tokens by their latents, in pages, and the newest exactly: from the request's ring, and those of the
-step itself. Requests that decode are done at once, whatever their lengths; a piece of a prompt is done by itself.
+Queries read sealed tokens by their latents, in pages, and sinks and the newest exactly: from the request's ring, and
+those of the step itself. Requests that decode are done at once, whatever their lengths; a piece of a prompt is done by
+itself.
 """
 
 from __future__ import annotations
@@ -59,21 +60,21 @@ class LayerRules:
     scratch: Scratch
     offset: KeyOffset | None = None
 
-    def inputs(self, view: View) -> AttentionInputs:
-        """Return what a query reads and is told, with cos and sin of the view's sealed tokens."""
-        rope, offset = self.rope, self.offset
+    def inputs(self, view: View, sinks: int) -> AttentionInputs:
+        """Return what a query reads and is told, with cos and sin of the view's sealed tokens, which follow sinks."""
+        rope, offset, sealed = self.rope, self.offset, slice(sinks, sinks + view.sealed)
         if rope is not None:
-            rope = _first(rope, view.sealed)
+            rope = _at(rope, sealed)
         if offset is not None:
-            offset = replace(offset, rotation=_first(offset.rotation, view.sealed))
+            offset = replace(offset, rotation=_at(offset.rotation, sealed))
         return AttentionInputs(view, self.factors, rope, self.logits, key_offset=offset)
 
 
-def _first(rotation: Rotation, tokens: int) -> Rotation:
-    """Keep cos and sin of the first positions."""
+def _at(rotation: Rotation, positions: slice) -> Rotation:
+    """Keep cos and sin of some positions."""
     if rotation.cos is None or rotation.sin is None:
         return rotation
-    return replace(rotation, cos=rotation.cos[:, :tokens], sin=rotation.sin[:, :tokens])
+    return replace(rotation, cos=rotation.cos[:, positions], sin=rotation.sin[:, positions])
 
 
 def attend(
@@ -118,11 +119,11 @@ def _decode(step: Step, cache: LayerCache, rules: LayerRules, query: Tensor, key
     n = step.decodes
     keys, values, exists = keys[:, :, None], values[:, :, None], None
     if cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
-        exists = step.recent.exists[:n]
-        old_keys, old_values = cache.ring.recent(cache.rings, cache.ring_page[:n], step.recent.position[:n], exists)
+        exists = step.exact.exists[:n]
+        old_keys, old_values = cache.ring.exact(cache.rings, cache.ring_page[:n], step.exact.position[:n], exists)
         keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
         exists = torch.nn.functional.pad(exists, (0, 1), value=True)
-    inputs = rules.inputs(_view(step, cache, slice(n), step.most, step.least, keys, values, exists))
+    inputs = rules.inputs(_view(step, cache, slice(n), step.most, step.least, keys, values, exists), step.sinks)
     return attention(query[:, :, None], inputs, scratch=rules.scratch)[:, :, 0]
 
 
@@ -131,13 +132,13 @@ def _prefill(
 ) -> Tensor:
     """Attend in one request: (new, q_heads, head_dim)."""
     query, keys, values = (part.transpose(0, 1)[None] for part in (query, keys, values))
-    of_request, recent = slice(prefill.request, prefill.request + 1), prefill.length - prefill.sealed
-    if recent and cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
-        position, exists = (part[of_request] for part in step.recent)
-        held = cache.ring.recent(cache.rings, cache.ring_page[of_request], position, exists)
-        keys = torch.cat([held[0][:, :, :recent], keys], dim=2)
-        values = torch.cat([held[1][:, :, :recent], values], dim=2)
-    inputs = rules.inputs(_view(step, cache, of_request, prefill.sealed, prefill.sealed, keys, values))
+    of_request, exact = slice(prefill.request, prefill.request + 1), prefill.length - prefill.sealed
+    if exact and cache.ring is not None and cache.rings is not None and cache.ring_page is not None:
+        position, exists = (part[of_request] for part in step.exact)
+        held = cache.ring.exact(cache.rings, cache.ring_page[of_request], position, exists)
+        keys = torch.cat([held[0][:, :, :exact], keys], dim=2)
+        values = torch.cat([held[1][:, :, :exact], values], dim=2)
+    inputs = rules.inputs(_view(step, cache, of_request, prefill.sealed, prefill.sealed, keys, values), step.sinks)
     if attends_to_latents(query.shape[2], query.shape[1], keys.shape[1]):
         result = attention(query, inputs, scratch=rules.scratch)
     elif rules.logits.softcap is not None:  # torch's own attention has none
@@ -182,4 +183,5 @@ def _seal(step: Step, cache: LayerCache, pages: Pages, which: int, latents: Tens
     waiting = ring.tokens(rings, ring_page[request], position).split(ring.row, dim=-1)[2 + which]
     own = latents[(step.start[request][:, None] + new).clamp(min=0)]
     group = torch.where((new >= 0)[..., None], own, waiting.to(own.dtype))
-    seal(pages, step.table[request, first // pages.block_size].long(), first % pages.block_size, group)
+    place = first - step.sinks
+    seal(pages, step.table[request, place // pages.block_size].long(), place % pages.block_size, group)

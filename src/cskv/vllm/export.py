@@ -38,10 +38,10 @@ class ExportReport:
         folder: the checkpoint.
         base: the base model's folder.
         architecture: the one that `config.json` names now.
-        window, group: see `CSKVConfig`.
+        window, group, sinks: see `CSKVConfig`.
         dtype: the one in which vLLM serves the model unless told otherwise.
         uncompressed_bytes_per_token: bytes of keys and values, all layers.
-        bytes_per_token: bytes of latents, or of their codes and the parameters of full blocks; the exact window aside.
+        bytes_per_token: bytes of latents, or of their codes and the parameters of full blocks; exact tokens aside.
         linked, copied: weight files that are hard links to the base's, and those that are copies.
         left_out: the base's weights in other formats.
     """
@@ -51,6 +51,7 @@ class ExportReport:
     architecture: str
     window: int
     group: int
+    sinks: int
     dtype: str
     uncompressed_bytes_per_token: int
     bytes_per_token: float
@@ -66,7 +67,7 @@ class ExportReport:
     @property
     def prefix_caching(self) -> bool:
         """Whether requests can share the pages of a common prefix: only where no tokens are kept exactly."""
-        return self.window + self.group == 1
+        return self.window + self.group + self.sinks == 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON-ready values."""
@@ -83,6 +84,7 @@ def export(
     *,
     window: int | None = None,
     group: int | None = None,
+    sinks: int | None = None,
     copy: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
@@ -92,7 +94,7 @@ def export(
         adapter: one that compresses every layer of the base model. It is not changed.
         base: the base model's folder.
         out: the folder to write, absent or empty.
-        window, group: in place of the adapter's.
+        window, group, sinks: in place of the adapter's.
         copy: never hard-link weights.
         overwrite: replace an earlier export in `out`.
 
@@ -103,7 +105,7 @@ def export(
     config = read_config(base)
     files = list_files(base)
     _check_layers(adapter, config, base, files)
-    adapter = adapter.with_settings(window=window, group=group)
+    adapter = adapter.with_settings(window=window, group=group, sinks=sinks)
     linked: list[str] = []
     write_folder(
         out, lambda folder: linked.extend(_fill(folder, adapter, base, config, files, copy)), replace=overwrite
@@ -116,6 +118,7 @@ def export(
         architecture=PREFIX + config.architecture,
         window=adapter.config.window,
         group=adapter.config.group,
+        sinks=adapter.config.sinks,
         dtype=str(dtype).removeprefix("torch."),
         uncompressed_bytes_per_token=uncompressed,
         bytes_per_token=compressed,

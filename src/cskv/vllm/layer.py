@@ -151,6 +151,7 @@ class CompressedAttention(Attention):
             layout=self.layout,
             window=config.window,
             group=config.group,
+            sinks=config.sinks,
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:

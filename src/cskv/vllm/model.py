@@ -75,7 +75,7 @@ def _refuse(parent: nn.Module, layer: Attention) -> None:
     elif layer.sliding_window is not None:
         reason = "has a sliding window, and such layers are not compressed"
     elif layer.has_sink:
-        reason = "has attention sinks"
+        reason = "has learned attention sinks"
     if reason is not None:
         raise UnsupportedModelError(f"{layer.layer_name} ({type(parent).__name__}) {reason}; this model is not served")
 

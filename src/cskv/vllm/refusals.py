@@ -11,7 +11,7 @@ from typing import Any
 
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.errors import AdapterError, ConfigError, UnsupportedModelError
-from cskv.vllm.served import Served
+from cskv.vllm.served import NO_RING, Served, exact_tokens
 from cskv.vllm.shards import ServedShard
 
 logger = logging.getLogger("vllm.cskv")
@@ -24,7 +24,7 @@ def check(served: Served, vllm_config: Any) -> None:
 
     Args:
         served: the adapter.
-        vllm_config: vLLM's whole configuration. Prefix caching is switched off where there is a window.
+        vllm_config: vLLM's whole configuration. Prefix caching is switched off where tokens are kept exactly.
 
     Raises:
         AdapterError: the adapter was made for another model, or is damaged.
@@ -44,10 +44,10 @@ def check(served: Served, vllm_config: Any) -> None:
     if served.has_ring and cache.enable_prefix_caching:
         cache.enable_prefix_caching = False
         logger.warning(
-            "prefix caching is switched off: the exact window of %d tokens (groups of %d) belongs to one request, and "
-            "a shared prefix has none; serve with window 0 and group 1 to have prefix caching",
-            served.config.window,
-            served.config.group,
+            "prefix caching is switched off: %s tokens of a request are kept exactly, and a shared prefix has only "
+            "latents; serve with %s to have prefix caching",
+            exact_tokens(served.config.window, served.config.group, served.config.sinks),
+            NO_RING,
         )
 
 
@@ -88,7 +88,7 @@ def _unsupported_options(served: Served, vllm_config: Any) -> Iterator[str]:
             "heads, and a rank has only its own; use one rank, pipeline parallelism, or joint factors"
         )
     if served.has_ring and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        yield "with a window and without the hybrid KV cache manager; leave that on, or serve with window 0 and group 1"
+        yield f"with exact tokens and without the hybrid KV cache manager; leave that on, or serve with {NO_RING}"
 
 
 def _check_saving(ranks: int, here: float, alone: float) -> None:
@@ -110,6 +110,6 @@ def _check_saving(ranks: int, here: float, alone: float) -> None:
 
 
 def _saving(share: ServedShard) -> float:
-    """Divide the bytes of a rank's uncompressed cache by those of its latents, the window aside."""
+    """Divide the bytes of a rank's uncompressed cache by those of its latents, exact tokens aside."""
     full = 2 * share.shard.heads * share.head_dim * share.dtype.itemsize * len(share.layouts)
     return full / sum(layout.bytes_per_token for layout in share.layouts.values())

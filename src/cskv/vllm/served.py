@@ -3,9 +3,10 @@
 `config.json` of an exported checkpoint, or `--hf-overrides`, holds
 
     "architectures": ["CSKVLlamaForCausalLM"],
-    "cskv": {"adapter": FOLDER, "window": 32, "group": 32}
+    "cskv": {"adapter": FOLDER, "window": 32, "group": 32, "sinks": 4}
 
-where FOLDER lies in the model's folder, or is a path or a hub id; window and group are the adapter's own if left out.
+where FOLDER lies in the model's folder, or is a path or a hub id; window, group and sinks are the adapter's own if left
+out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError
 
 KEY = "cskv"  # in a model's config.json
-OVERRIDES = ("window", "group")
+OVERRIDES = ("window", "group", "sinks")
+NO_RING = "window 0, group 1 and sinks 0"  # for messages: what to serve with to have nothing kept exactly
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Served:
 
     Attributes:
         folder: of the adapter.
-        settings: of its `config.json`, window and group replaced where the model's configuration says so.
+        settings: of its `config.json`, window, group and sinks replaced where the model's configuration says so.
     """
 
     folder: Path
@@ -44,7 +46,7 @@ class Served:
     @property
     def has_ring(self) -> bool:
         """Whether tokens are kept exactly after their own step."""
-        return self.config.window + self.config.group > 1
+        return self.config.window + self.config.group + self.config.sinks > 1
 
     def summary(self) -> dict[str, Any]:
         """Return the settings that compiled shapes depend on."""
@@ -70,11 +72,20 @@ def find_served(model: str, revision: str | None, config: Any) -> Served:
         )
     unknown = sorted(set(named) - {"adapter", *OVERRIDES})
     if unknown:
-        raise ConfigError(f"{KEY!r} in the model's config has {unknown}; expected 'adapter', 'window' and 'group'")
+        expected = "expected 'adapter', 'window', 'group' and 'sinks'"
+        raise ConfigError(f"{KEY!r} in the model's config has {unknown}; {expected}")
     folder = _folder(model, revision, named["adapter"])
     settings = read_settings(folder)
     changed = {name: named[name] for name in OVERRIDES if name in named}
     return Served(folder, settings._replace(config=dataclasses.replace(settings.config, **changed)))
+
+
+def exact_tokens(window: int, group: int, sinks: int) -> str:
+    """Name the tokens of a request that are kept exactly: "the first 4 and the newest 32 to 63"."""
+    parts = [f"the first {sinks}"] if sinks else []
+    if window + group > 1:
+        parts.append(f"the newest {window} to {window + group - 1}")
+    return " and ".join(parts)
 
 
 def _folder(model: str, revision: str | None, adapter: str) -> Path:

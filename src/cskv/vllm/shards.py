@@ -115,7 +115,8 @@ class ServedShard:
         for layer, layout in self.layouts.items():
             grids = layout.k_grid, layout.v_grid
             k, v = (0 if grid is None or grid.block_tokens == 1 else grid.rank for grid in grids)
-            rings[layer] = Ring(config.window, config.group, self.shard.heads, self.head_dim, k, v, self.dtype)
+            sizes = self.shard.heads, self.head_dim, k, v
+            rings[layer] = Ring(config.window, config.group, *sizes, self.dtype, config.sinks)
         return rings
 
     @property

@@ -21,12 +21,13 @@ class LatentSpec(FullAttentionSpec):
 
     Attributes:
         layout: of a page.
-        window, group: see `CSKVConfig`.
+        window, group, sinks: see `CSKVConfig`.
     """
 
     layout: PageLayout
     window: int
     group: int
+    sinks: int
 
     @property
     def state_content_size_bytes(self) -> int:

@@ -27,7 +27,7 @@ class Prefill(NamedTuple):
         request: its row in the block table.
         rows: its tokens in the batch.
         length: its cached tokens before the step.
-        sealed: those of them that are read from latents.
+        sealed: those of them that are read from latents, the first behind the sinks.
     """
 
     request: int
@@ -51,7 +51,7 @@ class Kept(NamedTuple):
     position: Tensor
 
 
-class Recent(NamedTuple):
+class Exact(NamedTuple):
     """Tokens that were in the rings before the step, oldest first, (requests, slots): position, and if it exists."""
 
     position: Tensor
@@ -63,20 +63,22 @@ class Step:
     """The plan of one step.
 
     Attributes:
+        sinks: see `CSKVConfig`. Latents are counted from there on: those of the token at `sinks + i` have place i.
         tokens: tokens of all requests; padding follows them in the batch.
         decodes: number of requests that append one token; they come first.
         prefills: the other requests.
         table: (requests, blocks): block table.
-        slots: (tokens,): slot mapping, page * block_size + offset.
+        slots: (tokens,): where latents that are stored one by one go, page * block_size + offset; negative: nowhere.
         start: (requests,): the first row of each request in the batch.
         length: (requests,): cached tokens before the step.
-        sealed: (requests,): those of them that are read from latents.
+        sealed: (requests,): those of them that are read from latents, the first behind the sinks.
         most, least: sealed tokens of the longest and of the shortest request that decodes.
-        recent: tokens read from the rings.
+        exact: tokens read from the rings.
         groups: groups sealed at the end of the step.
         kept: tokens written into the rings.
     """
 
+    sinks: int
     tokens: int
     decodes: int
     prefills: tuple[Prefill, ...]
@@ -87,36 +89,44 @@ class Step:
     sealed: Tensor
     most: int
     least: int
-    recent: Recent
+    exact: Exact
     groups: Groups
     kept: Kept
 
 
-def plan_step(starts: Numbers, lengths: Numbers, table: Tensor, slots: Tensor, window: int, group: int) -> Step:
+def plan_step(
+    starts: Numbers, lengths: Numbers, table: Tensor, slots: Tensor, block_size: int, *,
+    window: int, group: int, sinks: int,
+) -> Step:  # fmt: skip
     """Plan a step.
 
     Args:
         starts: (requests + 1,): where each request's tokens start in the batch, and where the last ones end. Requests
             with one token come first; those with none are padding, and come last.
         lengths: (requests,): tokens of each request, those of the step included.
-        table, slots: see `Step`, on the device.
-        window, group: see `CSKVConfig`.
+        table: see `Step`, on the device.
+        slots: vLLM's slot mapping, on the device: where tokens would go if there were no sinks.
+        block_size: tokens of a page.
+        window, group, sinks: see `CSKVConfig`.
     """
     new = np.diff(starts)
     requests = int((new > 0).sum())
     starts, new, lengths = starts[:requests], new[:requests], lengths[:requests]
     before = lengths - new
-    sealed, sealed_after = (sealed_tokens(length, window, group) for length in (before, lengths))
+    sealed, sealed_after = (sealed_tokens(np.maximum(length - sinks, 0), window, group) for length in (before, lengths))
     tokens = int(new.sum())
     decodes = int((new == 1).cumprod().sum())
     prefills = tuple(
         Prefill(i, slice(int(starts[i]), int(starts[i] + new[i])), int(before[i]), int(sealed[i]))
         for i in range(decodes, requests)
     )
-    position = sealed[:, None] + np.arange(window + group - 1)
     sent = partial(_sent, device=table.device)
     decoding = sealed[:decodes]
+    if sinks:
+        request, place = map(sent, _tokens(before - sinks, new))
+        slots = _shifted(slots[:tokens], table, request, place, block_size)
     return Step(
+        sinks=sinks,
         tokens=tokens,
         decodes=decodes,
         prefills=prefills,
@@ -127,29 +137,41 @@ def plan_step(starts: Numbers, lengths: Numbers, table: Tensor, slots: Tensor, w
         sealed=sent(sealed),
         most=int(decoding.max(initial=0)),
         least=int(decoding.min()) if decodes else 0,
-        recent=Recent(sent(position), sent(position < before[:, None])),
-        groups=Groups(*map(sent, _groups(sealed, sealed_after, group))),
-        kept=Kept(*map(sent, _kept(starts, before, new, window + group - 1))),
+        exact=Exact(*map(sent, _exact(before, sealed, sinks, window + group - 1))),
+        groups=Groups(*map(sent, _tokens(sinks + sealed, (sealed_after - sealed) // group, group))),
+        kept=Kept(*map(sent, _kept(starts, before, lengths, sinks, window + group - 1))),
     )
 
 
-def _groups(sealed: Numbers, after: Numbers, group: int) -> tuple[Numbers, Numbers]:
-    count = (after - sealed) // group
-    request = np.repeat(np.arange(len(count)), count)
-    return request, sealed[request] + _counting(count) * group
+def _exact(before: Numbers, sealed: Numbers, sinks: int, newest: int) -> tuple[Numbers, npt.NDArray[np.bool_]]:
+    """List the positions that rings may hold, the sinks first, and which of them are there."""
+    place = np.arange(sinks + newest)
+    position = place + np.where(place < sinks, 0, sealed[:, None])
+    return position, position < before[:, None]
 
 
-def _kept(starts: Numbers, before: Numbers, new: Numbers, slots: int) -> tuple[Numbers, Numbers, Numbers]:
-    """Select the newest tokens of every request, up to the slots of a ring."""
-    count = np.minimum(new, slots)
-    request = np.repeat(np.arange(len(count)), count)
-    place = (new - count)[request] + _counting(count)
-    return starts[request] + place, request, before[request] + place
+def _kept(
+    starts: Numbers, before: Numbers, after: Numbers, sinks: int, newest: int
+) -> tuple[Numbers, Numbers, Numbers]:
+    """Select the sinks among the new tokens of every request, and the newest others, up to so many."""
+    first = np.stack([before, np.maximum(np.maximum(before, sinks), after - newest)], axis=1).flatten()
+    stop = np.stack([np.minimum(after, sinks), after], axis=1).flatten()
+    half, position = _tokens(first, np.maximum(stop - first, 0))
+    request = half // 2
+    return starts[request] + position - before[request], request, position
 
 
-def _counting(count: Numbers) -> Numbers:
-    """Count 0, 1, 2, ... anew for each count."""
-    return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+def _tokens(first: Numbers, count: Numbers, step: int = 1) -> tuple[Numbers, Numbers]:
+    """List the numbers of ranges, one range after another: which range it is, and the number."""
+    which = np.repeat(np.arange(len(count)), count)
+    counted = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return which, first[which] + counted * step
+
+
+def _shifted(slots: Tensor, table: Tensor, request: Tensor, place: Tensor, block_size: int) -> Tensor:
+    """Find slots anew, of latents that are counted from the sinks on, where a token has a slot and is no sink."""
+    page = table[request, place.clamp(min=0) // block_size].to(slots.dtype)
+    return torch.where((slots >= 0) & (place >= 0), page * block_size + place % block_size, -1)
 
 
 def _sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
