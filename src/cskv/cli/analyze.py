@@ -58,7 +58,7 @@ def analyze(
 
     * `cskv analyze --model-path my-model`
     * `cskv analyze --model-path my-model --weights-only --output spectra`
-    * `cskv analyze --model-path m --adapter outputs/adapters/m/k0.2-v0.2-weighted-pca-window32-group32-sinks4`
+    * `cskv analyze --model-path m --adapter outputs/adapters/m/k0.2-v0.2-fisher-pca-window32-group32-sinks4-untrained`
     * `cskv analyze --model-path my-model --statistics outputs/calibration/my-model/statistics.safetensors`
     """
     set_logging(logging_level)

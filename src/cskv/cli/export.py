@@ -38,6 +38,9 @@ def export(
             "the group: another group is another grid than it was trained for. [default: the adapter's]"
         ),
     ] = None,
+    sinks: Annotated[
+        int | None, opt.window(help="First tokens of a request that are always exact. [default: the adapter's]")
+    ] = None,
     copy: Annotated[
         bool,
         opt.files(
@@ -51,13 +54,13 @@ def export(
     """Write a checkpoint that vLLM serves from a compressed cache: the base model's files, and the adapter beside them.
 
     `config.json` names an architecture that the plugin knows, all else is the base model's. Weights in other formats
-    than safetensors are left out, but a GGUF file that is the base itself is dequantised to bfloat16. Window and group
-    only say how tokens are read: they may be changed without training.
+    than safetensors are left out, but a GGUF file that is the base itself is dequantised to bfloat16. Window,
+    group and sinks only say how tokens are read: they may be changed without training.
 
     Examples:
 
-    * `cskv export outputs/adapters/my-model/k0.2-v0.2-weighted-pca-window32-group32 --out served`
-    * `cskv export ADAPTER --out served --window 0 --group 1`
+    * `cskv export outputs/adapters/my-model/k0.2-v0.2-fisher-pca-window32-group32-sinks4-untrained --out served`
+    * `cskv export ADAPTER --out served --window 0 --group 1 --sinks 0`
     """
     from cskv.adapter.adapter import CSKVAdapter
     from cskv.vllm.export import check_place
@@ -70,7 +73,7 @@ def export(
     loaded = CSKVAdapter.from_pretrained(folder if folder.is_dir() else adapter)
     model_path = LoadingOptions(gguf_file=gguf_file).optional_name(model_path)
     with find_base(loaded, model_path, out) as (name, base):
-        report = write(loaded, base, out, window=window, group=group, copy=copy, overwrite=overwrite)
+        report = write(loaded, base, out, window=window, group=group, sinks=sinks, copy=copy, overwrite=overwrite)
     if name != base:  # the links are to a folder that is gone
         report = dataclasses.replace(report, base=name, linked=(), copied=report.linked + report.copied)
     for line in describe(report):
@@ -111,6 +114,7 @@ def find_base(adapter: CSKVAdapter, model_path: str | None, out: Path) -> Iterat
 def describe(report: ExportReport) -> list[str]:
     """Return the report as lines for a person."""
     from cskv.models.gguf import is_gguf
+    from cskv.vllm.served import exact_tokens
 
     made = "dequantised" if is_gguf(report.base) else "copied"
     weights = [
@@ -122,15 +126,15 @@ def describe(report: ExportReport) -> list[str]:
         f"serves      {report.architecture} from {report.base}",
         f"weights     {', '.join(weights)}",
         f"cache       {report.uncompressed_bytes_per_token:,} bytes per token uncompressed, "
-        f"{report.bytes_per_token:,.6g} compressed ({report.ratio:.1%}), in {report.dtype}, exact window aside",
+        f"{report.bytes_per_token:,.6g} compressed ({report.ratio:.1%}), in {report.dtype}, exact tokens aside",
     ]
     if report.left_out:
         lines.insert(3, f"left out    {', '.join(report.left_out)}")
     if not report.prefix_caching:
-        newest = f"{report.window} to {report.window + report.group - 1}"
+        exact = exact_tokens(report.window, report.group, report.sinks)
         lines.append(
-            f"prefixes    are not shared: the newest {newest} tokens are kept exactly, so prefix caching will be "
-            "switched off; `--window 0 --group 1` allows it"
+            f"prefixes    are not shared: {exact} tokens of a request are kept exactly, so prefix caching will be "
+            "switched off; `--window 0 --group 1 --sinks 0` allows it"
         )
     folder = shlex.quote(str(report.folder))
     return [*lines, f"serve       python -m vllm.entrypoints.openai.api_server --model {folder}"]

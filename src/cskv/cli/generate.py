@@ -95,7 +95,7 @@ def generate(
 
     Examples:
 
-    * `cskv generate --adapter outputs/adapters/my-model/k0.2-v0.2-weighted-pca-window32-group32-sinks4 -p "It was"`
+    * `cskv generate --adapter outputs/adapters/m/k0.2-v0.2-fisher-pca-window32-group32-sinks4-untrained -p "It was"`
     * `cskv generate --model_path my-model --k_density 0.2 --v_density 0.2 --use_asvd --use_window --lines 200`
     * `cskv generate --model_path my-model --use_init_params --k_density 0.5 --v_density 0.5 --prompt-file book.txt`
     * `cskv generate --model_path my-model --use_origin_model --prompt "The uncompressed baseline"`

@@ -31,7 +31,7 @@ def inspect(
 
     Examples:
 
-    * `cskv inspect outputs/adapters/my-model/k0.2-v0.2-weighted-pca-window32-group32-sinks4`
+    * `cskv inspect outputs/adapters/my-model/k0.2-v0.2-fisher-pca-window32-group32-sinks4-untrained`
     * `cskv inspect ADAPTER --tokens 131072 | tail -n 1 | python -m json.tool`
     """
     from cskv.adapter.adapter import CSKVAdapter

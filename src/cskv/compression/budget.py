@@ -41,6 +41,8 @@ BITS_16 = 16  # of a key or value channel of the uncompressed cache
 ROUNDS = 12  # of finding the bits at which codes that do not fill their last byte take no more than the ratio
 SEARCH_ROUNDS = 8  # of finding the ratio of a divergence
 CLOSE_ENOUGH = 0.95  # of the divergence that is allowed
+SHRINKAGES = (0.0, 0.3)  # of Fisher information, both tried: the longer the text, and the fewer the channels, the less
+USUAL_RATIO = 0.1  # at which they are compared where the ratio is to be found
 OnProgress = Callable[[str, int, int], None]  # (stage, done, in all)
 
 
@@ -69,6 +71,12 @@ class Budget:
         if not is_number(value) or value <= 0 or (name == "ratio" and value > 1):
             expected = "a share of the uncompressed bytes in (0, 1]" if name == "ratio" else "a number above 0"
             raise ConfigError(f"{name} is {value!r}; expected {expected}")
+
+    def ratio_of(self, uncompressed_bytes: float) -> float:
+        """Return the ratio that it allows, or the usual one where that is to be found."""
+        if self.bytes_per_token is not None:
+            return min(1.0, self.bytes_per_token / uncompressed_bytes)
+        return USUAL_RATIO if self.ratio is None else self.ratio
 
 
 @dataclass(frozen=True)
@@ -122,19 +130,21 @@ def allocate(
     middle = (len(samples) + 1) // 2  # whole halves, since sources may alternate between kinds of text
     seen, aside = samples[:middle], samples[middle:]
     say = progress or (lambda stage, done, total: None)
-    table = _Table(survey(model), config, statistics, ranks_only)
-    table.measure(seen, say)
-    divergence = Divergence(table.surveyed)
+    surveyed = survey(model)
+    divergence = Divergence(surveyed)
     exact = divergence.exact(seen)
 
     def kl(adapter: CSKVAdapter) -> float:
         return divergence.mean(adapter, seen, exact=exact)
 
-    if budget.max_kl is None:
-        ratio = budget.ratio if budget.bytes_per_token is None else budget.bytes_per_token / table.uncompressed_bytes
-        adapter = table.adapter(min(float(ratio), 1.0))  # type: ignore[arg-type]
-        predicted = kl(adapter)
-    else:
+    found = []
+    for shrinkage in SHRINKAGES:
+        table = _Table(surveyed, config, statistics, ranks_only, shrinkage)
+        table.measure(seen, say)
+        adapter = table.adapter(budget.ratio_of(table.uncompressed_bytes))
+        found.append((kl(adapter), table, adapter))
+    predicted, table, adapter = min(found, key=lambda one: one[0])
+    if budget.max_kl is not None:
         adapter, predicted = _smallest(table, kl, budget.max_kl, say)
     say("measuring the divergence", 0, 1)
     measured = divergence.mean(adapter, aside)
@@ -170,13 +180,16 @@ class _Table:
     Args:
         surveyed: the base model.
         config, statistics, ranks_only: as for `allocate`.
+        shrinkage: of Fisher information towards its diagonal.
     """
 
-    def __init__(self, surveyed: Survey, config: CSKVConfig, statistics: Statistics, ranks_only: bool) -> None:
-        self.surveyed, self._statistics = surveyed, statistics
+    def __init__(
+        self, surveyed: Survey, config: CSKVConfig, statistics: Statistics, ranks_only: bool, shrinkage: float
+    ) -> None:
+        self.surveyed, self._statistics, self._shrinkage = surveyed, statistics, shrinkage
         plain = replace(config, k_density=1.0, v_density=1.0)
         self._config = replace(plain, mixed_widths=True)
-        self._components = Factorisation(surveyed, plain, statistics).components()
+        self._components = Factorisation(surveyed, plain, statistics, shrinkage).components()
         grouped = config.head_groups > 1
         self._plain = {
             part
@@ -276,7 +289,7 @@ class _Table:
     def _noise_weights(self, part: Part) -> Float[Tensor, " rank"]:
         """Return the nats per token of a unit of squared error in each latent, where tokens err independently."""
         up = self._components[part].factors.up.double().cpu()
-        fisher = shrunk(self._statistics.get(part[0], f"{part[1]}.fisher"))
+        fisher = shrunk(self._statistics.get(part[0], f"{part[1]}.fisher"), self._shrinkage)
         return torch.einsum("cr,cd,dr->r", up, fisher, up) / 2
 
     def _bits(self, part: Part, widths: Tensor) -> float:

@@ -60,13 +60,16 @@ class Factorisation:
     Args:
         surveyed: the base model.
         config, statistics: as for `initialise`.
+        shrinkage: of Fisher information towards its diagonal, in [0, 1].
 
     Raises:
         DataError: an init without its statistics.
         AdapterError: the statistics belong to another model.
     """
 
-    def __init__(self, surveyed: Survey, config: CSKVConfig, statistics: Statistics | None) -> None:
+    def __init__(
+        self, surveyed: Survey, config: CSKVConfig, statistics: Statistics | None, shrinkage: float = 0.0
+    ) -> None:
         if config.init != "svd":
             if statistics is None:
                 raise DataError(
@@ -76,7 +79,9 @@ class Factorisation:
             statistics.check_fits(surveyed)
         recipes = surveyed.recipes if "pca" in config.init else {}
         self._surveyed, self._config = surveyed, config
-        self._layers = [_Layer(site, config, statistics, recipes.get(site.layer_idx)) for site in surveyed.sites]
+        self._layers = [
+            _Layer(site, config, statistics, recipes.get(site.layer_idx), shrinkage) for site in surveyed.sites
+        ]
 
     def components(self) -> dict[Part, Components]:
         """Find the components of every projection, for a PCA init: memory is that of full-rank factors."""
@@ -145,6 +150,7 @@ class _Layer:
     config: CSKVConfig
     statistics: Statistics | None
     recipe: SiteRecipe | None
+    shrinkage: float
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -204,7 +210,7 @@ class _Layer:
         pairs, kind = self.recipe.pairs, self.statistics.key_kind(self.site.layer_idx)  # type: ignore[union-attr]
         gain = None
         if self.config.init == "fisher-pca":
-            gain = fisher_gain(commuting_part(shrunk(self._statistic(f"{kind}.fisher")), pairs))
+            gain = fisher_gain(commuting_part(self._fisher(kind), pairs))
         elif self.config.init == "weighted-pca":
             gain = torch.diag(self._key_gain())
         mean, moment = self._moments(kind)
@@ -213,6 +219,9 @@ class _Layer:
         return commuting_components(moment, pairs, gain, None if self.site.k.bias is None else mean).to(
             self.site.k.device
         )
+
+    def _fisher(self, kind: str) -> Tensor:
+        return shrunk(self._statistic(f"{kind}.fisher"), self.shrinkage)
 
     def _moments(self, kind: str) -> tuple[Tensor, Tensor]:
         """Return the mean and the second moment whose principal components are taken."""
@@ -224,7 +233,7 @@ class _Layer:
 
     def _gain(self, kind: str) -> Tensor | None:
         if self.config.init == "fisher-pca":
-            return fisher_gain(shrunk(self._statistic(f"{kind}.fisher")))
+            return fisher_gain(self._fisher(kind))
         if self.config.init != "weighted-pca":
             return None
         if kind == "v":

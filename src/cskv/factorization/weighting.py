@@ -24,7 +24,6 @@ from torch import Tensor
 from cskv.factorization.commuting import RopePairs
 
 LEAST_FISHER = 1e-4  # as a share of the largest: what no gradient was seen for is not free
-SHRINKAGE = 0.1  # more helps where text was short, and costs where the diagonal is not the truth
 COHERENT = 0.25  # from 0.25 to 0.5 all is alike on real models: docs/closed-form.md
 
 
@@ -61,10 +60,10 @@ def value_gain(
     return torch.block_diag(*roots)
 
 
-def shrunk(fisher: Float[Tensor, "kv_dim kv_dim"]) -> Float[Tensor, "kv_dim kv_dim"]:
+def shrunk(fisher: Float[Tensor, "kv_dim kv_dim"], shrinkage: float) -> Float[Tensor, "kv_dim kv_dim"]:
     """Shrink Fisher information towards its diagonal: gradients are heavy-tailed, so some directions are chance."""
     fisher = fisher.double()
-    return (1 - SHRINKAGE) * fisher + SHRINKAGE * torch.diag(fisher.diagonal())
+    return (1 - shrinkage) * fisher + shrinkage * torch.diag(fisher.diagonal())
 
 
 def fisher_gain(fisher: Float[Tensor, "kv_dim kv_dim"]) -> Float[Tensor, "kv_dim kv_dim"]:
