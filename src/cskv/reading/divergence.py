@@ -13,7 +13,7 @@ from cskv.adapter.adapter import CSKVAdapter
 from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.placement import device_of
 from cskv.models.survey import Survey
-from cskv.reading.compressed import check_readable, compressed_reading
+from cskv.reading.compressed import OldTokens, check_readable, compressed_reading
 from cskv.reading.head import Head
 
 CHUNK = 256  # positions whose logits exist at the same time: those of a long text are the largest tensor of a forward
@@ -36,7 +36,7 @@ class Divergence:
 
     def kl(
         self,
-        adapter: CSKVAdapter,
+        adapter: CSKVAdapter | OldTokens,
         input_ids: Int[Tensor, "batch tokens"],
         *,
         exact: Float[Tensor, "batch tokens hidden"] | None = None,
@@ -45,7 +45,7 @@ class Divergence:
         """Return the mean over tokens, in nats; gradients reach the adapter's factors.
 
         Args:
-            adapter: made for the model.
+            adapter: made for the model; or what else is read in place of old tokens.
             input_ids: whole texts without padding.
             exact: from `exact_hidden`, to save a forward.
             checkpointed: run every layer a second time in the backward pass, rather than keep its activations.
