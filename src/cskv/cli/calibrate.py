@@ -25,8 +25,8 @@ def calibrate(
     loading: LoadingOptions,
     model_id: opt.ModelId = None,
     training_dataset: opt.TrainingDataset = "offline",
-    num_samples: opt.NumSamples = 256,
-    max_seq_len: opt.MaxSeqLen = 4096,
+    num_samples: opt.NumSamples = 32,
+    max_seq_len: opt.MaxSeqLen = 1024,
     covariance: Annotated[
         bool,
         opt.running(
@@ -64,7 +64,7 @@ def calibrate(
     Examples:
 
     * `cskv calibrate --model_path my-model`
-    * `cskv calibrate --model-path my-model --training-dataset notes.txt --num-samples 64 --max-seq-len 1024`
+    * `cskv calibrate --model-path my-model --training-dataset notes.txt --num-samples 128 --max-seq-len 4096`
     * `cskv calibrate --model_path lmsys/longchat-7b-v1.5-32k --training_dataset pile_subset --device-map auto`
     """
     set_logging(logging_level)
