@@ -36,7 +36,7 @@ class CSKVConfig:
             calibration statistics, and "fisher-pca" Fisher information in them.
         asvd_alpha: the exponent of ASVD's channel scale, s = (mean|x| + eps)^alpha (arXiv 2312.05821, equation 5).
         key_factors: "joint" mixes all key channels before RoPE; "commuting" mixes kv heads within each RoPE frequency,
-            so that latents are kept rotated and nothing is rotated at decode. It is PCA ("pca" or "weighted-pca").
+            so that latents are kept rotated and nothing is rotated at decode. It is one of the PCA inits.
         head_groups: groups of kv heads with factors of their own, at least 1: cheaper to rebuild, less accurate.
         k_bits, v_bits: bits per latent, 2 to 8, or 16: latents stay in the model's own dtype.
         mixed_widths: every latent channel has a width of its own, chosen under a budget of bytes (`compression`); the
@@ -84,7 +84,7 @@ class CSKVConfig:
         if self.key_factors == "commuting" and ("pca" not in self.init or self.head_groups > 1):
             raise ConfigError(
                 f"commuting key factors are principal components over all kv heads; init {self.init!r} and head_groups "
-                f"{self.head_groups} do not go with them: expected 'pca' or 'weighted-pca', and 1"
+                f"{self.head_groups} do not go with them: expected 'fisher-pca', 'weighted-pca' or 'pca', and 1"
             )
         if not is_number(self.asvd_alpha) or not 0.0 <= self.asvd_alpha <= 1.0:
             raise ConfigError(f"asvd_alpha is {self.asvd_alpha!r}; expected a number in [0, 1], the paper's is 0.5")

@@ -12,7 +12,13 @@ from cskv.methods.method import Method, compressed, uncompressed
 from cskv.methods.press import KNOWN, press
 from cskv.methods.quantized import quantized
 
-TITLES = {"svd": "SVD", "asvd": "ASVD", "pca": "PCA", "weighted-pca": "weighted PCA"}  # untrained, at any density
+TITLES = {  # untrained, at any density
+    "svd": "SVD",
+    "asvd": "ASVD",
+    "pca": "PCA",
+    "weighted-pca": "weighted PCA",
+    "fisher-pca": "Fisher PCA",
+}
 QUANTISED = {"quantized": "hqq", "quantized-hqq": "hqq", "quantized-quanto": "quanto"}
 EXAMPLES = "uncompressed, svd@0.2, asvd@0.2, pca@0.2, quantized@4, streaming@0.2, h2o@0.2, SnapKVPress@0.2"
 
