@@ -16,12 +16,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from common import RESULTS, ROOT, Row, run
-from pages import Table
+from real_models_report import tables
 from real_models_text import Texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -196,28 +196,6 @@ def _say(done: int, total: int | None) -> None:
     print(f"calibrated on {done} of {total} samples", file=sys.stderr, flush=True)
 
 
-def table(results: dict[str, Any]) -> list[Table]:
-    """Make the tables of results."""
-    rows = results["rows"]
-    cells = [
-        [name, f"{row['ratio']:.1%}", f"{row['kl']:.4f}{_spread(row['kl_of_texts'])}"]
-        + ([f"{row['kl_other']:.4f}"] if "kl_other" in row else [""])
-        for name, row in rows.items()
-        if "kl" in row
-    ]
-    lines = [
-        [name.removeprefix("lines: "), f"{row['ratio']:.1%}", f"{row['score']:.0%}", f"{row['n']}"]
-        for name, row in rows.items()
-        if "score" in row
-    ]
-    found = [Table(results["settings"]["name"], ("", "bytes", "KL, nats per token", "other text"), cells)]
-    return [*found, *([Table("LongEval lines", ("", "bytes", "right", "of"), lines)] if lines else [])]
-
-
-def _spread(values: list[float]) -> str:
-    return f" ± {stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
-
-
 def main() -> int:
     """Measure what is lacking, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,7 +219,7 @@ def main() -> int:
         settings = {name: getattr(given, name) for name in ("name", "samples", "texts", "tokens")}
         for role in ("calibration", "heldout", "other", "other_heldout"):
             settings[role] = bench.texts.describe(getattr(given, role))
-        return run(out, settings, bench.jobs(), table)
+        return run(out, settings, bench.jobs(), tables)
     except CSKVError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
