@@ -67,7 +67,7 @@ def test_a_trained_adapter_is_put_in_few_bits(run: Run, options: list[object]) -
     assert "latents are not centred" in result.stderr
     report = last_json(result)
     assert report["adapter"] == "outputs/adapters/tiny/k0.5-v0.25-svd-window8-group4-k4bits-4x1-v2bits-1x32-untrained"
-    last_json(run("calibrate", *options))
+    last_json(run("calibrate", *options, *WINDOW))
     again = last_json(run("train", *options, *few, "--window", 0, "--group", 8, "--learning-rate", 1e-3))
     assert again["adapter"] == "outputs/adapters/tiny/k0.5-v0.25-svd-window0-group8-k4bits-8x1-v2bits-1x32"
     assert again["loss"] < again["initial_loss"] * 1.2
