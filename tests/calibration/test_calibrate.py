@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import math
 import weakref
 from collections.abc import Iterator
@@ -72,6 +73,49 @@ def test_statistics_are_the_means_over_all_tokens(config_class: type) -> None:
             torch.testing.assert_close(
                 statistics.get(site.layer_idx, f"{kind}.moment"), y.T @ y / 60, rtol=1e-4, atol=1e-6
             )
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+def test_sinks_are_left_out(fisher: bool) -> None:
+    """Means over the other tokens, which have seen the sinks; in the first layer nothing of them is left."""
+    model, samples, config = tiny(), random_samples(), dataclasses.replace(SHORT, sinks=3)
+    statistics = calibrate(model, samples, config, fisher=fisher)
+    assert statistics.sinks == 3
+    inputs = [torch.cat([own[3:] for own in x]).double() for x in zip(*(layer_inputs(model, s) for s in samples))]
+    for site, x in zip(find_sites(model), inputs):
+        torch.testing.assert_close(statistics.get(site.layer_idx, "input.mean"), x.mean(0), rtol=1e-4, atol=1e-6)
+        for kind, projection in (("k", site.k), ("v", site.v)):
+            y = x @ projection.weight.detach().double().T
+            torch.testing.assert_close(statistics.get(site.layer_idx, f"{kind}.mean"), y.mean(0), rtol=1e-4, atol=1e-6)
+            moment = statistics.get(site.layer_idx, f"{kind}.moment")
+            torch.testing.assert_close(moment, y.T @ y / len(y), rtol=1e-4, atol=1e-6)
+    others = [torch.cat([sample[:3].flip(0), sample[3:]]) for sample in samples]
+    again = calibrate(model, others, config, fisher=fisher)
+    fewer = calibrate(model, samples, dataclasses.replace(config, sinks=2), fisher=fisher)
+    for name in ("input.mean_abs", "input.mean", "k.mean", "v.mean", "k.moment", "v.moment", "query.energy"):
+        torch.testing.assert_close(again.get(0, name), statistics.get(0, name))
+        assert not torch.allclose(fewer.get(0, name), statistics.get(0, name))
+
+
+def test_samples_of_sinks_alone_are_refused() -> None:
+    with pytest.raises(DataError, match="a sample has 12 tokens, and 12 sinks are left out of statistics") as caught:
+        calibrate(tiny(), random_samples(), CSKVConfig(sinks=12), fisher=False)
+    assert "\n" not in str(caught.value)
+    assert calibrate(tiny(), random_samples(), CSKVConfig(sinks=11), fisher=False).get(0, "v.moment").trace() > 0
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+def test_no_tensors_are_gathered(fisher: bool) -> None:
+    """Nor graphs of backward passes: as many are there after ten samples as after three."""
+    alive: list[tuple[int, int]] = []
+
+    def count(done: int, _total: int | None) -> None:
+        gc.collect()
+        tensors = [own for own in gc.get_objects() if issubclass(type(own), Tensor)]
+        alive.append((len(tensors), sum(own.nbytes for own in tensors)))
+
+    calibrate(tiny(), iter(random_samples(10)), SHORT, fisher=fisher, progress=count)
+    assert len(set(alive[2:-1])) == 1
 
 
 def test_batches_and_single_samples_agree() -> None:
