@@ -188,6 +188,14 @@ def test_the_smallest_cache_of_a_divergence(spend: Spend, limit: float, ranks_on
     assert spend(ratio=0.8 * found.ratio, ranks_only=ranks_only).predicted_kl > limit
 
 
+def test_a_divergence_that_hardly_any_latent_is_needed_for(spend: Spend) -> None:
+    """Blocks cost what no single latent fills: budgets are tried that keep none of some projection."""
+    found = spend({"v_block": (1, 32)}, max_kl=50.0)
+    assert all(rank >= 1 for pair in ranks_of(found.adapter).values() for rank in pair)
+    assert found.predicted_kl < 50
+    assert found.ratio < 0.15
+
+
 def test_a_divergence_that_no_cache_reaches_is_refused() -> None:
     model = tiny_model("llama").bfloat16()  # whose own rounding is more than this
     with pytest.raises(ConfigError, match=r"even all latents at full width diverge by .* nats per token; allow more"):

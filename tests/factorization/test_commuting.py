@@ -100,7 +100,9 @@ def test_a_gain_keeps_what_counts() -> None:
     pairs = RopePairs(torch.tensor([0, 1]), torch.tensor([2, 3]), torch.arange(0))
     moment = torch.diag(torch.tensor([4.0, 1, 4, 1, 4, 1, 4, 1]))
     plain = commuting_components(moment, pairs).truncated(2)
-    weighted = commuting_components(moment, pairs, gain=torch.diag(torch.tensor([1.0, 3, 1, 3, 1, 3, 1, 3]))).truncated(2)
+    weighted = commuting_components(moment, pairs, gain=torch.diag(torch.tensor([1.0, 3, 1, 3, 1, 3, 1, 3]))).truncated(
+        2
+    )
     assert set(plain.up.abs().sum(1).nonzero().flatten().tolist()) <= {0, 2, 4, 6}
     assert set(weighted.up.abs().sum(1).nonzero().flatten().tolist()) <= {1, 3, 5, 7}
 

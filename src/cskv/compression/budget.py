@@ -151,9 +151,12 @@ def _smallest(
     for done in range(SEARCH_ROUNDS):
         say("searching the ratio", done, SEARCH_ROUNDS)
         middle = (low + high) / 2
-        tried = table.adapter(math.exp(middle))
-        found = kl(tried)
-        if found > limit:
+        try:
+            tried = table.adapter(math.exp(middle))
+        except ConfigError:  # too small for a latent of every projection
+            low = middle
+            continue
+        if (found := kl(tried)) > limit:
             low = middle
             continue
         best, least, high = tried, found, middle
