@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.reading.test_compressed import TOKENS, decoded
 from torch import Tensor, nn
 
 import cskv
@@ -20,6 +19,7 @@ from cskv.reading.compressed import compressed_reading
 from tests.attachment.test_cache_bytes import storages
 from tests.attachment.test_generation_modes import MODES, PROMPT
 from tests.models.families import tiny_model, truncated_adapter
+from tests.reading.test_compressed import TOKENS, decoded
 
 SETTINGS = {
     "KIVI, window": CSKVConfig(0.5, 0.5, window=3, group=4, k_bits=4, v_bits=4),

@@ -94,9 +94,7 @@ def test_ranks_of_a_budget_are_drawn(run: Run, calibrated: list[object]) -> None
     assert {row["method"] for row in rows} == {"this adapter", "SVD", "ASVD", "PCA"}
     loss = {(row["method"], row["layer"]): float(row["k_loss"]) + float(row["v_loss"]) for row in rows}
     for layer in ("0", "1"):
-        assert loss["PCA", layer] <= min(loss["SVD", layer], loss["ASVD", layer], loss["this adapter", layer]) * (
-            1 + 1e-6
-        )
+        assert loss["PCA", layer] <= min(loss[name, layer] for name in ("SVD", "ASVD", "this adapter")) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,7 @@ def test_ranks_of_a_budget_are_drawn(run: Run, calibrated: list[object]) -> None
         (["--target-ratio", 0.2, "--k-bits", 4], "a budget chooses the widths of latents; got k_bits 4"),
         (
             ["--target-ratio", 0.2, "--max-seq-len", 12],
-            "a sample of 12 tokens has none that would be read from latents",
+            "a sample of 12 tokens has none that would be read",
         ),
         (["--target-ratio", 0.2, "--num-samples", 1], "at least 2 samples, got 1"),
         (["--from-adapter", "nowhere", "--target-ratio", 0.2], "give it without --target-ratio"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def test_of_ranks_alone_no_latent_more_would_fit(spend: Spend, ratio: float) -> 
 @pytest.mark.parametrize("kind", list(SETTINGS))
 def test_larger_budgets_lose_less_down_to_nothing(spend: Spend, kind: str) -> None:
     losses = [spend(SETTINGS[kind], ratio=ratio).predicted_kl for ratio in (0.1, 0.2, 0.35, 0.6, 1.0)]
-    assert all(more < less for less, more in zip(losses, losses[1:], strict=False))
+    assert all(more < less for less, more in pairwise(losses))
     assert losses[0] > 1e-2
     assert abs(losses[-1]) < 1e-5
 
