@@ -21,10 +21,10 @@ from torch import Tensor
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.compression.budget import observe_latents, ratio_of
+from cskv.compression.initialise import Part
 from cskv.data.lines import make_case
 from cskv.factorization.basis import centred, hadamard_blocks, rotated, scaled
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.reading.compressed import Part
 
 BASE: dict[str, Any] = {"k_density": 0.2, "v_density": 0.2, "init": "pca"}
 Block = tuple[int, int] | None
@@ -60,7 +60,8 @@ class Grids(Bench):
         self.records = self.tokens((make_case(50, seed).prompt for seed in range(6)), 512, 6)
         self.pca = self.make(Recipe(BASE))
         self.latents: dict[Part, Tensor] = {}
-        for part, latents in observe_latents(self.surveyed, self.pca, list(self.samples(ALLOCATION_SAMPLES))):
+        factors = {(i, kind): getattr(self.pca.factors(i), kind) for i in self.pca.layer_indices for kind in ("k", "v")}
+        for part, latents in observe_latents(self.surveyed, factors, list(self.samples(ALLOCATION_SAMPLES))):
             seen = self.latents.get(part)
             self.latents[part] = latents[0] if seen is None else torch.cat([seen, latents[0]])
         self.floor = self._summed(self.pca)

@@ -16,6 +16,9 @@ from cskv.models.sites import find_sites
 from tests.models.families import FAMILIES, tiny_model
 
 KINDS = {
+    "fisher": {},
+    "fisher-grouped": {"head_groups": 2},
+    "fisher-commuting": {"key_factors": "commuting"},
     "pca": {"init": "pca"},
     "weighted": {"init": "weighted-pca"},
     "grouped": {"init": "pca", "head_groups": 2},
@@ -26,7 +29,7 @@ KINDS = {
 
 def statistics_of(model: nn.Module) -> Statistics:
     samples = torch.randint(3, 96, (6, 40), generator=torch.Generator().manual_seed(5))
-    return calibrate(model, list(samples))
+    return calibrate(model, list(samples), CSKVConfig(window=0, group=4, sinks=0))
 
 
 def greedy(model: nn.Module) -> torch.Tensor:

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import math
 import weakref
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.calibrate import Statistics, calibrate
+from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, CSKVError, DataError
 from cskv.models.sites import find_sites
 from cskv.models.survey import survey
@@ -26,6 +28,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+SHORT = CSKVConfig(window=2, group=2, sinks=0)  # some of a sample's 12 tokens are read from latents
 
 
 def tiny(config_class: type = LlamaConfig, dtype: torch.dtype = torch.float32, **changes: int) -> PreTrainedModel:
@@ -56,7 +59,7 @@ def hooks_in(model: PreTrainedModel) -> int:
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Phi3Config])
 def test_statistics_are_the_means_over_all_tokens(config_class: type) -> None:
     model, samples = tiny(config_class), random_samples()
-    statistics = calibrate(model, samples, covariance=True)
+    statistics = calibrate(model, samples, SHORT, covariance=True)
     assert statistics.tokens == 60
     inputs = [torch.cat(x).double() for x in zip(*(layer_inputs(model, sample) for sample in samples))]
     for site, x in zip(find_sites(model), inputs):
@@ -72,11 +75,54 @@ def test_statistics_are_the_means_over_all_tokens(config_class: type) -> None:
             )
 
 
+@pytest.mark.parametrize("fisher", [True, False])
+def test_sinks_are_left_out(fisher: bool) -> None:
+    """Means over the other tokens, which have seen the sinks; in the first layer nothing of them is left."""
+    model, samples, config = tiny(), random_samples(), dataclasses.replace(SHORT, sinks=3)
+    statistics = calibrate(model, samples, config, fisher=fisher)
+    assert statistics.sinks == 3
+    inputs = [torch.cat([own[3:] for own in x]).double() for x in zip(*(layer_inputs(model, s) for s in samples))]
+    for site, x in zip(find_sites(model), inputs):
+        torch.testing.assert_close(statistics.get(site.layer_idx, "input.mean"), x.mean(0), rtol=1e-4, atol=1e-6)
+        for kind, projection in (("k", site.k), ("v", site.v)):
+            y = x @ projection.weight.detach().double().T
+            torch.testing.assert_close(statistics.get(site.layer_idx, f"{kind}.mean"), y.mean(0), rtol=1e-4, atol=1e-6)
+            moment = statistics.get(site.layer_idx, f"{kind}.moment")
+            torch.testing.assert_close(moment, y.T @ y / len(y), rtol=1e-4, atol=1e-6)
+    others = [torch.cat([sample[:3].flip(0), sample[3:]]) for sample in samples]
+    again = calibrate(model, others, config, fisher=fisher)
+    fewer = calibrate(model, samples, dataclasses.replace(config, sinks=2), fisher=fisher)
+    for name in ("input.mean_abs", "input.mean", "k.mean", "v.mean", "k.moment", "v.moment", "query.energy"):
+        torch.testing.assert_close(again.get(0, name), statistics.get(0, name))
+        assert not torch.allclose(fewer.get(0, name), statistics.get(0, name))
+
+
+def test_samples_of_sinks_alone_are_refused() -> None:
+    with pytest.raises(DataError, match="a sample has 12 tokens, and 12 sinks are left out of statistics") as caught:
+        calibrate(tiny(), random_samples(), CSKVConfig(sinks=12), fisher=False)
+    assert "\n" not in str(caught.value)
+    assert calibrate(tiny(), random_samples(), CSKVConfig(sinks=11), fisher=False).get(0, "v.moment").trace() > 0
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+def test_no_tensors_are_gathered(fisher: bool) -> None:
+    """Nor graphs of backward passes: as many are there after ten samples as after three."""
+    alive: list[tuple[int, int]] = []
+
+    def count(done: int, _total: int | None) -> None:
+        gc.collect()
+        tensors = [own for own in gc.get_objects() if issubclass(type(own), Tensor)]
+        alive.append((len(tensors), sum(own.nbytes for own in tensors)))
+
+    calibrate(tiny(), iter(random_samples(10)), SHORT, fisher=fisher, progress=count)
+    assert len(set(alive[2:-1])) == 1
+
+
 def test_batches_and_single_samples_agree() -> None:
     model, samples = tiny(), random_samples()
     one, batched = (
-        calibrate(model, samples, covariance=False),
-        calibrate(model, [torch.stack(samples)], covariance=False),
+        calibrate(model, samples, SHORT, covariance=False),
+        calibrate(model, [torch.stack(samples)], SHORT, covariance=False),
     )
     for i in one.layers:
         torch.testing.assert_close(one.get(i, "input.mean_abs"), batched.get(i, "input.mean_abs"), rtol=1e-5, atol=1e-7)
@@ -86,7 +132,7 @@ def test_batches_and_single_samples_agree() -> None:
 def test_bf16_models_are_summed_in_fp64() -> None:
     # bf16 sums stall after a few hundred terms; a long stream of one sample must keep that sample's mean.
     model, sample = tiny(dtype=torch.bfloat16), random_samples(1)[0]
-    one, many = calibrate(model, [sample]), calibrate(model, [sample] * 300)
+    one, many = calibrate(model, [sample], SHORT), calibrate(model, [sample] * 300, SHORT)
     for i in one.layers:
         assert many.get(i, "input.mean_abs").dtype == torch.float64
         torch.testing.assert_close(one.get(i, "input.mean_abs"), many.get(i, "input.mean_abs"), rtol=1e-12, atol=0)
@@ -105,7 +151,7 @@ def test_samples_are_streamed_and_let_go() -> None:
             yield sample
 
     seen: list[tuple[int, int | None]] = []
-    calibrate(tiny(), stream(), progress=lambda done, total: seen.append((done, total)))
+    calibrate(tiny(), stream(), SHORT, progress=lambda done, total: seen.append((done, total)))
     assert most <= 2
     assert seen == [(i, None) for i in range(1, 21)]
 
@@ -114,7 +160,7 @@ def test_the_model_comes_back_as_it_was() -> None:
     model = tiny()
     model.train()
     model.model.layers[1].eval()
-    calibrate(model, random_samples())
+    calibrate(model, random_samples(), SHORT)
     assert model.training
     assert not model.model.layers[1].mlp.training
     assert hooks_in(model) == 0
@@ -124,7 +170,7 @@ def test_the_model_comes_back_as_it_was() -> None:
 def test_the_model_comes_back_as_it_was_after_an_error() -> None:
     model = tiny().train()
     with pytest.raises(IndexError):
-        calibrate(model, [torch.tensor([1, 2]), torch.tensor([999])])
+        calibrate(model, [random_samples(1)[0], torch.full((12,), 999)], SHORT)
     assert model.training
     assert hooks_in(model) == 0
 
@@ -133,20 +179,20 @@ def test_nan_names_the_layer() -> None:
     model = tiny()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(math.nan)
-    with pytest.raises(DataError, match=r"input\.mean_abs of layer 1 holds NaN or infinity; after 12 tokens"):
-        calibrate(model, random_samples(), covariance=False)
+    with pytest.raises(DataError, match=r"input\.mean of layer 1 holds NaN or infinity; after 12 tokens"):
+        calibrate(model, random_samples(), SHORT, covariance=False)
     with pytest.raises(DataError, match=r"cached keys of model.layers.1.self_attn hold NaN"):
-        calibrate(model, random_samples())
+        calibrate(model, random_samples(), SHORT)
 
 
 def test_no_samples_is_refused() -> None:
     with pytest.raises(DataError, match="no samples"):
-        calibrate(tiny(), [])
+        calibrate(tiny(), [], SHORT)
 
 
 def test_saved_statistics_come_back(tmp_path: Path) -> None:
     model = tiny()
-    statistics = calibrate(model, random_samples(), covariance=True, source="a text", seed=7)
+    statistics = calibrate(model, random_samples(), SHORT, covariance=True, source="a text", seed=7)
     path = tmp_path / "new" / "statistics.safetensors"
     statistics.save(path)
     loaded = Statistics.load(path)
@@ -169,20 +215,20 @@ def test_saved_statistics_come_back(tmp_path: Path) -> None:
 )
 def test_statistics_of_another_model_are_refused(changes: dict[str, int], message: str) -> None:
     other = tiny(**changes)
-    statistics = calibrate(tiny(), random_samples())
+    statistics = calibrate(tiny(), random_samples(), SHORT)
     with pytest.raises(AdapterError, match=message):
         statistics.check_fits(survey(other))
 
 
 def test_moments_of_another_kv_dim_are_refused() -> None:
-    statistics = calibrate(tiny(), random_samples(), covariance=True)
+    statistics = calibrate(tiny(), random_samples(), SHORT, covariance=True)
     other = tiny(num_key_value_heads=4)
     with pytest.raises(AdapterError, match=r"of layer 0 has 8 channels, this model has 16"):
         statistics.check_fits(survey(other))
 
 
 def test_statistics_of_other_weights_are_refused() -> None:
-    statistics, other = calibrate(tiny(), random_samples()), tiny()
+    statistics, other = calibrate(tiny(), random_samples(), SHORT), tiny()
     other.model.layers[1].self_attn.v_proj.weight.data.mul_(-1)
     with pytest.raises(AdapterError, match=r"key and value weights differ by .*; calibrate this model"):
         statistics.check_fits(survey(other))
@@ -190,7 +236,7 @@ def test_statistics_of_other_weights_are_refused() -> None:
 
 
 def test_statistics_of_an_older_version_say_that_they_do_not_know_their_weights(tmp_path: Path) -> None:
-    statistics = calibrate(tiny(), random_samples())
+    statistics = calibrate(tiny(), random_samples(), SHORT)
     older = dataclasses.replace(statistics, base=BaseModelInfo.from_model(tiny()))
     older.save(tmp_path / "s.safetensors")
     with pytest.warns(UserWarning, match="by an older cskv: whether from the weights of this model is not known"):
@@ -198,7 +244,7 @@ def test_statistics_of_an_older_version_say_that_they_do_not_know_their_weights(
 
 
 def test_a_full_disk_leaves_the_former_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    statistics, path = calibrate(tiny(), random_samples()), tmp_path / "s.safetensors"
+    statistics, path = calibrate(tiny(), random_samples(), SHORT), tmp_path / "s.safetensors"
     statistics.save(path)
     before = path.read_bytes()
     disk_full(monkeypatch, path.name)
@@ -213,7 +259,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     with pytest.raises(DataError, match="there are no calibration statistics"):
         Statistics.load(path)
-    statistics = calibrate(tiny(), random_samples())
+    statistics = calibrate(tiny(), random_samples(), SHORT)
     statistics.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
@@ -225,7 +271,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_with_nan_is_refused(tmp_path: Path) -> None:
-    statistics = calibrate(tiny(), random_samples())
+    statistics = calibrate(tiny(), random_samples(), SHORT)
     broken = {i: dict(layer) for i, layer in statistics.layers.items()}
     broken[2]["input.mean_abs"] = torch.full((16,), math.nan)
     Statistics(broken, statistics.base, 60).save(tmp_path / "s.safetensors")
@@ -235,8 +281,8 @@ def test_a_file_with_nan_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_statistic_that_was_not_collected_says_how_to_get_it() -> None:
-    with pytest.raises(DataError, match=r"lack k\.moment of layer 0; calibrate again with covariance=True"):
-        calibrate(tiny(), random_samples(), covariance=False).get(0, "k.moment")
+    with pytest.raises(DataError, match=r"lack k\.moment of layer 0; calibrate again with covariance"):
+        calibrate(tiny(), random_samples(), SHORT, covariance=False).get(0, "k.moment")
 
 
 def test_a_large_mean_does_not_drown_the_variance() -> None:
@@ -245,7 +291,7 @@ def test_a_large_mean_does_not_drown_the_variance() -> None:
     for layer in model.model.layers:
         layer.self_attn.v_proj.bias.data.fill_(3000.0)
     samples = random_samples()
-    statistics = calibrate(model, samples)
+    statistics = calibrate(model, samples, SHORT)
     inputs = torch.cat([layer_inputs(model, sample)[0] for sample in samples]).double()
     exact = torch.cov((inputs @ model.model.layers[0].self_attn.v_proj.weight.detach().double().T).T, correction=0)
     mean, moment = statistics.get(0, "v.mean"), statistics.get(0, "v.moment")
@@ -269,7 +315,7 @@ def test_normalised_keys_and_query_energies_are_those_that_attention_sees() -> N
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register("recording", recording)
-    statistics = calibrate(model, samples)
+    statistics = calibrate(model, samples, SHORT)
     model.set_attn_implementation("recording")
     with torch.no_grad():
         for sample in samples:
@@ -285,15 +331,15 @@ def test_normalised_keys_and_query_energies_are_those_that_attention_sees() -> N
 
 
 def test_without_a_norm_keys_are_what_the_projection_puts_out() -> None:
-    statistics = calibrate(tiny(), random_samples())
+    statistics = calibrate(tiny(), random_samples(), SHORT)
     assert torch.equal(statistics.key_moment(0), statistics.get(0, "k.moment"))
 
 
 def test_autocast_and_inference_mode_around_it_change_nothing() -> None:
-    expected = calibrate(tiny(), random_samples())
+    expected = calibrate(tiny(), random_samples(), SHORT)
     model = tiny()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        found = calibrate(model, random_samples())
+        found = calibrate(model, random_samples(), SHORT)
     for i, layer in expected.layers.items():
         for name, tensor in layer.items():
             assert torch.equal(found.get(i, name), tensor)
@@ -302,8 +348,8 @@ def test_autocast_and_inference_mode_around_it_change_nothing() -> None:
 
 def test_an_offloaded_model_is_calibrated_as_it_is() -> None:
     accelerate = pytest.importorskip("accelerate")
-    expected, model = calibrate(tiny(), random_samples()), tiny()
+    expected, model = calibrate(tiny(), random_samples(), SHORT), tiny()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    found = calibrate(model, random_samples())
+    found = calibrate(model, random_samples(), SHORT)
     for i, layer in expected.layers.items():
         assert all(torch.equal(found.get(i, name), tensor) for name, tensor in layer.items())

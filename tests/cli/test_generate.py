@@ -142,7 +142,7 @@ def test_a_prompt_file(run: Run, model_folder: Path, tmp_path: Path) -> None:
             ["--prompt", "a", "--use-init-params", "--init", "svd", "--cache-implementation", "static"],
             "cannot hold compressed tokens",
         ),
-        (["--prompt", "a"], "no adapter at outputs/adapters/tiny/k0.2-v0.2-weighted-pca-window0-group1"),
+        (["--prompt", "a"], "no adapter at outputs/adapters/tiny/k0.2-v0.2-fisher-pca-window0-group1"),
         (["--prompt", "a", "--use-origin-model", "--chat"], "no chat template"),
         (["--prompt", "a", "--use-origin-model", "--device", "cuda:99"], "cannot be used here"),
         (["--prompt", "a", "--use-origin-model", "--dtype", "int3"], "expected one of auto"),

@@ -34,7 +34,7 @@ def adapter(gguf_file: Path, tmp_path: Path) -> Path:
 def test_from_a_file_to_text(run: Run, gguf_file: Path, text_file: Path) -> None:
     folder = gguf_file.parent
     calibrated = last_json(
-        run("calibrate", "-m", gguf_file, "--dataset", text_file, "--max-seq-len", "64", "--num-samples", "2")
+        run("calibrate", "-m", gguf_file, "--dataset", text_file, "--max-seq-len", "64", "--num-samples", "2", *WINDOW)
     )
     assert calibrated["statistics"] == "outputs/calibration/tiny.Q8_0/statistics.safetensors"
     given = ("--model-path", folder, "--gguf-file", gguf_file.name)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from cskv.adapter.adapter import CSKVAdapter
-from cskv.compression.budget import ratio_of
 from tests.cli.conftest import Run
 from tests.cli.support import TEXT, last_json, mistake
 
@@ -67,7 +66,7 @@ def test_a_trained_adapter_is_put_in_few_bits(run: Run, options: list[object]) -
     assert "latents are not centred" in result.stderr
     report = last_json(result)
     assert report["adapter"] == "outputs/adapters/tiny/k0.5-v0.25-svd-window8-group4-k4bits-4x1-v2bits-1x32-untrained"
-    last_json(run("calibrate", *options))
+    last_json(run("calibrate", *options, *WINDOW))
     again = last_json(run("train", *options, *few, "--window", 0, "--group", 8, "--learning-rate", 1e-3))
     assert again["adapter"] == "outputs/adapters/tiny/k0.5-v0.25-svd-window0-group8-k4bits-8x1-v2bits-1x32"
     assert again["loss"] < again["initial_loss"] * 1.2
@@ -83,54 +82,10 @@ def test_latents_of_16_bits_have_no_scales_to_print(run: Run, options: list[obje
     assert "minima" not in result.stdout
 
 
-def test_a_budget_that_holds_no_uniform_latent_is_met_by_mixed_widths(run: Run, options: list[object]) -> None:
-    last_json(run("calibrate", *options))
-    mixed = ["--init", "pca", "--mixed-widths", "--target-ratio", 0.1, *WINDOW, "--use-init-params"]
-    result = run("train", *options, *mixed)
-    report = last_json(result)
-    assert "uniform_kl" not in report
-    assert "mixed widths are kept" in result.stderr
-    assert ratio_of(CSKVAdapter.from_pretrained(report["adapter"])) <= 0.1
-    assert report["settings"]["mixed_widths"] is True
-    assert report["settings"]["k_density"] == CSKVAdapter.from_pretrained(report["adapter"]).config.k_density
-
-
-def test_mixed_widths_from_budget_to_generation(run: Run, options: list[object]) -> None:
-    last_json(run("calibrate", *options))
-    mixed = ["--init", "pca", "--mixed-widths", "--target-ratio", 0.2, *WINDOW, "--learning-rate", 1e-4]
-    result = run("train", *options, *mixed)
-    report = last_json(result)
-    assert report["adapter"].endswith("k0.2-v0.2-pca-window8-group4-kmixed-4x4-vmixed-4x4-allocated")
-    assert "with uniform widths, " in result.stderr
-    assert 0 < report["mixed_kl"] < report["uniform_kl"]
-    assert report["steps"] == 6
-    adapter = CSKVAdapter.from_pretrained(report["adapter"])
-    assert ratio_of(adapter) <= 0.2
-    inspected = last_json(run("inspect", report["adapter"]))
-    assert inspected["settings"]["mixed_widths"] is True
-    generated = last_json(run("generate", "--adapter", report["adapter"], "--prompt", TEXT[:200], "-n", 12))
-    cache = generated["cache"]
-    held = cache["payload_bytes"] + cache["scale_bytes"] + cache["minimum_bytes"]
-    assert held == pytest.approx(ratio_of(adapter) * 200 * 2 * 2 * 16 * 2)
-    for index, kinds in inspected["widths"].items():
-        for kind, runs in kinds.items():
-            assert sum(channels for _, channels in runs) == inspected["ranks"][index][kind]
-
-
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (["--mixed-widths", "--init", "svd"], "--mixed-widths needs a budget; give --target-ratio, for instance 0.044"),
-        (["--mixed-widths", "--init", "pca"], "--mixed-widths needs a budget"),
-        (
-            ["--mixed-widths", "--target-ratio", 0.1, "--init", "asvd"],
-            "widths are chosen for PCA latents, init is 'asvd'",
-        ),
-        (["--mixed-widths", "--target-ratio", 0.001, "--init", "pca"], "raise the target ratio"),
-        (["--from-adapter", "nowhere", "--target-ratio", 0.2], "--from-adapter has its ranks already"),
         (["--from-adapter", "nowhere"], "no adapter folder 'nowhere' here"),
-        (["--mixed-widths", "--target-ratio", 0.2, "--k-bits", 4], "give one of them"),
-        (["--mixed-widths", "--target-ratio", 0.1, "--init", "pca", "--head-groups", 2], "give --k-bits and --v-bits"),
         (["--k-block", "4"], "--k-block is '4'; expected TOKENSxCHANNELS, for instance 32x4"),
         (["--k-block", "4x"], "--k-block is '4x'"),
         (["--k-block", "axb"], "--k-block is 'axb'"),
@@ -143,7 +98,5 @@ def test_mixed_widths_from_budget_to_generation(run: Run, options: list[object])
     ],
 )
 def test_mistakes_are_one_line(run: Run, options: list[object], wrong: list[object], says: str) -> None:
-    if "--init" in wrong:
-        last_json(run("calibrate", *options))
     assert says in mistake(run("train", *options, *WINDOW, *wrong))
     assert not list(Path("outputs").rglob("config.json"))

@@ -48,7 +48,7 @@ def test_the_papers_commands_with_its_flags(run: Run, model_folder: Path, text_f
     data = ["--training_dataset", text_file, "--max_seq_len", 32, "--num_samples", 5]
     compression = ["--k_density", 0.5, "--v_density", 0.25, "--use_asvd", "--use_window", "--q_window_size", 16]
     compression += ["--k_bits", 16, "--v_bits", 16, "--asvd_calib_root", "stats"]
-    calibrated = last_json(run("calibrate", *model, *data, "--cache_root_path", "stats"))
+    calibrated = last_json(run("calibrate", *model, *data, "--cache_root_path", "stats", "--no-fisher"))
     assert calibrated["statistics"] == "stats/my-name/statistics.safetensors"
     assert calibrated["tokens"] == 5 * 32
     schedule = ["--epoches", 1, "--warmup_steps", 2, "--learning_rate", "5e-5", "--ckpt_save_path", "adapters"]
@@ -79,6 +79,7 @@ def test_without_use_window_every_token_is_compressed_at_once(run: Run, model_fo
 @pytest.mark.parametrize(
     ("options", "suffix"),
     [
+        (["--init", "fisher-pca"], ""),
         (["--init", "pca"], ""),
         (["--init", "weighted-pca", "--head-groups", 2], "-headgroups2"),
         (["--init", "pca", "--key_factors", "commuting"], "-commuting"),
@@ -86,8 +87,9 @@ def test_without_use_window_every_token_is_compressed_at_once(run: Run, model_fo
 )
 def test_closed_form_adapters(run: Run, model_folder: Path, text_file: Path, options: list, suffix: str) -> None:
     text = ["--dataset", text_file, "--num-samples", 6, "--max-seq-len", 32]
-    last_json(run("calibrate", "-m", model_folder, *text, "--covariance"))
-    compression = [*options, "--k-density", 0.5, "--v-density", 0.5, "--window", 8, "--group", 4]
+    window = ["--window", 8, "--group", 4]
+    last_json(run("calibrate", "-m", model_folder, *text, *window))
+    compression = [*options, "--k-density", 0.5, "--v-density", 0.5, *window]
     made = last_json(run("train", "-m", model_folder, *compression, "--use-init-params"))
     name = f"k0.5-v0.5-{options[1]}-window8-group4-sinks4{suffix}-untrained"
     assert made["adapter"] == f"outputs/adapters/tiny/{name}"
@@ -160,7 +162,7 @@ def test_output_that_cannot_be_written(run: Run, model_folder: Path, text_file: 
 
 def test_statistics_with_nan(run: Run, model_folder: Path, text_file: Path) -> None:
     options = ["--model-path", model_folder, "--dataset", text_file, "--num-samples", 4, "--max-seq-len", 32]
-    path = Path(last_json(run("calibrate", *options))["statistics"])
+    path = Path(last_json(run("calibrate", *options, "--no-fisher"))["statistics"])
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -175,7 +177,7 @@ def test_statistics_with_nan(run: Run, model_folder: Path, text_file: Path) -> N
 def test_statistics_of_another_model(run: Run, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     other = save_llama(tmp_path / "other", seed=1, hidden_size=64)
     options = ["--dataset", text_file, "--num-samples", 4, "--max-seq-len", 32]
-    path = last_json(run("calibrate", "--model-path", model_folder, *options))["statistics"]
+    path = last_json(run("calibrate", "--model-path", model_folder, *options, "--no-fisher"))["statistics"]
     line = mistake(run("train", "--model-path", other, *options, "--use_asvd", "--statistics", path))
     assert "hidden_size 32, this model has 64" in line
 

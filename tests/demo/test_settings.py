@@ -21,7 +21,7 @@ def test_variants_keep_what_their_names_say():
     assert [variant.is_compressed for variant in VARIANTS] == [False, True, True, True, True, True, True]
     assert VARIANTS[2].config == CSKVConfig(k_density=0.2, v_density=0.2, window=32, group=32, init="svd")
     assert VARIANTS[1].config == CSKVConfig(k_density=0.5, v_density=0.5, window=32, group=32, init="asvd")
-    assert VARIANTS[6].config == CSKVConfig(window=32, group=32, mixed_widths=True)
+    assert VARIANTS[6].config == CSKVConfig(window=32, group=32, init="fisher-pca")
     with pytest.raises(ConfigError, match="not compressed"):
         _ = VARIANTS[0].config
 

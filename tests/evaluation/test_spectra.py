@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cskv.calibration.calibrate import calibrate
+from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, DataError
 from cskv.evaluation.spectra import (
     COLUMNS,
@@ -80,7 +81,7 @@ def test_calibrated_spectra_are_those_of_all_keys_and_values():
     samples = [torch.randint(0, 64, (12,), generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
     outputs = []
     hook = model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda _m, _a, out: outputs.append(out[0]))
-    statistics = calibrate(model, samples, covariance=True)
+    statistics = calibrate(model, samples, CSKVConfig(sinks=0), fisher=False)
     hook.remove()
     spectra = {(s.layer, s.projection): s for s in calibrated_spectra(model, statistics)}
     assert list(spectra) == [(0, "k"), (0, "v"), (1, "k"), (1, "v")]
@@ -91,10 +92,10 @@ def test_calibrated_spectra_are_those_of_all_keys_and_values():
 
 def test_statistics_without_moments_or_of_another_model_are_refused():
     model, samples = tiny_llama(), [torch.arange(8)]
-    with pytest.raises(DataError, match="covariance=True"):
+    with pytest.raises(DataError, match="with covariance"):
         calibrated_spectra(model, calibrate(model, samples, covariance=False))
     with pytest.raises(AdapterError, match="num_layers"):
-        calibrated_spectra(tiny_llama(layers=1), calibrate(model, samples, covariance=True))
+        calibrated_spectra(tiny_llama(layers=1), calibrate(model, samples, CSKVConfig(sinks=0), fisher=False))
 
 
 def test_summary_and_csv(tmp_path):

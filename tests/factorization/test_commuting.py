@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cskv import ConfigError, DataError, Factors
-from cskv.factorization.commuting import RopePairs, commuting_components
+from cskv.factorization.commuting import RopePairs, commuting_components, commuting_part
 from cskv.factorization.pca import principal_components
 from cskv.quantization.fake import read_back
 from cskv.quantization.grid import Grid
@@ -100,9 +100,59 @@ def test_a_gain_keeps_what_counts() -> None:
     pairs = RopePairs(torch.tensor([0, 1]), torch.tensor([2, 3]), torch.arange(0))
     moment = torch.diag(torch.tensor([4.0, 1, 4, 1, 4, 1, 4, 1]))
     plain = commuting_components(moment, pairs).truncated(2)
-    weighted = commuting_components(moment, pairs, gain=torch.tensor([1.0, 3, 1, 3, 1, 3, 1, 3])).truncated(2)
+    gain = torch.diag(torch.tensor([1.0, 3, 1, 3, 1, 3, 1, 3]))
+    weighted = commuting_components(moment, pairs, gain=gain).truncated(2)
     assert set(plain.up.abs().sum(1).nonzero().flatten().tolist()) <= {0, 2, 4, 6}
     assert set(weighted.up.abs().sum(1).nonzero().flatten().tolist()) <= {1, 3, 5, 7}
+
+
+@given(st.integers(0, 1000), pairings, st.integers(1, 5000))
+@settings(max_examples=30, deadline=None)
+def test_the_commuting_part_commutes_and_is_the_nearest_that_does(seed: int, pairs: RopePairs, position: int) -> None:
+    keys = keys_of(seed)
+    moment = keys.T @ keys / len(keys)
+    part, turn = commuting_part(moment, pairs), rotate(torch.eye(HEADS * HEAD_DIM).double(), pairs, position).T
+    scale = float(moment.abs().max())
+    assert torch.allclose(part, part.T, atol=1e-12 * scale)
+    assert torch.allclose(turn @ part, part @ turn, atol=1e-10 * scale)
+    assert (torch.linalg.eigvalsh(part) > -1e-10 * scale).all()
+    assert torch.allclose(commuting_part(part, pairs), part, atol=1e-12 * scale)  # what commutes stays
+    # What is left out is orthogonal to all that commutes, of which another part is an example.
+    other = commuting_part(keys_of(seed + 1).T @ keys_of(seed + 1), pairs)
+    assert abs(float(((moment - part) * other).sum())) < 1e-9 * float(moment.norm() * other.norm())
+
+
+def test_the_commuting_part_is_the_mean_over_rotations() -> None:
+    pair = RopePairs(torch.tensor([0]), torch.tensor([1]), torch.arange(0))
+    moment = torch.tensor([[5.0, 1.0, 2.0, 0.5], [1.0, 3.0, -1.0, 4.0], [2.0, -1.0, 6.0, 0.0], [0.5, 4.0, 0.0, 2.0]])
+    mean = torch.zeros(4, 4)
+    for angle in torch.arange(0, 360).deg2rad():
+        turn = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
+        turn = torch.block_diag(turn, turn)
+        mean += turn @ moment @ turn.T / 360
+    found = commuting_part(moment, pair)
+    assert torch.allclose(found, mean, atol=1e-5)
+    assert found[:2, :2].tolist() == [[4.0, 0.0], [0.0, 4.0]]
+    assert found[:2, 2:].tolist() == [[3.0, 0.75], [-0.75, 3.0]]
+
+
+@given(st.integers(0, 1000), pairings, st.integers(2, HEADS * HEAD_DIM), st.integers(1, 5000))
+@settings(max_examples=30, deadline=None)
+def test_rebuilding_with_a_gain_commutes_with_rope(seed: int, pairs: RopePairs, rank: int, position: int) -> None:
+    keys, others = keys_of(seed), keys_of(seed + 1)
+    gain = commuting_part(others.T @ others / len(others), pairs)
+    components = commuting_components(keys.T @ keys / len(keys), pairs, gain)
+    factors = components.truncated(rank).to(dtype=torch.float64)
+
+    def rebuild(k: Tensor) -> Tensor:
+        return factors.expand(factors.latents(k))
+
+    scale = keys.abs().max()
+    assert (rebuild(rotate(keys, pairs, position)) - rotate(rebuild(keys), pairs, position)).abs().max() < 1e-4 * scale
+    weighted = (keys - rebuild(keys)) @ gain
+    lost, total = components.spectrum[factors.rank :].sum(), float(components.spectrum.sum())
+    if rank % 2 == 0 and not len(pairs.unrotated):  # the leading ones, no pair of which is skipped
+        assert float(weighted.square().sum(1).mean()) == pytest.approx(float(lost), rel=1e-2, abs=1e-4 * total)
 
 
 def test_an_odd_rank_uses_its_last_latent_on_an_unrotated_channel_or_leaves_it() -> None:

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cskv.factorization import weighting
 from cskv.factorization.commuting import RopePairs
-from cskv.factorization.weighting import before_norm, key_gain, value_gain
+from cskv.factorization.weighting import before_norm, fisher_gain, key_gain, mixed_moments, shrunk, value_gain
 
 
 def test_a_pair_shares_the_mean_energy_of_its_queries() -> None:
@@ -50,3 +51,49 @@ def test_the_value_gain_is_the_output_error() -> None:
 def test_a_gain_moves_through_a_norm_by_the_sizes_on_either_side() -> None:
     gain = before_norm(torch.tensor([1.0, 1.0, 2.0]), torch.diag(torch.tensor([4.0, 0.0, 1.0])), torch.eye(3))
     assert gain.tolist() == pytest.approx([0.5, 1.0, 2.0])
+
+
+def test_shrinking_takes_a_share_off_what_is_beside_the_diagonal() -> None:
+    found = shrunk(torch.tensor([[4.0, 1.0], [1.0, 2.0]]))
+    assert found.dtype == torch.float64
+    off = 1 - weighting.SHRINKAGE
+    assert found.flatten().tolist() == pytest.approx([4.0, off, off, 2.0])
+    assert 0 < off < 1
+
+
+def test_with_a_fisher_gain_squared_errors_are_nats() -> None:
+    """F = [[5, 3], [3, 5]] has 8 along (1, 1) and 2 along (1, -1): the gain 2 and 1 there."""
+    fisher = torch.tensor([[5.0, 3.0], [3.0, 5.0]])
+    gain = fisher_gain(fisher)
+    assert gain.flatten().tolist() == pytest.approx([1.5, 0.5, 0.5, 1.5])
+    error = torch.tensor([0.3, -0.1], dtype=torch.float64)
+    assert float((gain @ error).square().sum()) == pytest.approx(float(error @ fisher.double() @ error) / 2)
+
+
+def test_a_direction_without_a_gradient_is_not_free() -> None:
+    gain = fisher_gain(torch.diag(torch.tensor([2.0, 0.0, -1e-9])))
+    least = weighting.LEAST_FISHER**0.5
+    assert gain.diagonal().tolist() == pytest.approx([1.0, least, least])
+    assert 0 < least < 0.1
+
+
+def test_moments_are_mixed_about_a_common_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variances 3 and 1 about (0, 0), and a quarter of 1 and 2 about (4, 0), brought to the scale of the former.
+
+    The mixture's mean is (1, 0). About it the first vary by 3 + 1 and 1, the second by 1 + 9 and 2: a scale of 5/12.
+    """
+    monkeypatch.setattr(weighting, "COHERENT", 0.25)
+    mean, moment = torch.zeros(2).double(), torch.diag(torch.tensor([3.0, 1.0])).double()
+    coherent_mean, coherent = torch.tensor([4.0, 0.0]).double(), torch.diag(torch.tensor([17.0, 2.0])).double()
+    mixture, second = mixed_moments(mean, moment, coherent_mean, coherent)
+    assert mixture.tolist() == [1.0, 0.0]
+    spread = second - torch.outer(mixture, mixture)
+    assert spread.flatten().tolist() == pytest.approx([3 + 0.25 * 10 * 5 / 12, 0.0, 0.0, 0.75 + 0.25 * 2 * 5 / 12])
+    assert float(spread.trace()) == pytest.approx(5.0)
+
+
+def test_a_text_without_gradients_keeps_its_own_moments() -> None:
+    mean, moment = torch.tensor([1.0, 0.0]).double(), torch.diag(torch.tensor([3.0, 1.0])).double()
+    mixture, second = mixed_moments(mean, moment, mean, torch.outer(mean, mean))
+    assert mixture.tolist() == mean.tolist()
+    assert torch.isfinite(second).all()

@@ -23,7 +23,7 @@ def attach_and_detach(model: nn.Module) -> None:
 
 
 def calibrate_on_little(model: nn.Module) -> None:
-    calibrate(model, [torch.arange(3, 13)])
+    calibrate(model, [torch.arange(3, 13)], cskv.CSKVConfig(window=0, group=4, sinks=0))
 
 
 def state(model: nn.Module) -> dict[str, dict[str, object]]:

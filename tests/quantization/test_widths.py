@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cskv import ConfigError
-from cskv.quantization.widths import CHOICES, RANKS, choose_widths, runs_of, width_errors
+from cskv.quantization.widths import CHOICES, RANKS, Losses, choose_widths, runs_of, width_errors
 
 ALONE = (32, 1)  # a minimum and a scale of 16 bits each for 32 values: a bit per kept channel
 FREE = (2**20, 4)  # blocks so large that their minimum and scale cost nothing
@@ -52,36 +52,37 @@ def error_of(errors: Tensor, widths: Tensor, choices: tuple[int, ...] = CHOICES)
     ],
 )
 def test_bits_go_where_they_save_most(budget: float, widths: list[int]) -> None:
-    errors = {"only": table([100, 20, 16], [10, 2, 1.6])}
-    assert choose_widths(errors, {"only": ALONE}, budget, (0, 2, 4))["only"].tolist() == widths
+    losses = {"only": Losses(table([100, 20, 16], [10, 2, 1.6]), (0, 2, 4), ALONE)}
+    assert choose_widths(losses, budget)["only"].tolist() == widths
 
 
 def test_projections_share_one_budget() -> None:
-    errors = {"k": table([100, 10, 1], [80, 8, 1]), "v": table([3, 1, 0.5], [1, 0.9, 0.8])}
-    blocks = {"k": FREE, "v": FREE}
-    chosen = choose_widths(errors, blocks, 8.01, (0, 2, 4))
+    tables = {"k": table([100, 10, 1], [80, 8, 1]), "v": table([3, 1, 0.5], [1, 0.9, 0.8])}
+    chosen = choose_widths({key: Losses(own, (0, 2, 4), FREE) for key, own in tables.items()}, 8.01)
     assert {key: widths.tolist() for key, widths in chosen.items()} == {"k": [4, 2], "v": [2, 0]}
 
 
 def test_a_block_of_its_own_costs_more_than_a_share() -> None:
     """Equal errors, but a channel of k takes 2 + 1 bits, and one of v 2 + 1/4."""
-    errors = {key: table([4, 1], [4, 1], [4, 1]) for key in ("k", "v")}
-    chosen = choose_widths(errors, {"k": ALONE, "v": (32, 4)}, 3 + 3 * 2.25, (0, 2))
+    alike = table([4, 1], [4, 1], [4, 1])
+    losses = {"k": Losses(alike, (0, 2), ALONE), "v": Losses(alike, (0, 2), (32, 4))}
+    chosen = choose_widths(losses, 3 + 3 * 2.25)
     assert {key: widths.tolist() for key, widths in chosen.items()} == {"k": [2, 0, 0], "v": [2, 2, 2]}
 
 
 def test_every_projection_keeps_a_channel() -> None:
-    errors = {"k": table([1e6, 1e5, 1e4], [1e6, 1e5, 1e4]), "v": table([1e-6, 0, 0], [2e-6, 0, 0])}
-    chosen = choose_widths(errors, {"k": FREE, "v": FREE}, 6.01, (0, 2, 4))
+    tables = {"k": table([1e6, 1e5, 1e4], [1e6, 1e5, 1e4]), "v": table([1e-6, 0, 0], [2e-6, 0, 0])}
+    chosen = choose_widths({key: Losses(own, (0, 2, 4), FREE) for key, own in tables.items()}, 6.01)
     assert {key: widths.tolist() for key, widths in chosen.items()} == {"k": [2, 2], "v": [0, 2]}
 
 
 def test_a_budget_too_small_is_refused() -> None:
-    errors, blocks = {"k": table([4, 1], [2, 1]), "v": table([1, 0], [3, 0])}, {"k": ALONE, "v": ALONE}
-    assert [widths.tolist() for widths in choose_widths(errors, blocks, 6.0, (0, 2)).values()] == [[2, 0], [0, 2]]
-    says = "5 bits per token does not keep a latent of each of 2 projections, which takes 6; raise the target ratio"
+    tables = {"k": table([4, 1], [2, 1]), "v": table([1, 0], [3, 0])}
+    losses = {key: Losses(own, (0, 2), ALONE) for key, own in tables.items()}
+    assert [widths.tolist() for widths in choose_widths(losses, 6.0).values()] == [[2, 0], [0, 2]]
+    says = "5 bits per token does not keep a latent of each of 2 projections, which takes 6; raise it"
     with pytest.raises(ConfigError, match=says):
-        choose_widths(errors, blocks, 5.0, (0, 2))
+        choose_widths(losses, 5.0)
 
 
 problems = st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**31), st.floats(0, 6))
@@ -95,7 +96,7 @@ def drawn(problem: tuple[int, int, int, float]) -> tuple[dict[int, Tensor], dict
 
 
 def chosen_and_spent(errors, blocks, budget: float) -> tuple[dict[int, Tensor], float, float]:
-    widths = choose_widths(errors, blocks, budget)
+    widths = choose_widths({i: Losses(own, CHOICES, blocks[i]) for i, own in errors.items()}, budget)
     spent = sum(bits_spent(widths[i], blocks[i]) for i in widths)
     return widths, spent, sum(error_of(errors[i], widths[i]) for i in widths)
 
@@ -137,7 +138,7 @@ def test_no_exchange_within_the_bits_lowers_the_error(problem: tuple[int, int, i
 def test_gaussian_channels_are_filled_like_vessels_with_water(number: int, seed: int, bits: float) -> None:
     """With D at which 1/2 log2(variance / D) sum to the bits taken, no width is off by more than one bit."""
     variances, choices = random_variances(number, seed), range(17)
-    chosen = choose_widths({0: ideal(variances, choices)}, {0: FREE}, number * bits, tuple(choices))[0]
+    chosen = choose_widths({0: Losses(ideal(variances, choices), tuple(choices), FREE)}, number * bits)[0]
     low, high = 1e-12 * float(variances.min()), float(variances.max())
     for _ in range(200):
         level = math.sqrt(low * high)
@@ -152,8 +153,10 @@ def _filled(variances: Tensor, level: float) -> Tensor:
 
 def ranks_of(spectra: dict[str, list[float]], budget: int, step: int = 1) -> dict[str, int]:
     """Ranks by eigenvalue, from a budget of latents."""
-    errors = {key: table(*([value, 0.0] for value in spectrum)) for key, spectrum in spectra.items()}
-    widths = choose_widths(errors, dict.fromkeys(errors, ALONE), 16.0 * budget, RANKS, step)
+    losses = {
+        key: Losses(table(*([value, 0.0] for value in spectrum)), RANKS, step=step) for key, spectrum in spectra.items()
+    }
+    widths = choose_widths(losses, 16.0 * budget)
     assert all(set(own.tolist()) <= {0, 16} for own in widths.values())
     assert all((own.diff() <= 0).all() for own in widths.values())  # the leading ones
     return {key: int(own.count_nonzero()) for key, own in widths.items()}
@@ -166,7 +169,7 @@ def test_the_largest_eigenvalues_are_kept_wherever_they_are() -> None:
     assert ranks_of(spectra, 8) == {"a": 4, "b": 4}
     assert ranks_of(spectra, 100) == {"a": 4, "b": 4}
     assert ranks_of({"a": [9.0, 8.0], "b": [0.0, 0.0]}, 2) == {"a": 1, "b": 1}
-    with pytest.raises(ConfigError, match="does not keep 2 latents of each of 2 projections, which takes 64"):
+    with pytest.raises(ConfigError, match="does not keep a latent of each of 2 projections, which takes 64"):
         ranks_of(spectra, 3, step=2)
 
 

@@ -94,20 +94,6 @@ def test_commuting_factors_without_a_bias_are_read_as_before(tmp_path: Path) -> 
         assert abs(Divergence(survey(model)).kl(loaded, TOKENS).item()) < 1e-3  # at full rank they lose nothing
 
 
-def test_parts_can_be_compressed_alone() -> None:
-    model = tiny_model("llama")
-    adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=1))
-    with torch.no_grad():
-        exact = model(TOKENS, use_cache=False).logits
-        errors = {}
-        for only in (frozenset(), frozenset({(0, "k")}), frozenset({(1, "v")}), None):
-            with compressed_reading(survey(model), adapter, only=only):
-                errors[only] = float((model(TOKENS, use_cache=False).logits - exact).square().mean())
-    assert errors[frozenset()] == 0
-    assert 0 < errors[frozenset({(0, "k")})] < errors[None]
-    assert 0 < errors[frozenset({(1, "v")})] < errors[None]
-
-
 def test_gradients_reach_every_factor() -> None:
     model = tiny_model("llama").requires_grad_(False)
     adapter = truncated_adapter(model, CSKVConfig(0.25, 0.25, window=0, group=4))

@@ -33,7 +33,7 @@ WIDTHS = {
 
 
 def adapter_of(model, config: CSKVConfig, samples: list[Tensor] | None = None) -> CSKVAdapter:
-    statistics = calibrate(model, samples or token_samples(16))
+    statistics = calibrate(model, samples or token_samples(16), CSKVConfig(sinks=0), fisher=False)
     plain = initialise(model, replace(config, mixed_widths=False, k_bits=2, v_bits=2), statistics)
     layers = {i: plain.factors(i) for i in plain.layer_indices}
     return CSKVAdapter(config, layers, plain.base, widths=WIDTHS if config.mixed_widths else None)

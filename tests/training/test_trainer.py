@@ -57,7 +57,7 @@ def test_training_approaches_the_closed_form_optimum_and_never_passes_it() -> No
     # The loss cannot go below that of PCA about the mean the bias allows for: here the bias is fixed to the
     # projection's own, so about that bias.
     best = 0.0
-    statistics = calibrate(model, samples, covariance=True)
+    statistics = calibrate(model, samples, CSKVConfig(sinks=0), fisher=False)
     for site in find_sites(model):
         for kind, projection in (("k", site.k), ("v", site.v)):
             mean, bias = statistics.get(site.layer_idx, f"{kind}.mean"), projection.bias.detach().double()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Sized
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,7 @@ from cskv.calibration.statistics import Statistics
 from cskv.calibration.sums import Sums
 from cskv.config import CSKVConfig
 from cskv.errors import DataError
+from cskv.fingerprint import digest
 from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.placement import device_of, plain_arithmetic
 from cskv.models.sites import Watcher, watching
@@ -64,8 +65,8 @@ def calibrate(
         source: the text's name, to be noted in the statistics; taken from `TokenSamples` where not given.
         seed: the same for the seed of its order.
         progress: called with (batches done, batches in all or None) after each batch.
-        kept: a file in which unfinished sums are kept. If it is there, of the same model, text and settings, the pass
-            goes on from it; it is gone at the end.
+        kept: a file in which unfinished sums are kept. If it is there, of the same model and settings and as many
+            samples that begin with the same one, the pass goes on from it; it is gone at the end.
 
     Raises:
         CSKVError: a compressor is attached to the model.
@@ -79,31 +80,28 @@ def calibrate(
         "source": source if source is not None else getattr(getattr(samples, "source", None), "name", ""),
         "seed": seed if seed is not None else getattr(samples, "seed", 0),
     }
-    total = len(samples) if isinstance(samples, Sized) else None
-    done = run.go_on(kept, facts) if kept is not None else 0
+    total, stream = len(samples) if isinstance(samples, Sized) else None, iter(samples)
+    if (first := next(stream, None)) is None:
+        raise DataError("there are no samples to calibrate on; give text")
+    same = facts | {"samples": total, "first_sample": digest([("tokens", first)])}
+    done = run.go_on(kept, same) if kept is not None else 0
     saved = time.monotonic()
     with plain_arithmetic(device_of(model)), run.watching():
-        for done, sample in enumerate(_from(samples, done), start=done + 1):  # noqa: B020 (goes on counting)
+        left = itertools.islice(itertools.chain(iter([first]), stream), done, None)
+        del first
+        for done, sample in enumerate(left, start=done + 1):  # noqa: B020 (goes on counting)
             run.take(sample if sample.ndim > 1 else sample[None], seed=facts["seed"] + done)
             if done == 1:
                 run.statistics(facts)  # a model that overflows does so at once; better told now than after an hour
             if kept is not None and time.monotonic() - saved > SAVE_SECONDS:
-                run.keep(kept, facts, done)
+                run.keep(kept, same, done)
                 saved = time.monotonic()
             if progress is not None:
                 progress(done, total)
-        if run.tokens == 0:
-            raise DataError("there are no samples to calibrate on; give text")
         statistics = run.statistics(facts)
     if kept is not None:
         kept.unlink(missing_ok=True)
     return statistics
-
-
-def _from(samples: Iterable[Tensor], start: int) -> Iterator[Tensor]:
-    """Iterate from a sample on; the source skips those before it where it can."""
-    starting_at = getattr(samples, "starting_at", None)
-    return starting_at(start) if starting_at is not None else itertools.islice(samples, start, None)
 
 
 class _Pass:
@@ -152,18 +150,18 @@ class _Pass:
         result.check_finite(f"after {self.tokens} tokens: the model overflows; try it in bf16 or fp32")
         return result
 
-    def keep(self, path: Path, facts: dict[str, Any], done: int) -> None:
-        """Write the sums, to go on from later."""
-        self._sums.save(path, self._identity(facts) | {"done": done, "tokens": self.tokens})
+    def keep(self, path: Path, same: dict[str, Any], done: int) -> None:
+        """Write the sums, to go on from later with samples of which the same facts hold."""
+        self._sums.save(path, self._identity(same) | {"done": done, "tokens": self.tokens})
 
-    def go_on(self, path: Path, facts: dict[str, Any]) -> int:
+    def go_on(self, path: Path, same: dict[str, Any]) -> int:
         """Take over sums that were kept of the same pass, and return how many samples they hold; 0 without any."""
         found = Sums.load(path, self._config.sinks)
         if found is None:
             return 0
         sums, kept = found
         done, tokens = kept.pop("done", None), kept.pop("tokens", None)
-        if kept != self._identity(facts) or not isinstance(done, int) or not isinstance(tokens, int):
+        if kept != self._identity(same) or not isinstance(done, int) or not isinstance(tokens, int):
             return 0
         self._sums, self.tokens = sums, tokens
         return done
@@ -195,8 +193,8 @@ class _Pass:
 
         return watch
 
-    def _identity(self, facts: dict[str, Any]) -> dict[str, Any]:
+    def _identity(self, same: dict[str, Any]) -> dict[str, Any]:
         """Return what has to be equal for a pass to go on from kept sums."""
         config = {name: getattr(self._config, name) for name in ("sinks", "window", "group")}
         base = json.loads(json.dumps(asdict(self._base)))
-        return {**facts, **config, "base": base, "covariance": self._covariance, "fisher": self._fisher is not None}
+        return {**same, **config, "base": base, "covariance": self._covariance, "fisher": self._fisher is not None}

@@ -122,11 +122,9 @@ def allocate(
 
     Raises:
         ConfigError: the settings have another init or widths of their own, or the budget is too small.
-        DataError: fewer than two samples, or statistics without Fisher information.
+        DataError: fewer than two samples, one too short to have old tokens, or statistics without Fisher information.
     """
-    _check(config)
-    if len(samples) < 2:
-        raise DataError(f"spending a budget needs at least 2 samples, got {len(samples)}; give more text")
+    _check(config, samples)
     middle = (len(samples) + 1) // 2  # whole halves, since sources may alternate between kinds of text
     seen, aside = samples[:middle], samples[middle:]
     say = progress or (lambda stage, done, total: None)
@@ -163,9 +161,12 @@ def _smallest(
     for done in range(SEARCH_ROUNDS):
         say("searching the ratio", done, SEARCH_ROUNDS)
         middle = (low + high) / 2
-        tried = table.adapter(math.exp(middle))
-        found = kl(tried)
-        if found > limit:
+        try:
+            tried = table.adapter(math.exp(middle))
+        except ConfigError:  # too small for a latent of every projection
+            low = middle
+            continue
+        if (found := kl(tried)) > limit:
             low = middle
             continue
         best, least, high = tried, found, middle
@@ -343,7 +344,7 @@ def ratio_of(adapter: CSKVAdapter) -> float:
     return compressed / uncompressed
 
 
-def _check(config: CSKVConfig) -> None:
+def _check(config: CSKVConfig, samples: Sequence[Tensor]) -> None:
     if config.init != "fisher-pca":
         raise ConfigError(
             f"a budget is spent by what errors cost the predictions, init is {config.init!r}; expected 'fisher-pca'"
@@ -352,4 +353,12 @@ def _check(config: CSKVConfig) -> None:
         raise ConfigError(
             f"a budget chooses the widths of latents; got k_bits {config.k_bits}, v_bits {config.v_bits} and "
             f"mixed_widths {config.mixed_widths}: give one of them"
+        )
+    if len(samples) < 2:
+        raise DataError(f"spending a budget needs at least 2 samples, got {len(samples)}; give more text")
+    least = config.sinks + config.window + config.group + 1  # or nothing would ever be read from latents, nor lost
+    if (shortest := min(map(len, samples))) < least:
+        raise DataError(
+            f"a sample of {shortest} tokens has none that would be read from latents; give samples of at least {least} "
+            "tokens, or a smaller window"
         )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cskv.errors import UnsupportedModelError
 from cskv.models.evaluation_mode import evaluation_mode
+from cskv.models.placement import device_of
 
 TOLERANCE = 1e-3  # of the head's logits, relative to the model's largest
 
@@ -41,7 +42,7 @@ class Head:
     @torch.no_grad()
     def _check(self, model: nn.Module) -> None:
         weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
-        tokens = (torch.arange(1, 5, device=weight.device) % weight.shape[0])[None]
+        tokens = (torch.arange(1, 5, device=device_of(model)) % weight.shape[0])[None]
         with evaluation_mode(model):
             exact = model(tokens, use_cache=False).logits.float()
             ours = self(model.base_model(input_ids=tokens, use_cache=False)[0]).float()  # type: ignore[operator]
