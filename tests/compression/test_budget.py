@@ -20,8 +20,9 @@ import cskv.models.survey as survey_module
 from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError
 from cskv.calibration.calibrate import calibrate
 from cskv.calibration.statistics import Statistics
-from cskv.compression.budget import Allocation, Budget, allocate, bytes_per_token, observe_latents, ratio_of
+from cskv.compression.budget import Allocation, Budget, allocate, bytes_per_token, ratio_of
 from cskv.compression.initialise import initialise
+from cskv.compression.losses import observe_latents
 from cskv.models.compat import output_cache
 from cskv.models.sites import find_sites
 from cskv.models.survey import survey

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 
 from cskv.adapter.base_model import BaseModelInfo
 from cskv.calibration.calibrate import calibrate
-from cskv.compression.budget import observe_latents
 from cskv.compression.initialise import Factorisation, in_few_bits, initialise
+from cskv.compression.losses import observe_latents
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, DataError
 from cskv.factorization.svd import asvd_factors, svd_factors
