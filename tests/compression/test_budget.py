@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cskv
+import cskv.compression.budget as budget_module
 import cskv.models.probe as probe_module
 import cskv.models.survey as survey_module
 from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError
@@ -216,7 +217,10 @@ def test_the_ratio_is_that_of_the_bytes_held(found: Allocation, dtype: torch.dty
 
 
 @pytest.mark.parametrize("changes", [{}, {"head_groups": 2}, {"key_factors": "commuting"}])
-def test_ranks_cut_the_factors_that_initialising_makes(spend: Spend, changes: dict) -> None:
+def test_ranks_cut_the_factors_that_initialising_makes(
+    spend: Spend, changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget_module, "SHRINKAGES", (0.0,))
     model, x = spend.model, torch.randn(9, 64)  # type: ignore[attr-defined]
     found = spend(changes, ranks_only=True, ratio=0.4).adapter
     made = initialise(model, found.config, statistics_of(model), ranks_of(found))
@@ -230,8 +234,10 @@ def test_ranks_cut_the_factors_that_initialising_makes(spend: Spend, changes: di
 
 
 def test_every_width_is_of_a_row_of_the_full_factors(
-    model: nn.Module, statistics: Statistics, found: Allocation
+    model: nn.Module, statistics: Statistics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(budget_module, "SHRINKAGES", (0.0,))
+    found = allocate(model, CONFIG, statistics, samples(), Budget(ratio=0.1))
     full = initialise(model, replace(CONFIG, k_density=1.0, v_density=1.0), statistics)
     for index in found.adapter.layer_indices:
         for kind in ("k", "v"):
@@ -241,9 +247,20 @@ def test_every_width_is_of_a_row_of_the_full_factors(
             assert torch.equal(ours.up, components.up[:, matches.int().argmax(1)])
 
 
+def test_the_shrinkage_that_loses_less_is_kept(spend: Spend, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {}
+    for shrinkage in budget_module.SHRINKAGES:
+        with monkeypatch.context() as patch:
+            patch.setattr(budget_module, "SHRINKAGES", (shrinkage,))
+            alone[shrinkage] = spend(ratio=0.1)
+    least = min(alone.values(), key=lambda one: one.predicted_kl)
+    assert len({one.predicted_kl for one in alone.values()}) == 2
+    assert same(spend(ratio=0.1).adapter, least.adapter)
+
+
 @pytest.mark.parametrize("ranks_only", [False, True])
 def test_work_does_not_grow_with_layers(monkeypatch: pytest.MonkeyPatch, ranks_only: bool) -> None:
-    """The model is probed once, each projection factorised once, and none is measured by a forward of its own."""
+    """The model is probed once, and no projection is measured by a forward of its own."""
     counted: Counter[str] = Counter()
 
     def count(owner: object, name: str) -> None:
@@ -263,7 +280,8 @@ def test_work_does_not_grow_with_layers(monkeypatch: pytest.MonkeyPatch, ranks_o
         hook.remove()
         forwards[layers] = counted["forward"]
         assert counted["probe"] == 1
-        assert counted["eigh"] == 3 * 2 * layers  # of every projection Fisher information, gain and covariance
+        # Of every projection and shrinkage Fisher information, gain and covariance; no factors of lower rank anew.
+        assert counted["eigh"] == 3 * 2 * layers * len(budget_module.SHRINKAGES)
     assert forwards[1] == forwards[3]
 
 
@@ -282,7 +300,7 @@ def test_progress_says_what_is_done() -> None:
         "searching the ratio",
         "measuring the divergence",
     ]
-    assert [done for stage, done, total in said if stage == "measuring widths" and total == 4] == [1, 2, 3, 4]
+    assert [done for stage, done, total in said if stage == "measuring widths" and total == 4] == 2 * [1, 2, 3, 4]
     assert all(0 <= done <= total for _, done, total in said)
 
 
