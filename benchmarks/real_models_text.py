@@ -1,4 +1,4 @@
-"""Texts of the benchmark on real models: samples of a file, a named source, or two of them in turns."""
+"""Texts of the benchmark on real models: samples of a file or a named source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cskv.data.sources import open_source
 
 
 class Texts:
-    """Samples of texts by name; "a+b" takes turns.
+    """Samples of texts by name.
 
     Args:
         tokenizer: of the model.
@@ -26,13 +26,6 @@ class Texts:
 
     def samples(self, text: str, count: int, *, start: int = 0, heldout: bool = False) -> list[Tensor]:
         """Return samples from an index on, of the held-out part where the text has one."""
-        parts = text.split("+")
-        if len(parts) > 1:
-            each = -(-(start + count) // len(parts))
-            mixed = [
-                sample for turn in zip(*(self.samples(part, each) for part in parts), strict=True) for sample in turn
-            ]
-            return mixed[start : start + count]
         source = open_source(text, "heldout" if heldout else "train")
         found = TokenSamples(source, self._tokenizer, start + count, self._tokens)
         return list(islice(found.starting_at(start), count))

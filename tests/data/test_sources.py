@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cskv.data.sources import HUB_TEXTS, PIECE_CHARACTERS, open_source
+from cskv.data.sources import HUB_TEXTS, MIXED_CHARACTERS, PIECE_CHARACTERS, open_source
 from cskv.errors import DataError
 
 
@@ -86,3 +86,27 @@ def test_the_papers_names_point_to_their_datasets() -> None:
 def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(DataError, match="'train' or 'heldout'"):
         open_source("offline", "test")  # type: ignore[arg-type]
+
+
+def test_a_mixture_takes_as_much_of_each_until_one_ends(tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("word " * 8_000, encoding="utf-8")
+    (tmp_path / "code.txt").write_text("x = 1\n" * 2_000, encoding="utf-8")
+    source = open_source(f"{tmp_path / 'prose.txt'}+{tmp_path / 'code.txt'}")
+    pieces = list(source.read(0))
+    assert all(len(piece) <= MIXED_CHARACTERS for piece in pieces)
+    prose, code = ("".join(piece for piece in pieces if start in piece) for start in ("word", "x = 1"))
+    assert code == "x = 1\n" * 2_000
+    assert prose == ("word " * 8_000)[: len(prose)]
+    assert abs(len(prose) - len(code)) <= MIXED_CHARACTERS
+    assert source.name == f"{tmp_path / 'prose.txt'}+{tmp_path / 'code.txt'}"
+    assert source.separate
+
+
+def test_a_plus_in_the_name_of_a_file_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "c++.txt").write_text("one\n", encoding="utf-8")
+    assert list(open_source(str(tmp_path / "c++.txt")).read(0)) == ["one\n"]
+
+
+def test_all_parts_of_a_mixture_have_to_be_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no text file or folder ./absent.txt"):
+        open_source("offline+./absent.txt")

@@ -37,7 +37,8 @@ TrainingDataset = Annotated[
     files(
         "--training-dataset",
         "--dataset",
-        help="A text file, or offline (Python's own documentation and sources), pile_subset, wikitext2, c4.",
+        help="A text file, or offline (Python's own documentation and sources), pile_subset, wikitext2, c4; with + "
+        "between them several in turns.",
     ),
 ]
 NumSamples = Annotated[int, running(help="Samples of text.")]

@@ -6,6 +6,7 @@
     wikitext2          Salesforce/wikitext, wikitext-2-raw-v1
     c4                 allenai/c4, English
     anything else      a hub name or a local folder that `datasets.load_dataset` understands
+    a+b                several of these in turns, as many characters of each, until one ends
 
 Every source streams: no more than a bounded shuffling buffer of documents is held.
 """
@@ -13,7 +14,7 @@ Every source streams: no more than a bounded shuffling buffer of documents is he
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cskv.errors import DataError, first_line
 
 PIECE_CHARACTERS = 1 << 16
 SHUFFLED_DOCUMENTS = 1000
+MIXED_CHARACTERS = 4096  # of a piece of a mixture: some thousand tokens
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def open_source(name: str, split: Split = "train") -> TextSource:
     """
     if split not in ("train", "heldout"):
         raise DataError(f"split is {split!r}; expected 'train' or 'heldout'")
+    if "+" in name and not Path(name).exists():
+        return _mixture([open_source(part.strip(), split) for part in name.split("+")])
     if name == "offline":
         return TextSource(name, lambda seed: _offline_texts(split, seed))
     if name in HUB_TEXTS:
@@ -85,6 +89,32 @@ def open_source(name: str, split: Split = "train") -> TextSource:
     if not path.is_dir() and (path.suffix == ".txt" or path.is_absolute() or name.startswith(".")):
         raise DataError(f"there is no text file or folder {name}")
     return _dataset_source(name, split, HubText(name))
+
+
+def _mixture(sources: Sequence[TextSource]) -> TextSource:
+    def read(seed: int) -> Iterator[str]:
+        texts = [_cut(source.read(seed)) for source in sources]
+        given = [0] * len(texts)
+        while True:
+            least = given.index(min(given))
+            piece = next(texts[least], None)
+            if piece is None:
+                return
+            given[least] += len(piece)
+            yield piece
+
+    return TextSource("+".join(source.name for source in sources), read)
+
+
+def _cut(texts: Iterator[str]) -> Iterator[str]:
+    """Cut texts at line ends into pieces of a mixture."""
+    for text in texts:
+        while len(text) > MIXED_CHARACTERS:
+            stop = text.rfind("\n", 0, MIXED_CHARACTERS) + 1 or MIXED_CHARACTERS
+            yield text[:stop]
+            text = text[stop:]
+        if text.strip():
+            yield text
 
 
 def read_pieces(path: Path) -> Iterator[str]:
