@@ -285,6 +285,20 @@ def test_work_does_not_grow_with_layers(monkeypatch: pytest.MonkeyPatch, ranks_o
     assert forwards[1] == forwards[3]
 
 
+def test_sinks_have_no_say_in_widths() -> None:
+    """They are never packed: whatever the first token is, and here what comes of it in others is not seen."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    loud = model.model.embed_tokens.weight.data[1]
+    loud[:] = 0
+    loud[:2] = 5.0
+    known, texts = statistics_of(model), samples(2, 40)
+    others = [torch.cat([torch.tensor([1]), text[1:]]) for text in texts]
+    for sinks, alike in ((1, True), (0, False)):
+        config = replace(QUICK, sinks=sinks, group=32)
+        found = [allocate(model, config, known, own, Budget(ratio=0.2)).adapter for own in (texts, others)]
+        assert same(*found) == alike
+
+
 def test_progress_says_what_is_done() -> None:
     model, said = tiny_model("llama"), []
     allocate(

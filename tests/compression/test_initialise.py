@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
 
 from cskv.adapter.base_model import BaseModelInfo
@@ -12,8 +13,10 @@ from cskv.compression.losses import observe_latents
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, DataError
 from cskv.factorization.svd import asvd_factors, svd_factors
+from cskv.factorization.weighting import mixed_moments, shrunk
 from cskv.models.sites import find_sites
 from cskv.models.survey import survey
+from cskv.reading.divergence import Divergence
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import tiny_model
 
@@ -151,13 +154,78 @@ def test_mixed_widths_are_not_made_without_a_budget() -> None:
 def test_spectra_are_what_ranks_save() -> None:
     model = tiny_model("llama-mha")
     statistics = statistics_of(model)
-    for key_factors in ("joint", "commuting"):
-        components = Factorisation(
-            survey(model), CSKVConfig(init="pca", key_factors=key_factors), statistics
-        ).components()
-        spectra = {part: own.spectrum for part, own in components.items()}
-        for part, spectrum in spectra.items():
-            assert spectrum.shape == (64,), part
-            assert (spectrum.diff() <= 1e-12).all()
-    moment = statistics.key_moment(0)
-    assert float(spectra[0, "k"].sum()) == pytest.approx(float(moment.trace()))
+    for init in ("pca", "weighted-pca", "fisher-pca"):
+        for key_factors in ("joint", "commuting"):
+            config = CSKVConfig(init=init, key_factors=key_factors)
+            for part, own in Factorisation(survey(model), config, statistics).components().items():
+                assert own.spectrum.shape == (64,), part
+                assert (own.spectrum.diff() <= 1e-12).all()
+                assert (own.spectrum >= 0).all()
+            if init == "pca":
+                commuting = own.spectrum
+    moment = statistics.get(1, "v.moment")
+    mean = statistics.get(1, "v.mean")
+    assert float(commuting.sum()) == pytest.approx(float((moment - torch.outer(mean, mean)).trace()))
+    # By Fisher information they are nats: 1/2 tr(F C), C the covariance that components are taken of.
+    named = (statistics.get(1, f"v.{name}") for name in ("mean", "moment", "coherent_mean", "coherent_moment"))
+    mean, moment = mixed_moments(*named)
+    nats = float((shrunk(statistics.get(1, "v.fisher")) * (moment - torch.outer(mean, mean))).sum()) / 2
+    assert float(own.spectrum.sum()) == pytest.approx(nats, rel=1e-2)  # directions without a gradient count a little
+
+
+def loud_where_nothing_listens() -> nn.Module:
+    """Every other kv head: values that the output projection hardly reads, and keys that queries hardly do."""
+    model, loud = tiny_model("llama-mha"), torch.arange(64) // 16 % 2 == 0
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.v_proj.weight.data[loud] *= 5
+        attention.o_proj.weight.data[:, loud] *= 1e-3
+        attention.k_proj.weight.data[loud] *= 5
+        attention.q_proj.weight.data[loud] *= 1e-3
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"head_groups": 2}, {"key_factors": "commuting"}])
+def test_factors_by_fisher_information_lose_least_of_the_predictions(settings: dict) -> None:
+    model = loud_where_nothing_listens()
+    statistics, divergence = statistics_of(model), Divergence(survey(model))
+    text = torch.randint(3, 96, (1, 80), generator=torch.Generator().manual_seed(9))
+    kl = {
+        (init, density): divergence.kl(
+            initialise(model, CSKVConfig(density, density, 0, 4, 0, init=init, **settings), statistics), text
+        ).item()
+        for init in ("pca", "fisher-pca")
+        for density in (0.25, 0.5, 0.75)
+    }
+    assert kl["fisher-pca", 0.25] < kl["pca", 0.25]
+    assert kl["fisher-pca", 0.5] < 0.1 * kl["pca", 0.5]
+    assert kl["fisher-pca", 0.25] > kl["fisher-pca", 0.5] > kl["fisher-pca", 0.75]
+
+
+def test_fisher_information_is_that_of_what_is_factorised() -> None:
+    """With a norm of keys, joint factors are of what the projection puts out, commuting ones of what RoPE gets."""
+    model = tiny_model("qwen3")
+    statistics = statistics_of(model)
+
+    def down(key_factors: str, changed: str) -> torch.Tensor:
+        layers = {i: dict(layer) for i, layer in statistics.layers.items()}
+        for layer in layers.values():
+            layer[changed] = torch.diag(torch.linspace(0.01, 1.0, 32, dtype=torch.float64))
+        config = CSKVConfig(0.5, 0.5, key_factors=key_factors)
+        return initialise(model, config, dataclasses.replace(statistics, layers=layers)).factors(0).k.down
+
+    for key_factors, used, unused in (("joint", "k", "key"), ("commuting", "key", "k")):
+        made = initialise(model, CSKVConfig(0.5, 0.5, key_factors=key_factors), statistics).factors(0).k.down
+        assert torch.equal(down(key_factors, f"{unused}.fisher"), made)
+        assert torch.equal(down(key_factors, f"{unused}.coherent_moment"), made)
+        assert not torch.allclose(down(key_factors, f"{used}.fisher"), made, atol=1e-2)
+        assert not torch.allclose(down(key_factors, f"{used}.coherent_moment"), made, atol=1e-2)
+
+
+def test_fisher_pca_says_what_it_lacks() -> None:
+    model = tiny()
+    with pytest.raises(DataError, match="init 'fisher-pca' needs calibration statistics, got none"):
+        initialise(model, CSKVConfig(0.5, 0.5))
+    plain = calibrate(model, SAMPLES, SHORT, fisher=False)
+    with pytest.raises(DataError, match=r"layer 0 \(model.*lack k\..*; calibrate again with Fisher information"):
+        initialise(model, CSKVConfig(0.5, 0.5), plain)
