@@ -269,9 +269,10 @@ def test_work_does_not_grow_with_layers(monkeypatch: pytest.MonkeyPatch, ranks_o
 def test_sinks_have_no_say_in_widths() -> None:
     """They are never packed: whatever the first token is, and here what comes of it in others is not seen."""
     model = tiny_model("llama", num_hidden_layers=1)
-    loud = model.model.embed_tokens.weight.data[1]
-    loud[:] = 0
-    loud[:2] = 5.0
+    embeddings = model.model.embed_tokens.weight.data
+    embeddings[:, 0] = embeddings[1] = 0
+    embeddings[1, 0] = 5.0  # as massive activations are, in a channel of its own
+    model.model.layers[0].input_layernorm.weight.data[0] = 50.0
     known, texts = statistics_of(model), samples(2, 40)
     others = [torch.cat([torch.tensor([1]), text[1:]]) for text in texts]
     for sinks, alike in ((1, True), (0, False)):
