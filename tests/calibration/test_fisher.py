@@ -143,6 +143,24 @@ def test_outputs_are_those_of_the_projections() -> None:
     torch.testing.assert_close(found[1, "key"][0], seen["key"].reshape(1, 20, 32))
 
 
+def test_keys_after_their_norm_take_the_gradient_of_what_rope_turns() -> None:
+    """Through the norm it is that of what the projection puts out."""
+    model = tiny_model("qwen3").double()
+    found = gradients(survey(model), TEXT[None])
+    for i, layer in enumerate(model.model.layers):
+        y = found[i, "k"][0].unflatten(-1, (2, 16)).requires_grad_()
+        of_key = found[i, "key"][1].unflatten(-1, (2, 16))
+        (through,) = torch.autograd.grad(layer.self_attn.k_norm(y), y, of_key)
+        torch.testing.assert_close(through.flatten(-2), found[i, "k"][1], rtol=1e-9, atol=1e-12)
+
+
+def test_samples_may_be_of_different_lengths() -> None:
+    model = tiny_model("qwen3")
+    found = calibrate(model, [TEXT, TEXT[:15], torch.stack([TEXT, TEXT.flip(0)])], CONFIG)
+    assert found.tokens == 20 + 15 + 40
+    assert found.get(0, "key.fisher").trace() > 0
+
+
 def assert_alike(ours: Statistics, theirs: Statistics, rtol: float = 1e-4) -> None:
     for i, layer in theirs.layers.items():
         for name, tensor in layer.items():

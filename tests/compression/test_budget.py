@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,14 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import cskv
 import cskv.compression.budget as budget_module
 import cskv.models.probe as probe_module
 import cskv.models.survey as survey_module
-from cskv import ConfigError, CSKVAdapter, CSKVConfig, DataError
-from cskv.calibration.calibrate import calibrate
+from cskv import CSKVAdapter, CSKVConfig
 from cskv.calibration.statistics import Statistics
 from cskv.compression.budget import Allocation, Budget, allocate, bytes_per_token, ratio_of
 from cskv.compression.initialise import initialise
@@ -29,10 +27,10 @@ from cskv.models.sites import find_sites
 from cskv.models.survey import survey
 from cskv.reading.divergence import Divergence
 from tests.attachment.test_closed_form import statistics_of
+from tests.compression.conftest import QUICK, Spend, samples
 from tests.models.families import tiny_model
 
 CONFIG = CSKVConfig(window=0, group=32, sinks=2)
-QUICK = CSKVConfig(window=0, group=4, sinks=1)
 SETTINGS = {
     "joint": {},
     "one-token groups": {"group": 1},
@@ -40,10 +38,6 @@ SETTINGS = {
     "head groups": {"head_groups": 2},
     "commuting": {"key_factors": "commuting"},
 }
-
-
-def samples(number: int = 4, length: int = 160) -> list[Tensor]:
-    return list(torch.randint(3, 96, (number, length), generator=torch.Generator().manual_seed(2)))
 
 
 def lopsided() -> nn.Module:
@@ -66,23 +60,6 @@ def statistics(model: nn.Module) -> Statistics:
 @pytest.fixture(scope="module")
 def found(model: nn.Module, statistics: Statistics) -> Allocation:
     return allocate(model, CONFIG, statistics, samples(), Budget(ratio=0.1))
-
-
-Spend = Callable[..., Allocation]
-
-
-@pytest.fixture(scope="module")
-def spend() -> Spend:
-    """Spend a budget on a small model and little text."""
-    small = tiny_model("qwen2")
-    known = statistics_of(small)
-
-    def run(changes: dict | None = None, ranks_only: bool = False, **budget: float) -> Allocation:
-        config = replace(QUICK, **(changes or {}))
-        return allocate(small, config, known, samples(2, 40), Budget(**budget), ranks_only=ranks_only)
-
-    run.model = small  # type: ignore[attr-defined]
-    return run
 
 
 def ranks_of(adapter: CSKVAdapter) -> dict[int, tuple[int, int]]:
@@ -199,12 +176,6 @@ def test_a_divergence_that_hardly_any_latent_is_needed_for(spend: Spend) -> None
     assert found.ratio < 0.15
 
 
-def test_a_divergence_that_no_cache_reaches_is_refused() -> None:
-    model = tiny_model("llama").bfloat16()  # whose own rounding is more than this
-    with pytest.raises(ConfigError, match=r"even all latents at full width diverge by .* nats per token; allow more"):
-        allocate(model, QUICK, statistics_of(model), samples(2, 40), Budget(max_kl=1e-12))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ratio_is_that_of_the_bytes_held(found: Allocation, dtype: torch.dtype) -> None:
     """Of sealed tokens in full groups, beside the 2 bytes of every one of their key and value channels."""
@@ -288,9 +259,10 @@ def test_work_does_not_grow_with_layers(monkeypatch: pytest.MonkeyPatch, ranks_o
 def test_sinks_have_no_say_in_widths() -> None:
     """They are never packed: whatever the first token is, and here what comes of it in others is not seen."""
     model = tiny_model("llama", num_hidden_layers=1)
-    loud = model.model.embed_tokens.weight.data[1]
-    loud[:] = 0
-    loud[:2] = 5.0
+    embeddings = model.model.embed_tokens.weight.data
+    embeddings[:, 0] = embeddings[1] = 0
+    embeddings[1, 0] = 5.0  # as massive activations are, in a channel of its own
+    model.model.layers[0].input_layernorm.weight.data[0] = 50.0
     known, texts = statistics_of(model), samples(2, 40)
     others = [torch.cat([torch.tensor([1]), text[1:]]) for text in texts]
     for sinks, alike in ((1, True), (0, False)):
@@ -341,57 +313,3 @@ def test_the_latents_of_layer_inputs_are_observed(dtype: torch.dtype) -> None:
                 assert latents.dtype == torch.float32
                 assert not latents.requires_grad
                 assert torch.equal(latents, getattr(adapter.factors(site.layer_idx), kind).latents(x))
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({}, "got none: give one"),
-        ({"ratio": 0.2, "max_kl": 0.1}, r"got \{'ratio': 0.2, 'max_kl': 0.1\}: give one"),
-        ({"ratio": 0.0}, r"ratio is 0.0; expected a share of the uncompressed bytes in \(0, 1\]"),
-        ({"ratio": -0.1}, "ratio is -0.1"),
-        ({"ratio": 1.5}, "ratio is 1.5"),
-        ({"ratio": float("nan")}, "ratio is nan"),
-        ({"ratio": "0.2"}, "ratio is '0.2'"),
-        ({"ratio": True}, "ratio is True"),
-        ({"bytes_per_token": 0}, "bytes_per_token is 0; expected a number above 0"),
-        ({"bytes_per_token": float("inf")}, "bytes_per_token is inf"),
-        ({"max_kl": -1e-3}, "max_kl is -0.001; expected a number above 0"),
-    ],
-)
-def test_a_budget_that_is_none_is_refused(given: dict, says: str) -> None:
-    with pytest.raises(ConfigError, match=says) as caught:
-        Budget(**given)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"init": "svd"}, "init is 'svd'; expected 'fisher-pca'"),
-        ({"init": "weighted-pca"}, "init is 'weighted-pca'; expected 'fisher-pca'"),
-        ({"k_bits": 4}, "a budget chooses the widths of latents; got k_bits 4, v_bits 16"),
-        ({"mixed_widths": True}, "mixed_widths True: give one of them"),
-        ({"head_groups": 3}, "3 head groups do not divide 2 kv heads"),
-    ],
-)
-def test_settings_that_do_not_go_with_a_budget_are_refused(spend: Spend, changes: dict, says: str) -> None:
-    with pytest.raises(ConfigError, match=says) as caught:
-        spend(changes, ratio=0.2)
-    assert "\n" not in str(caught.value)
-
-
-def test_too_little_is_refused(spend: Spend) -> None:
-    with pytest.raises(ConfigError, match="no choice of widths takes 0.004 of the bytes; raise the budget"):
-        spend(ratio=0.004)
-    model = spend.model  # type: ignore[attr-defined]
-    known, budget = statistics_of(model), Budget(max_kl=0.1)
-    for number in (0, 1):
-        with pytest.raises(DataError, match=f"at least 2 samples, got {number}; give more text"):
-            allocate(model, QUICK, known, samples(2)[:number], budget)
-    # Of shorter ones nothing is ever read from latents: they would diverge by nothing, whatever is dropped.
-    with pytest.raises(DataError, match="a sample of 5 tokens has none .* at least 6 tokens, or a smaller window"):
-        allocate(model, QUICK, known, [*samples(1, 40), *samples(1, 5)], budget)
-    for lean in ({"covariance": False}, {"fisher": False}):
-        with pytest.raises(DataError, match=r"layer 0 .*lack k\..*; calibrate again with"):
-            allocate(model, QUICK, calibrate(model, samples(2, 40), QUICK, **lean), samples(2, 40), budget)
