@@ -40,8 +40,8 @@ METHODS: dict[str, tuple[Recipe, tuple[float, ...]]] = {
     "PCA, 16 samples": (Recipe(PCA, calibration=16), (0.5, 0.2)),
     "PCA, 800 samples": (Recipe(PCA, calibration=800), (0.5, 0.2, 0.1)),
     "weighted PCA": (Recipe(WEIGHTED), DENSITIES),
-    "Fisher PCA": (Recipe(FISHER), DENSITIES),
-    "Fisher PCA, allocated ranks": (Recipe(FISHER, allocated=True), DENSITIES),
+    "Fisher PCA": (Recipe(FISHER), (0.5, 0.2, 0.1)),
+    "Fisher PCA, allocated ranks": (Recipe(FISHER, allocated=True), (0.5, 0.2, 0.1)),
     "PCA, 2 head groups": (Recipe(PCA | {"head_groups": 2}), DENSITIES),
     "commuting keys": (Recipe(PCA | COMMUTING), DENSITIES),
     "weighted commuting keys": (Recipe(WEIGHTED | COMMUTING), DENSITIES),
@@ -187,8 +187,8 @@ def _draw(rows: list[Row]) -> None:
     if series:  # otherwise there is nothing to connect yet
         right = {"ylabel": "KL from uncompressed, nats per token", "yscale": "log"}
         draw_pair(FIGURES / "closed-form-curves.png", series, "channels removed, %", right)
-    for row in _pick(rows, "PCA, allocated ranks")[:1]:
-        title = "Latents per layer, 20 % in all, by measured sensitivity"
+    for row in _pick(rows, "Fisher PCA, allocated ranks")[:1]:
+        title = "Latents per layer, 20 % in all, of one budget"
         plot_ranks(dict(enumerate(map(tuple, row["ranks"]))), FIGURES / "closed-form-ranks.png", title)
     losses = {}
     for method, found in _measured(rows, 0.2).items():

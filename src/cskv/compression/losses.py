@@ -21,7 +21,6 @@ from cskv.config import CSKVConfig
 from cskv.errors import ConfigError
 from cskv.factorization.basis import ordered
 from cskv.factorization.factors import Factors, LayerFactors
-from cskv.factorization.weighting import shrunk
 from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.survey import Survey
 from cskv.quantization.grid import Grid
@@ -44,7 +43,7 @@ class LossTable:
     def __init__(
         self, surveyed: Survey, config: CSKVConfig, statistics: Statistics, ranks_only: bool, shrinkage: float
     ) -> None:
-        self.surveyed, self._statistics, self._shrinkage = surveyed, statistics, shrinkage
+        self.surveyed = surveyed
         plain = replace(config, k_density=1.0, v_density=1.0)
         self._config = replace(plain, mixed_widths=True)
         self._components = Factorisation(surveyed, plain, statistics, shrinkage).components()
@@ -68,7 +67,7 @@ class LossTable:
         return min(1.0, 1.05 * bits / (8 * self.uncompressed_bytes))
 
     def measure(self, samples: Sequence[Int[Tensor, " tokens"]], say: OnProgress) -> None:
-        """Measure the errors of latents in few bits."""
+        """Measure the errors of latents in few bits: the gain makes their squares nats, as of those that are left out."""
         factors = {part: own.factors for part, own in self._components.items() if part not in self._plain}
         if not factors:
             return
@@ -79,9 +78,8 @@ class LossTable:
             errors[part] = errors[part] + own if part in errors else own
             say(stage, done + 1, len(factors) * len(samples))
         for part, table in errors.items():
-            weighted = self._noise_weights(part)[:, None] * table
-            weighted[:, 0] = self._components[part].spectrum
-            self._losses[part] = Losses(weighted, CHOICES, self._config.block(part[1]))
+            table[:, 0] = self._components[part].spectrum
+            self._losses[part] = Losses(table, CHOICES, self._config.block(part[1]))
 
     def adapter(self, ratio: float) -> CSKVAdapter:
         """Make the adapter of least loss whose bytes are within the ratio.
@@ -143,12 +141,6 @@ class LossTable:
         commuting = part[1] == "k" and self._config.key_factors == "commuting"
         step = 2 if commuting else self._config.head_groups
         return Losses(torch.stack([spectrum, torch.zeros_like(spectrum)], 1), RANKS, step=step)
-
-    def _noise_weights(self, part: Part) -> Float[Tensor, " rank"]:
-        """Return the nats per token of a unit of squared error in each latent, where tokens err independently."""
-        up = self._components[part].factors.up.double().cpu()
-        fisher = shrunk(self._statistics.get(part[0], f"{part[1]}.fisher"), self._shrinkage)
-        return torch.einsum("cr,cd,dr->r", up, fisher, up) / 2
 
     def _bits(self, part: Part, widths: Tensor) -> float:
         """Count the bits per token of a projection's latents as they are stored."""
