@@ -67,7 +67,7 @@ class LossTable:
         return min(1.0, 1.05 * bits / (8 * self.uncompressed_bytes))
 
     def measure(self, samples: Sequence[Int[Tensor, " tokens"]], say: OnProgress) -> None:
-        """Measure the errors of latents in few bits: the gain makes their squares nats, as of those that are left out."""
+        """Measure the squared errors of latents in few bits; the gain makes them nats."""
         factors = {part: own.factors for part, own in self._components.items() if part not in self._plain}
         if not factors:
             return
