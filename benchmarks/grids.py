@@ -20,8 +20,9 @@ from quality import ALLOCATION_SAMPLES, Bench, Recipe, load, start
 from torch import Tensor
 
 from cskv.adapter.adapter import CSKVAdapter
+from cskv.compression.budget import ratio_of
 from cskv.compression.initialise import Part
-from cskv.compression.losses import observe_latents, ratio_of
+from cskv.compression.losses import observe_latents
 from cskv.data.lines import make_case
 from cskv.factorization.basis import centred, hadamard_blocks, rotated, scaled
 from cskv.factorization.factors import Factors, LayerFactors
