@@ -44,7 +44,7 @@ def test_three_forms_of_a_budget(
     result = run("train", *calibrated, *given)
     report = last_json(result)
     ending = "-ranks-untrained" if ranks_only else "-untrained"
-    assert report["adapter"] == f"outputs/adapters/tiny/{name}-fisher-pca-window8-group4{ending}"
+    assert report["adapter"] == f"outputs/adapters/tiny/{name}-fisher-pca-window8-group4-sinks4{ending}"
     adapter = CSKVAdapter.from_pretrained(report["adapter"])
     assert report["settings"] == adapter.config.to_dict()
     assert adapter.config.mixed_widths == (not ranks_only)

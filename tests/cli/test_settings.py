@@ -50,9 +50,9 @@ def test_an_adapter_keeps_what_no_option_names(options: dict[str, Any], changed:
 
 
 def test_sinks_are_in_the_name_and_adapters_without_any_keep_theirs() -> None:
-    assert adapter_name(CSKVConfig(sinks=0)) == "k0.2-v0.2-weighted-pca-window32-group32"
+    assert adapter_name(CSKVConfig(sinks=0)) == "k0.2-v0.2-fisher-pca-window32-group32"
     assert adapter_name(CSKVConfig(sinks=4, head_groups=2)) == (
-        "k0.2-v0.2-weighted-pca-window32-group32-sinks4-headgroups2"
+        "k0.2-v0.2-fisher-pca-window32-group32-sinks4-headgroups2"
     )
 
 

@@ -127,7 +127,7 @@ def test_untrained_adapters_do_not_replace_trained_ones(run: Run, model_folder: 
         (["--use_asvd", "--init", "pca"], "--use-asvd and --init pca contradict each other"),
         (["--no_use_asvd", "--init", "pca"], "--no-use-asvd and --init pca contradict each other"),
         (["--init", "magic"], "init is 'magic'"),
-        (["--key-factors", "commuting", "--use-asvd"], "'pca' or 'weighted-pca'"),
+        (["--key-factors", "commuting", "--use-asvd"], "expected 'fisher-pca', 'weighted-pca' or 'pca'"),
         (["--use_asvd"], "make them with `cskv calibrate`"),
         ([], "make them with `cskv calibrate`"),
         (["--dataset", "absent.txt"], "absent.txt"),

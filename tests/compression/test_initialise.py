@@ -13,7 +13,7 @@ from cskv.compression.losses import observe_latents
 from cskv.config import CSKVConfig
 from cskv.errors import AdapterError, ConfigError, DataError
 from cskv.factorization.svd import asvd_factors, svd_factors
-from cskv.factorization.weighting import mixed_moments, shrunk
+from cskv.factorization.weighting import mixed_moments
 from cskv.models.sites import find_sites
 from cskv.models.survey import survey
 from cskv.reading.divergence import Divergence
@@ -169,7 +169,7 @@ def test_spectra_are_what_ranks_save() -> None:
     # By Fisher information they are nats: 1/2 tr(F C), C the covariance that components are taken of.
     named = (statistics.get(1, f"v.{name}") for name in ("mean", "moment", "coherent_mean", "coherent_moment"))
     mean, moment = mixed_moments(*named)
-    nats = float((shrunk(statistics.get(1, "v.fisher")) * (moment - torch.outer(mean, mean))).sum()) / 2
+    nats = float((statistics.get(1, "v.fisher") * (moment - torch.outer(mean, mean))).sum()) / 2
     assert float(own.spectrum.sum()) == pytest.approx(nats, rel=1e-2)  # directions without a gradient count a little
 
 

@@ -54,11 +54,9 @@ def test_a_gain_moves_through_a_norm_by_the_sizes_on_either_side() -> None:
 
 
 def test_shrinking_takes_a_share_off_what_is_beside_the_diagonal() -> None:
-    found = shrunk(torch.tensor([[4.0, 1.0], [1.0, 2.0]]))
+    found = shrunk(torch.tensor([[4.0, 1.0], [1.0, 2.0]]), 0.3)
     assert found.dtype == torch.float64
-    off = 1 - weighting.SHRINKAGE
-    assert found.flatten().tolist() == pytest.approx([4.0, off, off, 2.0])
-    assert 0 < off < 1
+    assert found.flatten().tolist() == pytest.approx([4.0, 0.7, 0.7, 2.0])
 
 
 def test_with_a_fisher_gain_squared_errors_are_nats() -> None:
