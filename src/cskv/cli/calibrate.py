@@ -25,7 +25,7 @@ def calibrate(
     loading: LoadingOptions,
     model_id: opt.ModelId = None,
     training_dataset: opt.TrainingDataset = "offline",
-    num_samples: opt.NumSamples = 32,
+    num_samples: opt.NumSamples = 24,
     max_seq_len: opt.MaxSeqLen = 1024,
     covariance: Annotated[
         bool,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cskv.compression.budget import Budget
     from cskv.data.samples import TokenSamples
 
-BUDGET_SAMPLES = 16  # half of them to choose widths by, half to measure on
+BUDGET_SAMPLES = 12  # half of them to choose widths by, half to measure on
 
 
 def initial_adapter(model: PreTrainedModel, config: CSKVConfig, statistics: Path) -> CSKVAdapter:
