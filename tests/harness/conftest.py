@@ -13,7 +13,7 @@ from cskv.data.lines import make_case
 from cskv.data.offline import documents
 from tests.harness.support import CHECKPOINT, LINES, write_tasks
 
-WINDOW, GROUP = 8, 8
+SINKS, WINDOW, GROUP = 4, 8, 8
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype="float32")
     folder = tmp_path_factory.mktemp("adapters")
     for name, density, bits in (("full", 1.0, 16), ("low", 0.25, 16), ("packed", 0.5, 4)):
-        config = cskv.CSKVConfig(density, density, WINDOW, GROUP, init="svd", k_bits=bits, v_bits=bits)
+        config = cskv.CSKVConfig(density, density, WINDOW, GROUP, sinks=SINKS, init="svd", k_bits=bits, v_bits=bits)
         initialise(model, config).save_pretrained(folder / name)
     return {name: str(folder / name) for name in ("full", "low", "packed")}
 

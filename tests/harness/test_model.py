@@ -12,7 +12,7 @@ import torch
 import cskv
 from cskv.evaluation.perplexity import perplexity
 from cskv.models.compat import cache_kwarg, output_cache
-from tests.harness.conftest import GROUP, WINDOW
+from tests.harness.conftest import GROUP, SINKS, WINDOW
 from tests.harness.support import CHECKPOINT, TASKS
 
 pytest.importorskip("lm_eval")
@@ -109,7 +109,7 @@ def test_rolling_perplexity_is_that_of_the_evaluation(adapters: dict[str, str], 
     lm = model(adapters["low"])
     for text, got in zip(texts, rolling(lm, texts), strict=True):
         tokens = torch.tensor([[lm.prefix_token_id, *lm.tok_encode(text)]])
-        expected = perplexity(lm.model, tokens, chunk=GROUP, first_chunk=WINDOW + GROUP)
+        expected = perplexity(lm.model, tokens, chunk=GROUP, first_chunk=SINKS + WINDOW + GROUP)
         assert got == pytest.approx(-expected.nll * expected.tokens, abs=TOLERANCE)
 
 
@@ -139,8 +139,8 @@ def test_a_short_continuation_of_a_long_context_needs_no_logits_of_the_context(
     assert fed[1] == len(context) + len(continuation) - 1
     assert logits.shape[1] == len(continuation)
     both = torch.tensor([context + continuation])
-    whole = perplexity(lm.model, both, chunk=GROUP, first_chunk=WINDOW + GROUP)
-    head = perplexity(lm.model, both[:, : len(context)], chunk=GROUP, first_chunk=WINDOW + GROUP)
+    whole = perplexity(lm.model, both, chunk=GROUP, first_chunk=SINKS + WINDOW + GROUP)
+    head = perplexity(lm.model, both[:, : len(context)], chunk=GROUP, first_chunk=SINKS + WINDOW + GROUP)
     assert got == pytest.approx(head.nll * head.tokens - whole.nll * whole.tokens, abs=TOLERANCE)
 
 
