@@ -61,8 +61,7 @@ RECIPES = {
     **{f"20 % x 4 bits, {name}": Recipe(_uniform(4), **how) for name, how in TRAINING.items()},
     **{f"20 % x 2 bits, {name}": Recipe(_uniform(2), **how) for name, how in TRAINING.items()},
     **{f"13 % x 4 bits, {name}": Recipe(SMALL, **TRAINING[name]) for name in ("post-training", "QAT end to end")},
-    **{f"mixed widths 4.4 %, {name}": Recipe(MIXED, ratio=0.044, **how) for name, how in TRAINING.items()},
-    **{f"mixed widths {100 * r:g} %, post-training": Recipe(MIXED, ratio=r) for r in (0.064, 0.12, 0.24)},
+    **{f"mixed widths {100 * r:g} %, post-training": Recipe(MIXED, ratio=r) for r in (0.044, 0.064, 0.12, 0.24)},
 }
 NAMES = ("uncompressed", *PEERS, *RECIPES)
 

@@ -229,3 +229,16 @@ def test_fisher_pca_says_what_it_lacks() -> None:
     plain = calibrate(model, SAMPLES, SHORT, fisher=False)
     with pytest.raises(DataError, match=r"layer 0 \(model.*lack k\..*; calibrate again with Fisher information"):
         initialise(model, CSKVConfig(0.5, 0.5), plain)
+
+
+def test_latents_of_fisher_pca_have_the_scale_of_channels() -> None:
+    """Nats of a token are far smaller than keys and values: unscaled latents would leave the range of float16."""
+    model = tiny_model("llama")
+    for (index, kind), own in Factorisation(survey(model), CSKVConfig(), statistics_of(model)).components().items():
+        assert float(own.factors.up.square().sum(0).mean()) == pytest.approx(1.0, rel=1e-5), (index, kind)
+        assert 0 < own.unit < 1
+        up = own.factors.up.double()
+        # A unit of squared error costs half of what Fisher information says of the columns of `up`.
+        fisher = statistics_of(model).get(index, f"{kind}.fisher")
+        costs = torch.einsum("cr,cd,dr->r", up, fisher, up) / 2
+        assert float(costs.median()) == pytest.approx(own.unit, rel=1e-3), (index, kind)

@@ -174,6 +174,10 @@ class _Layer:
         return _conditioned(factors, self.config, kind, self._statistic("input.mean") if few else None)
 
     def components(self, kind: str) -> Components:
+        found = self._components(kind)
+        return found.evened() if self.config.init == "fisher-pca" else found
+
+    def _components(self, kind: str) -> Components:
         if kind == "k" and self.config.key_factors == "commuting":
             return self._commuting_components()
         (mean, moment), gain = self._moments(kind), self._gain(kind)

@@ -78,6 +78,7 @@ class LossTable:
             errors[part] = errors[part] + own if part in errors else own
             say(stage, done + 1, len(factors) * len(samples))
         for part, table in errors.items():
+            table *= self._components[part].unit
             table[:, 0] = self._components[part].spectrum
             self._losses[part] = Losses(table, CHOICES, self._config.block(part[1]))
 

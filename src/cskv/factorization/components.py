@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cskv.errors import ConfigError
-from cskv.factorization.basis import ordered
+from cskv.factorization.basis import ordered, scaled
 from cskv.factorization.factors import Factors
 
 
@@ -23,11 +23,23 @@ class Components:
             as many latents as there are groups is one of each group.
         sizes: how many latents are kept or dropped together, in the order of each group's latents: 2 for the pairs of
             commuting keys, otherwise 1.
+        unit: the loss of a unit of squared error in a latent.
     """
 
     factors: Factors
     spectrum: Tensor
     sizes: tuple[int, ...]
+    unit: float = 1.0
+
+    def evened(self) -> Components:
+        """Give all latents one further scale, at which `up` has columns of norm 1 on average.
+
+        A gain in nats makes latents many times smaller than the channels that they rebuild: too small for float16, and
+        for a learning rate.
+        """
+        scale = float(self.factors.up.double().square().sum(0).mean().sqrt())
+        factors = scaled(self.factors, torch.full_like(self.factors.down[:, 0], scale))
+        return replace(self, factors=factors, unit=self.unit / scale**2)
 
     def truncated(self, rank: int) -> Factors:
         """Return the factors of a rank, the means of their latents moved into the bias.
