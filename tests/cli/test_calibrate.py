@@ -72,7 +72,7 @@ def test_sinks_are_left_out_as_asked(run: Run, options: list[object]) -> None:
     [
         (["--max-seq-len", 12, *WINDOW, "--sinks", 0], "give samples of at least 13 tokens, or a smaller window"),
         (["--max-seq-len", 16, *WINDOW, "--sinks", 4], "give samples of at least 17 tokens"),
-        (["--max-seq-len", 64, "--window", 32, "--group", 32, "--sinks", 0], "take statistics without Fisher"),
+        (["--max-seq-len", 64, "--window", 32, "--group", 32, "--sinks", 0], "Fisher information out (--no-fisher)"),
         (["--max-seq-len", 8, "--sinks", 8, "--no-fisher"], "a sample has 8 tokens, and 8 sinks are left out"),
         (["--window", -1], "window is -1; expected a whole number of tokens, at least 0"),
         (["--group", 0], "group is 0; expected a whole number of tokens, at least 1"),

@@ -95,7 +95,7 @@ class FisherPass:
         if tokens < self._least:
             raise DataError(
                 f"a sample of {tokens} tokens has none that would be read from latents; give samples of at least "
-                f"{self._least} tokens, or a smaller window, or take statistics without Fisher information"
+                f"{self._least} tokens, or a smaller window, or leave Fisher information out (--no-fisher)"
             )
         copies, model = self._copies, self._surveyed.model
         copies.leaves.clear()
@@ -108,7 +108,7 @@ class FisherPass:
             parts = list(copies.leaves)
             of_hidden = self._of_hidden(hidden.detach(), seed)
             found = torch.autograd.grad(hidden, [copies.leaves[part] for part in parts], of_hidden)
-        return {part: (copies.outputs[part].detach(), gradient) for part, gradient in zip(parts, found, strict=True)}
+        return {part: (copies.outputs[part], gradient) for part, gradient in zip(parts, found, strict=True)}
 
     def _of_hidden(self, hidden: Tensor, seed: int) -> Tensor:
         """Return the gradient of the labels' log-probabilities with respect to the last hidden states."""
@@ -140,7 +140,7 @@ class _Copies:
         copies = recipe.keys.heads(self._with_leaf(site.layer_idx, "k"), call.cos, call.sin)
         if recipe.keys.norm is None:
             return copies
-        output = self.outputs[site.layer_idx, "k"]
+        output = self.outputs[site.layer_idx, "k"]  # detached
         self.outputs[site.layer_idx, "key"] = recipe.keys.normalised(output)
         error = self._leaf((site.layer_idx, "key"), output).unflatten(-1, (-1, site.head_dim)).transpose(1, 2)
         if call.cos is not None and call.sin is not None:
@@ -152,6 +152,7 @@ class _Copies:
 
     def _with_leaf(self, layer_idx: int, kind: str) -> Tensor:
         output = self.outputs[layer_idx, kind]
+        self.outputs[layer_idx, kind] = output.detach()  # its graph would hold activations of every layer
         return output + self._leaf((layer_idx, kind), output)
 
     def _leaf(self, part: tuple[int, str], like: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Statistics:
     Attributes:
         layers: layer index -> name -> fp64 tensor on the CPU; the names are in the module's docstring.
         base: the model they were taken from.
-        tokens: how many tokens they are means over.
+        tokens: how many tokens were read, sinks included.
         source: the text's name.
         seed: of the text's order.
         sinks: how many tokens at the start of every sample were left out.

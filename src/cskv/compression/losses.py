@@ -43,7 +43,7 @@ class LossTable:
     def __init__(
         self, surveyed: Survey, config: CSKVConfig, statistics: Statistics, ranks_only: bool, shrinkage: float
     ) -> None:
-        self.surveyed = surveyed
+        self._surveyed = surveyed
         plain = replace(config, k_density=1.0, v_density=1.0)
         self._config = replace(plain, mixed_widths=True)
         self._components = Factorisation(surveyed, plain, statistics, shrinkage).components()
@@ -73,7 +73,7 @@ class LossTable:
             return
         errors: dict[Part, Tensor] = {}
         sinks, stage = self._config.sinks, "measuring widths"
-        for done, (part, latents) in enumerate(observe_latents(self.surveyed, factors, samples)):
+        for done, (part, latents) in enumerate(observe_latents(self._surveyed, factors, samples)):
             own = width_errors(latents[:, sinks:], self._config.block(part[1])).cpu() / len(samples)
             errors[part] = errors[part] + own if part in errors else own
             say(stage, done + 1, len(factors) * len(samples))
@@ -134,7 +134,7 @@ class LossTable:
             for kind in ("k", "v")
         )
         config = replace(self._config, k_density=k_density, v_density=v_density, mixed_widths=bool(runs))
-        return CSKVAdapter(config, layers, self.surveyed.base, widths=runs)
+        return CSKVAdapter(config, layers, self._surveyed.base, widths=runs)
 
     def _of_ranks(self, part: Part) -> Losses:
         """Return the losses of a projection whose latents are dropped or stay in 16 bits."""
