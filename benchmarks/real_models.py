@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,7 +44,7 @@ from cskv.training.trainer import train
 
 DEFAULTS = cskv.CSKVConfig()
 BUDGETS, DENSITIES = (0.2, 0.1, 0.05), (0.5, 0.2)
-LEARNING_RATE = 1e-4
+LEARNING_RATES = (1e-4, 2e-5)
 
 
 class Fp8Tokens:
@@ -95,8 +96,8 @@ class Bench:
             jobs[f"{ratio:.0%} of the bytes, calibrated on both"] = functools.partial(
                 self.budget, ratio, f"{own}+{other}"
             )
-        for ratio in BUDGETS if self.given.train else ():
-            jobs[f"trained, {ratio:.0%} of the bytes"] = functools.partial(self.trained, ratio)
+        for ratio, rate in itertools.product(BUDGETS, LEARNING_RATES) if self.given.train else ():
+            jobs[f"trained at {rate:g}, {ratio:.0%} of the bytes"] = functools.partial(self.trained, ratio, rate)
         jobs["peer: fp8"] = self.fp8
         for bits in (4, 2):
             jobs[f"peer: QuantizedCache, {bits} bits"] = functools.partial(self.quantised, bits)
@@ -125,15 +126,16 @@ class Bench:
         found.adapter.save_pretrained(folder)
         return found.adapter
 
-    def trained(self, ratio: float) -> Row:
+    def trained(self, ratio: float, rate: float) -> Row:
+        """Distil a budget's adapter, and say what it lost before."""
         adapter = self.allocated(ratio, self.given.calibration)
+        before = {
+            f"{name}_before": value for name, value in self.measured(adapter).items() if name in ("kl", "kl_other")
+        }
         samples = self.texts.samples(self.given.calibration, self.given.train)
-        settings = TrainingSettings(
-            learning_rate=LEARNING_RATE, schedule="cosine", objective="distillation", warmup_steps=4
-        )
-        result = train(self.model, adapter, samples, settings, output=self.folder / f"training-{ratio:g}")
-        adapter.save_pretrained(self.folder / f"trained-{ratio:g}")
-        return self.measured(adapter) | {"steps": result.steps, "training_samples": self.given.train}
+        settings = TrainingSettings(learning_rate=rate, schedule="cosine", objective="distillation", warmup_steps=4)
+        result = train(self.model, adapter, samples, settings, output=self.folder / f"training-{ratio:g}-{rate:g}")
+        return self.measured(adapter) | before | {"steps": result.steps, "training_samples": self.given.train}
 
     def measured(self, adapter: cskv.CSKVAdapter) -> Row:
         """Measure the divergence on held-out text, and on other held-out text where there is some."""

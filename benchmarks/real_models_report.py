@@ -39,13 +39,16 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         if "score" in row
     ]
     if lines:
-        found.append(Table("LongEval lines, 50 questions", ("", "right (95 % interval)"), lines))
+        size = next(row for row in rows.values() if "score" in row)
+        title = f"LongEval records of {size['lines']} lines, the question in the prompt, {size['n']} questions"
+        found.append(Table(title, ("", "right (95 % interval)"), lines))
     return found
 
 
 def _cells(name: str, row: Mapping[str, Any], with_other: bool) -> list[str]:
     values = row["kl_of_texts"]
     spread = f" ± {stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    spread += f", from {row['kl_before']:.4f}" if "kl_before" in row else ""
     other = [f"{row['kl_other']:.4f}" if "kl_other" in row else ""] if with_other else []
     return [name, f"{row['ratio']:.1%}", f"{row['kl']:.4f}{spread}", *other]
 
