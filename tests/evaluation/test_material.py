@@ -72,3 +72,15 @@ def test_a_file_is_cut_into_texts_of_any_length(tmp_path):
     assert texts.shape == (2, 80_000)
     whole = path.read_text()
     assert TOKENIZER.decode(texts[1]) == whole[80_000:160_000]
+
+
+def test_every_seed_reads_another_stretch_of_a_file(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{index} words in a book.\n" for index in range(300)))
+    found = Material(TOKENIZER, EvaluationSettings(text=str(path), texts=2, text_tokens=(900,)))
+    read = "".join(TOKENIZER.decode(row) for seed in (0, 1, 2) for row in found.texts(900, seed))
+    assert read == path.read_text()[:5400]
+    with pytest.raises(
+        DataError, match="enough for 7 samples of 900; 8 were asked for .*; seed 3 takes the texts 6 to 7"
+    ):
+        found.texts(900, 3)

@@ -65,10 +65,19 @@ class Material:
         return Haystack(open_source(name, "heldout").read(seed), self.tokenizer, 2 * max(self.settings.tokens))
 
     def _texts(self, size: int, seed: int) -> Int[Tensor, "texts tokens"]:
-        """Take so many tokens from the beginning of each held-out document; a running text is cut up."""
+        """Take so many tokens from the beginning of each held-out document.
+
+        A running text has no order that a seed could pick: it is cut up, and every seed takes the next stretch.
+        """
         if size < 2:
             raise DataError(f"texts are to have {size} tokens; expected at least 2")
         source, count = open_source(self.settings.text, "heldout"), self.settings.texts
         if source.separate:
             return token_sequences(self.tokenizer, source.read(seed), size, count)
-        return torch.stack(list(TokenSamples(source, self.tokenizer, count, size, seed)))
+        samples = TokenSamples(source, self.tokenizer, (seed + 1) * count, size)
+        try:
+            return torch.stack(list(samples.starting_at(seed * count)))
+        except DataError as error:
+            raise DataError(
+                f"{error}; seed {seed} takes the texts {seed * count} to {seed * count + count - 1}"
+            ) from error
