@@ -51,6 +51,12 @@ def fill_page(page: Path, script: str, *parts: str) -> None:
     write_text(page, "\n\n".join([before + begin, *parts, end + rest.split(end)[1]]))
 
 
+def command(script: str) -> str:
+    """Return what runs a script of this folder, or of a room in it ("speed/decode")."""
+    room, _, name = script.rpartition("/")
+    return f"python -m benchmarks.{room} {name}" if room else f"python benchmarks/{name}.py"
+
+
 def machine(where: Mapping[str, Any], *versions: str) -> str:
     """Describe an environment: processor, threads, versions ("NAME VERSION" beside torch's) and date."""
     device = where["accelerator"] or where["cpu"]
@@ -64,7 +70,7 @@ def measured_on(where: Mapping[str, Any], script: str, rows: Sequence[Mapping[st
     text = f"Measured on {machine(where, *versions)}"
     if seeds:
         text += f"; seeds {', '.join(map(str, seeds))}; {rows[0]['cases']} questions per seed; means over seeds"
-    return f"{text}. Reproduce with `python benchmarks/{script}.py`."
+    return f"{text}. Reproduce with `{command(script)}`."
 
 
 def accuracy(rows: Sequence[Mapping[str, Any]]) -> str:

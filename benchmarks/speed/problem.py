@@ -47,43 +47,21 @@ class Shape:
 
     def config(self) -> LlamaConfig:
         """Return the configuration of a model with one such layer."""
-        return LlamaConfig(
-            hidden_size=self.q_heads * self.head_dim,
-            num_hidden_layers=1,
-            num_attention_heads=self.q_heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            max_position_embeddings=131_072,
-            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        )
+        return llama(self.q_heads, self.kv_heads, self.head_dim, num_hidden_layers=1)
+
+
+def llama(heads: int, kv_heads: int, head_dim: int, **others: int) -> LlamaConfig:
+    """Return the configuration of a Llama for long contexts."""
+    rope = {"rope_type": "default", "rope_theta": 500_000.0}
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    return LlamaConfig(
+        hidden_size=heads * head_dim, max_position_embeddings=131_072, rope_parameters=rope, **shape, **others
+    )
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (batch, kv_heads, tokens, head_dim) by Llama's RoPE."""
     return heads * cos[:, None] + rotate_half(heads) * sin[:, None]
-
-
-class Positions:
-    """Cos and sin of a layer's tokens, as the library makes them once per forward for all layers."""
-
-    def __init__(self, shape: Shape, tokens: int, like: Tensor) -> None:
-        embedding = LlamaRotaryEmbedding(shape.config()).to(like.device)
-        self._rope, self._table, self._like = FixedCosSin(embedding), PositionTable(), like
-        self._table.append((torch.arange(tokens + ROOM, device=like.device)[None],))
-        self.cos, self.sin = self.make(tokens + ROOM)
-        self._head_dim = shape.head_dim
-
-    def make(self, length: int) -> tuple[Tensor, Tensor]:
-        """Make cos and sin of the first tokens anew."""
-        return self._rope.cos_sin(self._table.read(0, length), self._like)
-
-    def rope(self, sealed: int) -> Rotation:
-        """Return the rotation of keys that were rebuilt from latents."""
-        return Rotation(self.cos[:, :sealed], self.sin[:, :sealed], self.heads, is_plain=True)
-
-    def heads(self, channels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn rebuilt channels into rotated keys."""
-        return rotate(split_heads(channels, self._head_dim), cos, sin)
 
 
 @dataclass(frozen=True)
@@ -102,7 +80,8 @@ class Problem:
 
     Attributes:
         token: the one to come; every step appends it again, which changes no timing.
-        factors, logits, positions: of the layer.
+        factors, logits: of the layer.
+        cos, sin: of all tokens that there may be.
         stub: what transformers' attention functions read of a module.
         keys, values, k_latents, v_latents: of the cached tokens; let go by `forget` once all caches are filled.
     """
@@ -117,7 +96,9 @@ class Problem:
         groups = shape.q_heads // shape.kv_heads
         self.stub = SimpleNamespace(num_key_value_groups=groups, is_causal=True, training=False)
         self.factors = LayerFactors(self._factors(kind), self._factors(kind if kind != "commuting" else "joint"))
-        self.positions = Positions(shape, tokens, torch.empty(0, dtype=dtype, device=device))
+        self._cos_sin, self._positions = FixedCosSin(LlamaRotaryEmbedding(shape.config()).to(device)), PositionTable()
+        self._positions.append((torch.arange(tokens + ROOM, device=device)[None],))
+        self.cos, self.sin = self.make_cos_sin(tokens + ROOM)
         k, v = (self._normal(batch, tokens + 1, part.rank) for part in (self.factors.k, self.factors.v))
         keys, values = self._rotated(self._heads(self.factors.k, k)), self._heads(self.factors.v, v)
         query = self._normal(batch, shape.q_heads, 1, shape.head_dim)
@@ -129,8 +110,23 @@ class Problem:
 
     def inputs(self, view: View) -> AttentionInputs:
         """Return what attention reads and is told beside the query."""
-        rotation = None if self.kind == "commuting" else self.positions.rope(view.sealed)
+        rotation = None if self.kind == "commuting" else self.rotation(view.sealed)
         return AttentionInputs(view, self.factors, rotation, self.logits)
+
+    def make_cos_sin(self, length: int) -> tuple[Tensor, Tensor]:
+        """Make cos and sin of the first tokens anew, as the library does once per forward for all layers."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return self._cos_sin.cos_sin(self._positions.read(0, length), like)
+
+    def rotation(self, sealed: int) -> Rotation:
+        """Return the rotation of keys that were rebuilt from latents."""
+        heads = lambda channels, cos, sin: rotate(split_heads(channels, self.shape.head_dim), cos, sin)  # noqa: E731
+        return Rotation(self.cos[:, :sealed], self.sin[:, :sealed], heads, is_plain=True)
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes of the keys and values of all tokens."""
+        return (self.token.keys.nbytes + self.token.values.nbytes) * (self.tokens + 1)
 
     def forget(self) -> None:
         """Let go of what only filling caches needs."""
@@ -162,8 +158,8 @@ class Problem:
         """Commuting factors rebuild keys that are rotated already."""
         if self.kind == "commuting":
             return heads
-        turned = self.positions.rope(heads.shape[2])
-        return rotate(heads, turned.cos.to(heads.dtype), turned.sin.to(heads.dtype))
+        cos, sin = (part[:, : heads.shape[2]].to(heads.dtype) for part in (self.cos, self.sin))
+        return rotate(heads, cos, sin)
 
     def _heads(self, factors: Factors, latents: Tensor) -> Tensor:
         return split_heads(factors.expand(latents), self.shape.head_dim).contiguous()

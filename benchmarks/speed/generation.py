@@ -1,32 +1,30 @@
 """Greedy decoding end to end on compressed caches and an uncompressed one: tokens per second after a real prefill.
 
-    python benchmarks/generation.py            # measures what is missing in results/generation.json, prints a table
-    python benchmarks/generation.py --quick    # a tiny model and short prompts, into outputs/
-
 The model is the bundled one's shape scaled up, with random weights in bfloat16: heads of 64 channels, as many kv heads
 as query heads (or fewer, with `--kv-heads`), three times the width in the MLP. Factors are random too: they have the
 shapes of real ones, which is all that speed depends on. Every cache has a model of its own, so that all stay attached
-and take turns.
+and take turns. Logits after a short prompt are first compared with those of `attention="reference"`.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
-from common import Row, Wrong, parse, parser, run
-from decode_timing import summary
-from pages import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import cskv
+from benchmarks.common import Jobs, Row, Wrong
+from benchmarks.pages import Table
+from benchmarks.speed.problem import llama
+from benchmarks.speed.registry import Benchmark
+from benchmarks.speed.timing import summary
 from cskv.attachment.cache_bytes import cache_report
 from cskv.evaluation.forward import clock, forward
 from cskv.factorization.commuting import RopePairs, commuting_components
@@ -41,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "commuting, 4 bits": {"key_factors": "commuting", "k_bits": 4, "v_bits": 4},
     "joint, rebuild": {},
 }
+TINY = {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 4, "vocabulary": 128}  # of --quick
 CHECKED = 200  # tokens of the prompt that outputs are checked on
 TOLERANCE = 0.05  # of logits in bfloat16, root mean square over that of the reference's
 
@@ -62,17 +61,9 @@ class Settings:
     def model(self) -> LlamaForCausalLM:
         """Make a model of random weights from a fixed seed."""
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=3 * self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.hidden // self.heads,
-            max_position_embeddings=131_072,
-            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        )
+        others = {"intermediate_size": 3 * self.hidden, "vocab_size": self.vocabulary}
+        head_dim = self.hidden // self.heads
+        config = llama(self.heads, self.kv_heads, head_dim, num_hidden_layers=self.layers, **others)
         config._attn_implementation = "sdpa"
         return LlamaForCausalLM(config).to(device=self.device, dtype=torch.bfloat16).eval()
 
@@ -81,15 +72,18 @@ def adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAdapter:
     """Make random factors of the ranks that `config` asks for."""
     generator, layers, found = torch.Generator().manual_seed(2), {}, survey(model)
     for site in found.sites:
-        pair = []
-        for projection, rank in ((site.k, config.k_rank(site.kv_dim)), (site.v, config.v_rank(site.kv_dim))):
-            noise = torch.randn(site.kv_dim, rank, generator=generator)
-            basis = torch.linalg.qr(noise).Q
-            pair.append(cskv.Factors(basis.T @ projection.weight.detach().float().cpu(), basis))
+        k_rank, v_rank = config.k_rank(site.kv_dim), config.v_rank(site.kv_dim)
+        pair = [_random(site.k, k_rank, generator), _random(site.v, v_rank, generator)]
         if config.key_factors == "commuting":
-            pair[0] = _commuting(site.kv_dim, site.head_dim, config.k_rank(site.kv_dim), generator)
+            pair[0] = _commuting(site.kv_dim, site.head_dim, k_rank, generator)
         layers[site.layer_idx] = cskv.LayerFactors(*pair)
     return cskv.CSKVAdapter(config, layers, found.base)
+
+
+def _random(projection: Any, rank: int, generator: torch.Generator) -> cskv.Factors:
+    weight = projection.weight.detach().float().cpu()
+    basis = torch.linalg.qr(torch.randn(len(weight), rank, generator=generator)).Q
+    return cskv.Factors(basis.T @ weight, basis)
 
 
 def _commuting(kv_dim: int, head_dim: int, rank: int, generator: torch.Generator) -> cskv.Factors:
@@ -156,9 +150,7 @@ def check(runners: dict[str, Runner]) -> dict[str, float]:
     errors = {name: runner.error(ids) for name, runner in runners.items()}
     for name, error in errors.items():
         if not error <= TOLERANCE:
-            raise Wrong(
-                f"{name}: logits are {error:.3g} off the reference's, at most {TOLERANCE:g}; nothing is reported"
-            )
+            raise Wrong(f"{name}: logits are {error:.3g} off the reference's, at most {TOLERANCE:g}")
     return errors
 
 
@@ -185,7 +177,7 @@ def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], s
     return row
 
 
-def table(results: dict[str, Any]) -> Table:
+def tables(results: dict[str, Any]) -> list[Table]:
     """Show speed and bytes over the uncompressed cache's; on a GPU, tokens per second too."""
     rows = sorted(results["rows"].values(), key=lambda row: (row["batch"], row["tokens"]))
 
@@ -199,29 +191,30 @@ def table(results: dict[str, Any]) -> Table:
 
     cells = [(name, *(show(row, name) for row in rows)) for name in METHODS]
     title = f"Tokens per second over {UNCOMPRESSED} (bytes over its bytes)"
-    return Table(title, ("cache", *(f"batch {row['batch']}, {row['tokens']}" for row in rows)), cells)
+    return [Table(title, ("cache", *(f"batch {row['batch']}, {row['tokens']}" for row in rows)), cells)]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is missing and print the table."""
-    options = parser(__doc__, "a tiny model, prompts of 128 tokens", list(METHODS))
-    options.add_argument("--kv-heads", type=int, default=16, help="of 16 query heads")
-    asked = parse(options, arguments, "generation", whole=((1024, 4096, 16_384), (1,)), quick=((128,), (1,)))
-    settings = Settings(kv_heads=asked.kv_heads, device=asked.device, backend=asked.backend)
-    if asked.quick:
-        tiny = {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 4, "vocabulary": 128, "steps": 2, "rounds": 2}
-        settings = replace(settings, **tiny)
-    names = [name for name in METHODS if name in (UNCOMPRESSED, *asked.methods)]
+def plan(asked: Any) -> tuple[Row, Jobs]:
+    """Return the settings and a job per length and batch size; the models are made by the first of them."""
+    size = {**TINY, "steps": 2, "rounds": 2} if asked.quick else {"kv_heads": asked.kv_heads}
+    settings = Settings(**size, device=asked.device, backend=asked.backend)
 
     @cache
     def runners() -> dict[str, Runner]:
         model = settings.model()
-        return {name: Runner(name, model, settings) for name in names}
+        return {name: Runner(name, model, settings) for name in asked.methods}
 
     jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, runners, settings) for batch, tokens in asked.cells}
-    ours = asdict(settings) | {"threads": torch.get_num_threads()}
-    return run(asked.out, ours, jobs, lambda results: [table(results)], names)
+    return asdict(settings) | {"threads": torch.get_num_threads()}, jobs
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+BENCHMARK = Benchmark(
+    plan,
+    tables,
+    "a tiny model, prompts of 128 tokens",
+    whole=((1024, 4096, 16_384), (1,)),
+    small=((128,), (1,)),
+    methods=tuple(METHODS),
+    baselines=(UNCOMPRESSED,),
+    options={"--kv-heads": {"type": int, "default": 16, "help": "of 16 query heads"}},
+)

@@ -6,47 +6,65 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import Row
-from decode_methods import BEST, POSITIONS, SDPA, methods
-from decode_problem import KINDS
-from decode_timing import slope
-from pages import Table
+from benchmarks.common import Row
+from benchmarks.pages import Table
+from benchmarks.speed.methods import BEST, POSITIONS, SDPA, methods
+from benchmarks.speed.problem import KINDS
+from benchmarks.speed.timing import slope
 
 K = 1024
+COPY = "copy bandwidth"  # the row that is no cell
 Found = float | None
+
+
+def cells(results: dict[str, Any]) -> list[Row]:
+    """Return the rows of a length and batch size, by length."""
+    return sorted((row for name, row in results["rows"].items() if name != COPY), key=lambda row: row["tokens"])
 
 
 def measured(results: dict[str, Any], batch: int) -> list[Row]:
     """Return the rows of a batch size that were not skipped, by length."""
-    rows = [row for row in results["rows"].values() if row["batch"] == batch and "skipped" not in row]
-    return sorted(rows, key=lambda row: row["tokens"])
+    return [row for row in cells(results) if row["batch"] == batch and "skipped" not in row]
 
 
 def batches(results: dict[str, Any]) -> list[int]:
     """Return the batch sizes that were measured."""
-    return sorted({row["batch"] for row in results["rows"].values() if "skipped" not in row})
+    return sorted({row["batch"] for row in cells(results) if "skipped" not in row})
 
 
-def median(row: Row, name: str) -> Found:
-    """Return the seconds of a step; None where the method was skipped."""
-    return row["methods"].get(name, {}).get("seconds", {}).get("median")
+def median(row: Row, name: str, how: str = "seconds") -> Found:
+    """Return the seconds of a step, a "call" of attention or its replay as a "graph"; None where there are none.
+
+    Where no graph could be captured, its seconds are those of a call.
+    """
+    own = row["methods"].get(name, {})
+    return own.get(how, own.get("call", {}) if how == "graph" else {}).get("median")
 
 
-def speedup(row: Row, name: str, baseline: str) -> Found:
+def speedup(row: Row, name: str, baseline: str, how: str = "seconds") -> Found:
     """Return how many times faster a method is than a baseline."""
-    ours, theirs = median(row, name), median(row, baseline)
+    ours, theirs = median(row, name, how), median(row, baseline, how)
     return None if ours is None or theirs is None else theirs / ours
 
 
+def decode_tables(results: dict[str, Any]) -> list[Table]:
+    """Make all tables of a run: on a GPU with the goals."""
+    return [*tables(results), *([gpu_goals(results)] if results["settings"]["device"] == "cuda" else [])]
+
+
 def tables(results: dict[str, Any]) -> list[Table]:
-    """Make all tables: speedups per batch size, slopes, and bytes; on a GPU milliseconds as well."""
+    """Make speedups per batch size, slopes, and bytes; on a GPU milliseconds and the attention call as well."""
     found = []
     for batch in batches(results):
         rows = measured(results, batch)
-        found += [_speedups(rows, batch, baseline) for baseline in (SDPA, BEST)]
+        for baseline in (SDPA, BEST):
+            title = f"Batch {batch}: times as fast as {baseline}"
+            found.append(_over_lengths(title, rows, lambda row, name, to=baseline: _as_fast(row, name, to), POSITIONS))
         if results["settings"]["device"] == "cuda":
             title = f"Batch {batch}: milliseconds a step, median (10th-90th percentile)"
             found.append(_over_lengths(title, rows, _milliseconds))
+            title = f"Batch {batch}: the attention call alone, microseconds launched and replayed, share of a copy"
+            found.append(_over_lengths(title, rows, lambda row, name: _call(results, row, name)))
     rows = measured(results, min(batches(results))) if batches(results) else []
     title = f"Bytes allocated, as a share of {SDPA}'s (batch {rows[0]['batch'] if rows else '-'})"
     found += [_slopes(results), _over_lengths(title, rows, _share, POSITIONS)]
@@ -64,21 +82,25 @@ def _thousands(tokens: int) -> str:
 
 def _over_lengths(title: str, rows: Sequence[Row], show: Callable[[Row, str], str], without: str = "") -> Table:
     """Make a table with a row per method and a column per length."""
-    cells = [(name, *(show(row, name) for row in rows)) for name in _names(rows) if name != without]
-    return Table(title, ("method", *(_thousands(row["tokens"]) for row in rows)), cells)
+    lines = [(name, *(show(row, name) for row in rows)) for name in _names(rows) if name != without]
+    return Table(title, ("method", *(_thousands(row["tokens"]) for row in rows)), lines)
 
 
-def _speedups(rows: list[Row], batch: int, baseline: str) -> Table:
-    def times(row: Row, name: str) -> str:
-        value = speedup(row, name, baseline)
-        return "" if value is None else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
-
-    return _over_lengths(f"Batch {batch}: times as fast as {baseline}", rows, times, POSITIONS)
+def _as_fast(row: Row, name: str, baseline: str) -> str:
+    value = speedup(row, name, baseline)
+    return "" if value is None else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
 
 
 def _milliseconds(row: Row, name: str) -> str:
     s = row["methods"][name].get("seconds")
     return "" if s is None else f"{1e3 * s['median']:.3f} ({1e3 * s['p10']:.3f}-{1e3 * s['p90']:.3f})"
+
+
+def _call(results: dict[str, Any], row: Row, name: str) -> str:
+    launched, replayed = (median(row, name, how) for how in ("call", "graph"))
+    if launched is None or replayed is None:
+        return ""
+    return f"{1e6 * launched:.0f}, {1e6 * replayed:.0f}, {_over_copy(results, row, name, 'graph') or math.nan:.0%}"
 
 
 def _share(row: Row, name: str) -> str:
@@ -103,23 +125,23 @@ def _slopes(results: dict[str, Any]) -> Table:
         return "" if math.isnan(value) else f"{value:.3f}"
 
     names = [name for name in methods() if any(name in found for found in by_batch.values())]
-    cells = [(name, *(show(found, name) for found in by_batch.values())) for name in names]
+    lines = [(name, *(show(found, name) for found in by_batch.values())) for name in names]
     unit = "nanoseconds per cached token and sequence" if is_gpu else f"as a share of {SDPA}'s"
     title = f"Slope of a step's time over the cached tokens (least squares), {unit}"
-    return Table(title, ("method", *(f"batch {batch}" for batch in by_batch)), cells)
+    return Table(title, ("method", *(f"batch {batch}" for batch in by_batch)), lines)
 
 
 def _skipped(results: dict[str, Any]) -> Table:
-    rows = results["rows"].values()
-    cells = {(f"batch {r['batch']}, {_thousands(r['tokens'])}", r["skipped"]) for r in rows if "skipped" in r}
+    rows = cells(results)
+    lines = {(f"batch {r['batch']}, {_thousands(r['tokens'])}", r["skipped"]) for r in rows if "skipped" in r}
     for row in rows:
-        cells |= {(name, m["skipped"]) for name, m in row.get("methods", {}).items() if "skipped" in m}
-    return Table("Not measured", ("what", "why"), sorted(cells))
+        lines |= {(name, m["skipped"]) for name, m in row.get("methods", {}).items() if "skipped" in m}
+    return Table("Not measured", ("what", "why"), sorted(lines))
 
 
 def cpu_goals(decode: dict[str, Any], generation: dict[str, Any]) -> Table:
     """Compare with the goals on two cores, 80 % of the channels left out."""
-    short, long, whole = _row(decode, 1, 16 * K), _row(decode, 1, 64 * K), _row(generation, 1, 16 * K)["methods"]
+    short, long, whole = _row(decode, 1, 16 * K), _row(decode, 1, 64 * K), _row(generation, 1, 16 * K)
     goals: list[tuple[str, float, Found]] = [
         ("commuting keys, 16K: >= 10x transformers' sdpa path", 10, speedup(short, "commuting", SDPA)),
         ("commuting keys, 16K: >= 2x the best uncompressed path", 2, speedup(short, "commuting", BEST)),
@@ -129,9 +151,9 @@ def cpu_goals(decode: dict[str, Any], generation: dict[str, Any]) -> Table:
         goal = f"{kind} keys, 64K: 4 bits no slower than bf16 latents"
         goals.append((goal, 1, speedup(long, f"{kind}, 4 bits", kind)))
     for name in ("joint", "joint, 4 bits", "commuting", "commuting, 4 bits"):
-        speeds = [whole[of]["tokens_per_second"]["median"] for of in (name, "uncompressed, sdpa") if name in whole]
+        slower = speedup(whole, name, "uncompressed, sdpa", "tokens_per_second")
         goal = f"end to end, 16K, {name}: tokens/s at least the uncompressed cache's"
-        goals.append((goal, 1, speeds[0] / speeds[1] if speeds else None))
+        goals.append((goal, 1, None if slower is None else 1 / slower))
     lines = [(goal, *_verdict(least, found, _times)) for goal, least, found in goals]
     return Table("Goals on a CPU, two cores, batch 1", ("goal", "measured", "met"), lines)
 
@@ -143,15 +165,13 @@ def gpu_goals(results: dict[str, Any]) -> Table:
         row = _row(results, batch, 64 * K)
         for kind in KINDS:
             for name, share, least in ((kind, "80 %", 3), (f"{kind}, 4 bits", "95 %", 6)):
-                faster, of_copy = _calls(results, batch, name)
-                goals = (
-                    (f">= {least}x FlashDecoding", least, speedup(row, name, BEST), faster, _times),
-                    (">= 60 % of copy bandwidth", 0.6, _over_copy(results, row, name), of_copy, "{:.0%}".format),
-                )
-                for goal, bound, step, call, show in goals:
-                    (first, met), (second, also) = (_verdict(bound, found, show) for found in (step, call))
+                hows = ("seconds", "graph")
+                faster = [_verdict(least, speedup(row, name, BEST, how), _times) for how in hows]
+                of_copy = [_verdict(0.6, _over_copy(results, row, name, how), "{:.0%}".format) for how in hows]
+                goals = {f">= {least}x FlashDecoding": faster, ">= 60 % of copy bandwidth": of_copy}
+                for goal, ((step, met), (call, also)) in goals.items():
                     what = f"batch {batch}, {kind}, {share}: {goal}"
-                    lines.append((what, first, second, f"{met or '-'} / {also or '-'}"))
+                    lines.append((what, step, call, f"{met or '-'} / {also or '-'}"))
     headings = ("goal", "whole step", "attention call, replayed", "met (step / call)")
     return Table("Goals on a GPU, 64K tokens", headings, lines)
 
@@ -161,19 +181,12 @@ def _row(results: dict[str, Any], batch: int, tokens: int) -> Row:
     return row if "methods" in row else {"methods": {}}
 
 
-def _over_copy(results: dict[str, Any], row: Row, name: str) -> Found:
-    """Return the cache's bytes read per second of a step, as a share of what a copy moves (read and written)."""
-    copy, seconds = results.get("copy_bytes_per_second"), median(row, name)
-    return None if copy is None or seconds is None else row["methods"][name]["read_nbytes"] / seconds / copy
-
-
-def _calls(results: dict[str, Any], batch: int, name: str) -> tuple[Found, Found]:
-    """Return, of the attention call alone, times as fast as the best uncompressed one, and the share of a copy."""
-    found = results.get("attention_calls", {}).get(f"{batch} x {64 * K}", {})
-    if name not in found or BEST not in found:
-        return None, None
-    ours, theirs = (found[of].get("graph", found[of]["eager"])["median"] for of in (name, BEST))
-    return theirs / ours, found[name]["share_of_copy"]
+def _over_copy(results: dict[str, Any], row: Row, name: str, how: str) -> Found:
+    """Return the cache's bytes read per second, as a share of what a copy moves (read and written)."""
+    copy, seconds = results["rows"].get(COPY), median(row, name, how)
+    if copy is None or seconds is None:
+        return None
+    return row["methods"][name]["read_nbytes"] / seconds / copy["bytes_per_second"]["median"]
 
 
 def _verdict(least: float, found: Found, show: Callable[[float], str]) -> tuple[str, str]:

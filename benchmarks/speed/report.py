@@ -1,47 +1,57 @@
-"""Tables, figures and goals of `decode.py`'s and `generation.py`'s results, into docs/decode-speed.md.
-
-python benchmarks/decode_report.py        # reads results/decode.json and results/generation.json
-python benchmarks/decode_report.py --decode RUN/decode.json --generation RUN/generation.json --page PAGE.md
+"""The pages of a folder of results: docs/decode-speed.md with its figure, of decode.json and generation.json, and the
+table of docs/vllm.md, of serving.json. What was measured on a GPU has its own place.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import generation
-from common import RESULTS, read_results
-from decode_methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA, methods
-from decode_tables import batches, cpu_goals, gpu_goals, measured, median, tables
-from pages import DOCS, Table, fill_page, measured_on
-
+from benchmarks.common import read_results
+from benchmarks.pages import DOCS, Table, fill_page, measured_on
+from benchmarks.speed import generation, serving
+from benchmarks.speed.methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA, methods
+from benchmarks.speed.registry import Unavailable
+from benchmarks.speed.tables import batches, cells, cpu_goals, gpu_goals, measured, median, tables
 from cskv.plots.style import COLOURS, MARKERS, new_figure, save, styled
 
-PAGE = DOCS / "decode-speed.md"
 COLOUR_OF = {SDPA: 0, BEST: 0, QUANTIZED: 5, DENSE: 3, "joint": 1, "grouped": 4, "commuting": 2}
 
 
-def write_report(decode: dict[str, Any], generated: dict[str, Any], page: Path = PAGE) -> Table:
-    """Fill the page, and draw the figure beside it; return the goals. What was measured on a GPU has its own place."""
-    if not decode["rows"]:
-        raise SystemExit("nothing was measured yet; run benchmarks/decode.py first")
+def write_pages(folder: Path, docs: Path = DOCS) -> list[Table]:
+    """Fill the pages that there are results for, and return the goals and tables that stand there."""
+    decode, generated, served = (read_results(folder / f"{name}.json") for name in ("decode", "generation", "serving"))
+    found = []
+    if decode["rows"]:
+        found.append(write_decoding(decode, generated, docs / "decode-speed.md"))
+    if served["rows"]:
+        (table,) = serving.tables(served)
+        fill_page(docs / "vllm.md", "speed/serving", table.markdown(), serving.words(served))
+        found.append(table)
+    if not found:
+        raise Unavailable(f"{folder} has no rows of decode.json or serving.json; measure them first")
+    return found
+
+
+def write_decoding(decode: dict[str, Any], generated: dict[str, Any], page: Path) -> Table:
+    """Fill the page on decoding, and draw the figure beside it; return the goals."""
     settings, shape = decode["settings"], decode["settings"]["shape"]
     is_gpu = settings["device"] == "cuda"
-    script, figure = ("gpu", "decode-speed-gpu.png") if is_gpu else ("decode", "decode-speed.png")
+    script, figure = ("speed/gpu", "decode-speed-gpu.png") if is_gpu else ("speed/decode", "decode-speed.png")
     layer = (
         f"{shape['q_heads']} query heads, {shape['kv_heads']} kv heads, head_dim {shape['head_dim']}, "
         f"{settings['dtype']}, {100 * (1 - shape['density']):.0f} % of the channels left out."
     )
     goals = gpu_goals(decode) if is_gpu else cpu_goals(decode, generated)
-    parts = [measured_on(decode["environment"], script), layer]
+    parts = [measured_on(decode["environment"], "speed/decode"), layer]
     parts += [table.markdown() for table in (goals, *tables(decode))]
-    if generated["rows"] and is_gpu:
-        parts.append(generation.table(generated).markdown())
-    elif generated["rows"]:
-        where = measured_on(generated["environment"], "generation")
-        fill_page(page, "generation", where, generation.table(generated).markdown())
+    if generated["rows"]:
+        (speeds,) = generation.tables(generated)
+        if is_gpu:
+            parts.append(speeds.markdown())
+        else:
+            where = measured_on(generated["environment"], "speed/generation")
+            fill_page(page, "speed/generation", where, speeds.markdown())
     draw(decode, page.parent / "figures" / figure)
     fill_page(page, script, *parts, f"![Time and bytes over the cached tokens](figures/{figure})")
     return goals
@@ -82,12 +92,12 @@ def _panels(above: Any, below: Any, decode: dict[str, Any], batch: int, is_gpu: 
         lengths = [row["tokens"] for row in own]
         above.plot(lengths, [(median(row, name) or 0.0) / unit for row in own], label=name, **style)
         below.plot(lengths, [row["methods"][name]["nbytes"] for row in own], **style)
-    ticks = sorted({row["tokens"] for row in decode["rows"].values() if "methods" in row})  # the axes are shared
+    ticks = sorted({row["tokens"] for row in cells(decode) if "methods" in row})  # the axes are shared
     for ax in (above, below):
         ax.set(xscale="log", yscale="log")
         ax.set_xticks(ticks, [f"{tokens // 1024}K" for tokens in ticks])
         ax.xaxis.minorticks_off()
-    held = [m["nbytes"] for row in decode["rows"].values() for m in row.get("methods", {}).values() if m.get("nbytes")]
+    held = [m["nbytes"] for row in cells(decode) for m in row.get("methods", {}).values() if m.get("nbytes")]
     sizes = [2**power for power in range(16, 38, 2) if min(held) / 2 <= 2**power <= 2 * max(held)]
     below.set_yticks(sizes, [_size(size) for size in sizes])
     below.yaxis.minorticks_off()
@@ -96,17 +106,3 @@ def _panels(above: Any, below: Any, decode: dict[str, Any], batch: int, is_gpu: 
 def _size(size: int) -> str:
     shift, unit = next((shift, unit) for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if size >> shift)
     return f"{size >> shift} {unit}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page and print the goals."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decode", type=Path, default=RESULTS / "decode.json")
-    parser.add_argument("--generation", type=Path, default=RESULTS / "generation.json")
-    parser.add_argument("--page", type=Path, default=PAGE, help="with the markers that are filled")
-    asked = parser.parse_args(arguments)
-    write_report(read_results(asked.decode), read_results(asked.generation), asked.page).print()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,53 +1,48 @@
 """One layer's decode attention on latents in pages, against an uncompressed cache, contiguous and in pages.
 
-    python benchmarks/paged_decode.py OUT.json      # needs a CUDA device; measures what OUT.json lacks
-
 Requests of a batch are all as long as the context, or between an eighth of it and all of it ("mixed"). Every method is
 captured in a CUDA graph, as a server does; without one it is timed as well. Before a method is timed its output is
-compared with the reference in fp32; if one is wrong nothing is reported of its row, and the script ends with an error.
+compared with the reference in fp32; if one is wrong nothing is reported of its row.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, Wrong, run
-from decode import TOLERANCE, too_large
-from decode_problem import WINDOW, Problem, Shape
-from decode_timing import Stopwatch, summary, take_turns
-from gpu import captured
-from pages import Table
 from torch import Tensor
 
+from benchmarks.common import Jobs, Row, Wrong
+from benchmarks.pages import Table
+from benchmarks.speed.decode import TOLERANCE, relative_error, too_large
+from benchmarks.speed.problem import GROUP, WINDOW, Problem, Shape
+from benchmarks.speed.registry import Benchmark, Unavailable
+from benchmarks.speed.tables import median, speedup
+from benchmarks.speed.timing import Stopwatch, Turns, time_calls
 from cskv.attention import reference
 from cskv.attention.inputs import AttentionInputs
 from cskv.attention.triton import launch
 from cskv.evaluation.environment import package_version
-from cskv.latents.pages import PagedLatents, PageLayout, Pages
+from cskv.latents.pages import PagedLatents, PageLayout
 from cskv.latents.view import PackedLatents, PlainLatents, View
-from cskv.quantization.grid import Grid, quantise
+from cskv.quantization.grid import quantise
 
-BATCHES, CONTEXTS = (1, 8, 32), (2048, 8192, 32_768)
 SDPA, FLASH = "sdpa", "vllm flash, paged"
-OURS: Mapping[str, int | None] = {"20 %": None, "20 % x int8": 8, "20 % x int4": 4}
-SHAPE = Shape(density=208 / 1024)  # a multiple of 8 latents, as kernels load 16 bytes at a time
-GROUP = 32  # tokens of a key group
+BITS = {"20 %": 16, "20 % x int8": 8, "20 % x int4": 4}
+# Multiples of 8 latents, as kernels load 16 bytes at a time.
+SHAPE, TINY = Shape(density=208 / 1024), Shape(8, 4, 32, density=32 / 128)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to attend, to be timed."""
+    """One way to attend: `step` gives (batch, q_heads, 1, head_dim), and `latents` are those that are meant."""
 
-    step: Callable[[], Tensor]  # one attention, (batch, q_heads, 1, head_dim)
+    step: Callable[[], Tensor]
     nbytes: int  # of the cache that it reads
-    latents: Sequence[Tensor]  # of keys and of values, (batch, tokens, rank), that it means
+    latents: Sequence[Tensor]  # of keys and of values, (batch, tokens, rank)
 
 
 class Requests:
@@ -58,7 +53,7 @@ class Requests:
         self.device, self.most = problem.device, max(lengths)
         self.sealed = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
         self.total = self.sealed + WINDOW
-        self.rope = problem.positions.rope(self.most)
+        self.rope = problem.rotation(self.most)
         self.exact = [
             torch.stack([part[row, :, length : length + WINDOW] for row, length in enumerate(self.lengths)])
             for part in (problem.keys, problem.values)
@@ -91,41 +86,28 @@ class Requests:
         return Method(step, nbytes, (self.problem.k_latents, self.problem.v_latents))
 
 
-def ours(requests: Requests, bits: int | None) -> Method:
+def ours(requests: Requests, bits: int) -> Method:
     """Attend to latents in pages by the Triton kernels."""
     problem, size, most = requests.problem, requests.block_size, requests.most
-    grids: list[Grid | None] = [None, None]
-    if bits is not None:
-        ranks = problem.factors.k.rank, problem.factors.v.rank
-        grids = [Grid.uniform(rank, bits, block) for rank, block in zip(ranks, ((GROUP, 1), (1, 32)))]
-    layout = PageLayout(problem.factors.k.rank, problem.factors.v.rank, problem.dtype, *grids)
+    layout = PageLayout(problem.factors.k.rank, problem.factors.v.rank, problem.dtype, *problem.grids(bits))
     table = requests.table(most)
     shape = (table.numel(), layout.page_bytes(size))
     pages = layout.pages(torch.zeros(shape, dtype=torch.uint8, device=requests.device), size)
-    meant = [
-        fill(part, requests.blocks(own, most), table)
-        for part, own in zip(pages, (problem.k_latents, problem.v_latents))
-    ]
+    meant = []
+    for part, latents in zip(pages, (problem.k_latents, problem.v_latents)):
+        blocks = requests.blocks(latents, most)
+        packed = (blocks,) if part.grid is None else quantise(blocks, part.grid)
+        for held, own in zip((part.data, part.scales, part.minima), packed):
+            held[table.flatten().long()] = own
+        means = blocks if part.grid is None else PackedLatents(*packed, part.grid, part.dtype).read()
+        meant.append(means.reshape(len(table), -1, part.rank))
     k, v = (PagedLatents(part, table, requests.sealed, most) for part in pages)
     query = problem.token.query
     inputs = AttentionInputs(View(*requests.exact, k, v), problem.factors, requests.rope, problem.logits)
     if (refused := launch.refusal(query, inputs)) is not None:
-        raise RuntimeError(refused)
+        raise Unavailable(refused)
     read = sum(-(-length // size) for length in requests.lengths) * shape[1]
     return Method(partial(launch.attention, query, inputs), read + sum(part.nbytes for part in requests.exact), meant)
-
-
-def fill(pages: Pages, blocks: Tensor, table: Tensor) -> Tensor:
-    """Write blocks of latents into the pages that a table names; return what these mean, (batch, tokens, rank)."""
-    names = table.flatten().long()
-    if pages.grid is None:
-        pages.data[names] = blocks
-    else:
-        packed = quantise(blocks, pages.grid)
-        for part, own in zip((pages.data, pages.scales, pages.minima), packed):
-            part[names] = own
-        blocks = PackedLatents(*packed, pages.grid, pages.dtype).read()
-    return blocks.reshape(len(table), -1, pages.rank)
 
 
 def sdpa(requests: Requests) -> Method:
@@ -174,14 +156,8 @@ def flash(requests: Requests) -> Method:
     return requests.uncompressed(lambda: step()[:, :, None])
 
 
-def methods(requests: Requests) -> dict[str, Method | str]:
-    """Return methods by name; the reason, where one is left out."""
-    found: dict[str, Method | str] = {SDPA: sdpa(requests)}
-    try:
-        found[FLASH] = flash(requests)
-    except ImportError as error:
-        found[FLASH] = f"vLLM's flash attention cannot be imported: {error}"
-    return found | {name: ours(requests, bits) for name, bits in OURS.items()}
+METHODS: dict[str, Callable[[Requests], Method]] = {SDPA: sdpa, FLASH: flash}
+METHODS |= {name: partial(ours, bits=bits) for name, bits in BITS.items()}
 
 
 def check(name: str, method: Method, requests: Requests) -> float:
@@ -193,79 +169,67 @@ def check(name: str, method: Method, requests: Requests) -> float:
     errors = []
     for row in {lengths.index(min(lengths)), lengths.index(max(lengths))}:
         truth = requests.truth(row, method.latents)
-        errors.append(float((output[row, :, 0].float() - truth).norm() / truth.norm()))
+        errors.append(relative_error(output[row, :, 0], truth))
     if not max(errors) <= TOLERANCE[requests.problem.dtype]:
         raise Wrong(f"{name}, batch {len(lengths)}, up to {max(lengths)} tokens: error {max(errors):.3g}")
     return max(errors)
 
 
-def measure(batch: int, context: int, mixed: bool, block_size: int, device: torch.device, shape: Shape = SHAPE) -> Row:
+def measure(batch: int, context: int, mixed: bool, asked: Any) -> Row:
     """Measure a row: all methods on one batch; raise `Wrong` if a method's output is."""
-    least = context // 8 if mixed and batch > 1 else context
+    least = context // 8 if mixed else context
     lengths = [context - (context - least) * row // max(1, batch - 1) for row in range(batch)]
-    row: Row = {"batch": batch, "context": context, "mixed": mixed, "rank": shape.rank("joint"), "methods": {}}
+    shape, device = TINY if asked.quick else SHAPE, torch.device(asked.device)
+    row: Row = {"batch": batch, "context": context, "mixed": mixed, "methods": {}}
     if reason := too_large(context * batch, shape, torch.bfloat16, device):
         return row | {"skipped": reason}
     with torch.inference_mode():
         problem = Problem("joint", shape, context + WINDOW, batch, torch.bfloat16, device)
-        found = methods(requests := Requests(problem, lengths, block_size))
-        ready = {name: method for name, method in found.items() if isinstance(method, Method)}
-        row["methods"] = {name: {"skipped": reason} for name, reason in found.items() if isinstance(reason, str)}
-        for name, method in ready.items():
+        requests, calls = Requests(problem, lengths, asked.block_size), {}
+        for name in asked.methods:
+            try:
+                method = METHODS[name](requests)
+            except ImportError as error:
+                row["methods"][name] = {"skipped": f"it cannot be imported: {error}"}
+                continue
+            calls[name] = method.step
             row["methods"][name] = {"error": check(name, method, requests), "nbytes": method.nbytes}
-        calls = {(name, "eager"): method.step for name, method in ready.items()}
-        if device.type == "cuda":
-            calls |= {(name, "graph"): captured(method.step) for name, method in ready.items()}
-        for (name, how), seconds in take_turns(calls, Stopwatch(device), budget=0.2, least=5, most=50).items():
-            row["methods"][name][how] = summary(seconds)
-    return row | {"ratios": ratios(row["methods"])}
+        turns = Turns(0.02, least=1, most=2) if asked.quick else Turns(0.2, least=5, most=50)
+        for name, found in time_calls(calls, Stopwatch(device), turns).items():
+            row["methods"][name] |= found
+    return row
 
 
-def ratios(measured: Mapping[str, Row]) -> dict[str, float]:
-    """Return how many times as fast ours are, by "ours / baseline"; by graphs, where there are any."""
-    medians = {name: own.get("graph", own["eager"])["median"] for name, own in measured.items() if "skipped" not in own}
-    return {
-        f"{name} / {baseline}": medians[baseline] / medians[name]
-        for baseline in (SDPA, FLASH)
-        for name in OURS
-        if baseline in medians and name in medians
-    }
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Show microseconds, and how many times as fast as the baselines ours are; by graphs, where there are any."""
+    headings = [*METHODS, *(f"{name} / {baseline}" for baseline in (SDPA, FLASH) for name in BITS)]
+    lines = []
+    for cell, row in results["rows"].items():
+        found = [(median(row, name, "graph"), 1e6, ".0f") for name in METHODS]
+        found += [(speedup(row, name, baseline, "graph"), 1, ".2f") for baseline in (SDPA, FLASH) for name in BITS]
+        lines.append((cell, *("-" if value is None else f"{value * unit:{form}}" for value, unit, form in found)))
+    return [Table("Decode attention of one layer, microseconds and ratios", ("row", *headings), lines)]
 
 
-def table_of(results: Mapping[str, Any]) -> Table:
-    """Show microseconds and ratios of every row."""
-    names = (SDPA, FLASH, *OURS)
-    rows = []
-    for name, row in results["rows"].items():
-        own = (row["methods"].get(method, {}) for method in names)
-        times = (part.get("graph", part.get("eager")) for part in own)
-        cells = ("-" if part is None else f"{1e6 * part['median']:.0f}" for part in times)
-        rows.append((name, *cells, "  ".join(f"{ratio:.2f}" for ratio in row.get("ratios", {}).values())))
-    return Table("Decode attention of one layer, microseconds", ("row", *names, "ratios, by baseline"), tuple(rows))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is missing and print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the results file")
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
-    parser.add_argument("--block-size", type=int, default=64, help=f"tokens of a page, a multiple of {GROUP}")
-    asked = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("no CUDA device: decode attention on pages is measured on a GPU alone", file=sys.stderr)
-        return 2
-    size, gpu = asked.block_size, torch.device("cuda")
-    settings = {"block_size": size, "vllm": package_version("vllm"), "device": torch.cuda.get_device_name(0)}
+def plan(asked: Any) -> tuple[Row, Jobs]:
+    """Return the settings, and a job per batch of requests as long as each other, and of lengths that are mixed."""
+    shape, size = TINY if asked.quick else SHAPE, asked.block_size
+    settings = {"shape": asdict(shape), "block_size": size, "vllm": package_version("vllm"), "device": asked.device}
     jobs = {
-        f"{batch} x {context}{', mixed' if mixed else ''}": partial(measure, batch, context, mixed, size, gpu)
+        f"{batch} x {context}{', mixed' if mixed else ''}": partial(measure, batch, context, mixed, asked)
         for mixed in (False, True)
-        for context in asked.contexts
-        for batch in asked.batches
+        for batch, context in asked.cells
         if batch > 1 or not mixed
     }
-    return run(asked.out, settings, jobs, lambda results: [table_of(results)])
+    return settings, jobs
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+BENCHMARK = Benchmark(
+    plan,
+    tables,
+    "a tiny layer, two requests of 256 tokens",
+    whole=((2048, 8192, 32_768), (1, 8, 32)),
+    small=((256,), (2,)),
+    methods=tuple(METHODS),
+    options={"--block-size": {"type": int, "default": 64, "help": f"tokens of a page, a multiple of {GROUP}"}},
+)

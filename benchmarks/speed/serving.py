@@ -1,8 +1,5 @@
 """Decoding in vLLM with a compressed cache and without: at equal batch, and at equal memory.
 
-    python benchmarks/serving.py            # measures what is missing in results/serving.json, fills docs/vllm.md
-    python benchmarks/serving.py --quick    # a tiny model and short prompts, into outputs/
-
 It needs vLLM (`make test-vllm` makes an environment). All engines run at once, each in a process of its own, and take
 turns: the same pool of memory, the same random model in bfloat16 and random factors of the ranks that 80 % leaves. The
 pool is just large enough for a few uncompressed requests. "Equal batch" decodes as many with every cache, "equal
@@ -16,25 +13,28 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache, partial
+from importlib.metadata import packages_distributions, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, Row, Wrong, measure_missing, parser, read_results
-from decode_timing import summary
-from generation import METHODS, UNCOMPRESSED, Settings, adapter, config_of
-from pages import DOCS, Table, fill_page, machine
 
 import cskv
+from benchmarks.common import Jobs, Row, Wrong
+from benchmarks.pages import Table, command, machine
+from benchmarks.speed.generation import METHODS, TINY, UNCOMPRESSED, Settings, adapter, config_of
+from benchmarks.speed.registry import Benchmark, Unavailable
+from benchmarks.speed.timing import summary
 from cskv.vllm.export import export
 
 NAMES = [name for name in METHODS if not name.endswith("rebuild")]
+KINDS = ("equal batch", "equal memory")
 ROUNDS = 3
 STEPS = 12
 ROOM = 128  # tokens that a request may be longer than its prompt
@@ -43,6 +43,7 @@ TOLERANCE = 0.1  # of a log-probability in bfloat16
 SHAPES = {"2048 x 4": (2048, 4), "8192 x 1": (8192, 1)}  # tokens of a prompt, uncompressed requests in the pool
 QUICK = {"96 x 2": (96, 2)}
 CHECK = torch.randint(3, 100, (200,), generator=torch.Generator().manual_seed(1)).tolist()  # tokens of a prompt
+Checkpoints = tuple[dict[str, Path], dict[str, list[float]]]
 
 
 def serve(folder: str, options: dict[str, Any], pipe: Connection) -> None:
@@ -134,8 +135,8 @@ class Engine:
             raise RuntimeError("an engine of vLLM ended; what it printed says why") from None
 
 
-def checkpoints(folder: Path, settings: Settings) -> tuple[dict[str, Path], dict[str, list[float]]]:
-    """Save a checkpoint of every method, and return with it the log-probabilities that the transformers path gives."""
+def checkpoints(folder: Path, settings: Settings) -> Checkpoints:
+    """Save a checkpoint of every method; return with them the log-probabilities that the transformers path gives."""
     model, base = settings.model(), folder / "base"
     model.save_pretrained(base)
     found, expected = {UNCOMPRESSED: base}, {}
@@ -162,8 +163,9 @@ def _logprobs(model: Any) -> list[float]:
     return [float(torch.log_softmax(scores[0].float(), -1).max()) for scores in output.scores]
 
 
-def measure(tokens: int, fit: int, folders: dict[str, Path], expected: dict[str, list[float]], per_token: int) -> Row:
+def measure(tokens: int, fit: int, made: Callable[[], Checkpoints], per_token: int) -> Row:
     """Measure a row: all methods with a pool in which `fit` uncompressed requests fit; raise `Wrong` if one is off."""
+    folders, expected = made()
     options = {"kv_cache_memory_bytes": (fit * (tokens + ROOM) + 256) * per_token, "max_model_len": tokens + ROOM}
     engines = {name: Engine(folder, options | {"max_num_seqs": MOST}) for name, folder in folders.items()}
     row: Row = {"tokens": tokens, "fit": fit, "pool_bytes": options["kv_cache_memory_bytes"], "methods": {}}
@@ -171,10 +173,10 @@ def measure(tokens: int, fit: int, folders: dict[str, Path], expected: dict[str,
         found = engine.ask("logprobs", CHECK, 4)
         error = max(abs(ours - theirs) for ours, theirs in zip(found, expected[name], strict=True))
         if error > TOLERANCE:
-            raise Wrong(f"{name}: log-probabilities are {error:.3g} off, at most {TOLERANCE:g}; nothing is reported")
+            raise Wrong(f"{name}: log-probabilities are {error:.3g} off, at most {TOLERANCE:g}")
         room = min(MOST, engine.tokens // (tokens + ROOM))
         row["methods"][name] = {"error": error, "pool_tokens": engine.tokens, "requests": room}
-    for kind in ("equal batch", "equal memory"):
+    for kind in KINDS:
         speeds: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(ROUNDS):
             for name, engine in engines.items():
@@ -188,53 +190,47 @@ def measure(tokens: int, fit: int, folders: dict[str, Path], expected: dict[str,
     return row
 
 
-def table(rows: dict[str, Row]) -> Table:
-    """Make the table of ratios to the uncompressed cache."""
-    cells, kinds = [], ("equal batch", "equal memory")
-    for row in rows.values():
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Show ratios to the uncompressed cache."""
+    cells = []
+    for row in results["rows"].values():
         base = row["methods"][UNCOMPRESSED]
         for name in NAMES:
             method = row["methods"][name]
-            ratios = (f"{method[kind]['median'] / base[kind]['median']:.2f} x" for kind in kinds)
+            ratios = (f"{method[kind]['median'] / base[kind]['median']:.2f} x" for kind in KINDS)
             held = f"{method['pool_tokens'] / base['pool_tokens']:.1f} x"
             cells.append([str(row["tokens"]), name.removesuffix(", sdpa"), held, str(method["requests"]), *ratios])
-    return Table("", ("prompt", "cache", "tokens in the pool", "requests", *(f"tokens/s, {k}" for k in kinds)), cells)
+    headings = ("prompt", "cache", "tokens in the pool", "requests", *(f"tokens/s, {kind}" for kind in KINDS))
+    return [Table("", headings, cells)]
 
 
-def words(where: dict[str, Any]) -> str:
+def words(results: dict[str, Any]) -> str:
     """Say on what the table was measured."""
-    import vllm
-
+    of, where = results["settings"], results["environment"]
+    versions = f"vLLM {of['vllm']}", f"torch {where['torch']}"
     return (
-        f"Ratios of medians of {ROUNDS} turns of {STEPS} steps; a random Llama in bfloat16 "
-        "(4 layers, hidden 1024, 16 query and kv heads of 64 channels), 20 % of the channels, window 32, groups of 32. "
-        f"{machine(where, f'vLLM {vllm.__version__}', 'torch ' + where['torch'])}. "
-        "Reproduce with `python benchmarks/serving.py`."
+        f"Ratios of medians of {of['rounds']} turns of {of['steps']} steps; a random Llama in bfloat16 "
+        f"({of['layers']} layers, hidden {of['hidden']}, {of['heads']} query and kv heads of "
+        f"{of['hidden'] // of['heads']} channels), 20 % of the channels, window 32, groups of 32. "
+        f"{machine(where, *versions)}. Reproduce with `{command('speed/serving')}`."
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and fill the page."""
-    given = parser(__doc__, "a tiny model and short prompts, into outputs/").parse_args(arguments)
-    settings = Settings(hidden=128, layers=2, heads=4, kv_heads=4, vocabulary=256) if given.quick else Settings()
-    path = given.out or (ROOT / "outputs" if given.quick else RESULTS) / "serving.json"
-    results = read_results(path)
+def plan(asked: Any) -> tuple[Row, Jobs]:
+    """Return the settings and a job per pool; the checkpoints are made by the first of them, and go with the last."""
+    packages = packages_distributions()
+    if "vllm" not in packages:
+        raise Unavailable("vLLM is not installed; `make test-vllm` makes an environment that has it")
+    settings = Settings(**TINY if asked.quick else {}, steps=STEPS, rounds=ROUNDS)
     per_token = 2 * settings.layers * settings.kv_heads * (settings.hidden // settings.heads) * 2
-    with tempfile.TemporaryDirectory() as folder:
-        folders, expected = checkpoints(Path(folder), settings)
-        jobs = {
-            name: partial(measure, tokens, fit, folders, expected, per_token)
-            for name, (tokens, fit) in (QUICK if given.quick else SHAPES).items()
-        }
-        try:
-            measure_missing(path, results, jobs)
-        except Wrong as error:
-            sys.exit(f"error: {error}")
-    parts = table(results["rows"]).markdown(), words(results["environment"])
-    print(*parts, sep="\n\n")
-    if path == RESULTS / "serving.json":
-        fill_page(DOCS / "vllm.md", "serving", *parts)
+    folder = tempfile.TemporaryDirectory()
+    made = cache(lambda: checkpoints(Path(folder.name), settings))
+    jobs = {
+        name: partial(measure, tokens, fit, made, per_token)
+        for name, (tokens, fit) in (QUICK if asked.quick else SHAPES).items()
+    }
+    where = {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}
+    return asdict(settings) | where | {"vllm": version(packages["vllm"][0])}, jobs
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(plan, tables, "a tiny model and short prompts")
