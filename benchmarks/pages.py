@@ -44,9 +44,10 @@ class Table:
         Console().print(table)
 
 
-def fill_page(page: Path, script: str, *parts: str) -> None:
-    """Put paragraphs between a page's two markers of a script."""
-    begin, end = f"<!-- measured: benchmarks/{script}.py -->", f"<!-- end of {script} -->"
+def fill_page(page: Path, script: str, *parts: str, block: str = "") -> None:
+    """Put paragraphs between a page's two markers of a script, or of one of the blocks that it makes."""
+    begin = f"<!-- measured: benchmarks/{script}.py{block and ' '}{block} -->"
+    end = f"<!-- end of {block or script} -->"
     before, rest = page.read_text(encoding="utf-8").split(begin)
     write_text(page, "\n\n".join([before + begin, *parts, end + rest.split(end)[1]]))
 
