@@ -127,9 +127,9 @@ def plan(asked: Any) -> tuple[Row, Jobs]:
 
 def resolve(asked: Any, shape: Shape) -> Row:
     """Turn names into what they name, take a layer in, and return the settings that rows of one file share."""
-    found = {"shape": asdict(shape), "dtype": asked.dtype, "device": asked.device, "threads": torch.get_num_threads()}
-    asked.shape, asked.dtype, asked.device = shape, getattr(torch, asked.dtype), torch.device(asked.device)
-    return found
+    name, device = asked.dtype, torch.device(asked.device)
+    asked.shape, asked.dtype, asked.device = shape, getattr(torch, name), device
+    return {"shape": asdict(shape), "dtype": name, "device": device.type, "threads": torch.get_num_threads()}
 
 
 OPTIONS = {

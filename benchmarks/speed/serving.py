@@ -191,7 +191,7 @@ def plan(asked: Any) -> tuple[Row, Jobs]:
     packages = packages_distributions()
     if "vllm" not in packages:
         raise Unavailable("vLLM is not installed; `make test-vllm` makes an environment that has it")
-    settings = Settings(**TINY if asked.quick else {}, steps=STEPS, rounds=ROUNDS)
+    settings = Settings(**(TINY | {"vocabulary": 256} if asked.quick else {}), steps=STEPS, rounds=ROUNDS)
     per_token = 2 * settings.layers * settings.kv_heads * (settings.hidden // settings.heads) * 2
     folder = tempfile.TemporaryDirectory()
     made = cache(lambda: checkpoints(Path(folder.name), settings))
