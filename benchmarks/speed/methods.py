@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.speed.problem import GROUP, KINDS, WINDOW, Problem
+from benchmarks.speed.registry import Unavailable
 from benchmarks.speed.timing import Stopwatch
 from cskv.attachment.cache_bytes import allocated_bytes
 from cskv.attention.attend import AUTO, attention
@@ -31,10 +32,6 @@ DENSE, POSITIONS = "dense rebuild", "cos and sin"
 ROOM = 128  # steps that the best uncompressed method can make
 FLUSH = 2**26  # bytes: more than caches hold
 Pair = tuple[Tensor, Tensor]
-
-
-class Skipped(Exception):
-    """This method cannot be measured here, and why."""
 
 
 @dataclass
@@ -90,7 +87,7 @@ def quantized(problem: Problem) -> Method:
         except CSKVError as error:
             reasons.append(str(error))
     else:
-        raise Skipped("; ".join(reasons))
+        raise Unavailable("; ".join(reasons))
     layer = cache.layers[0]
     if backend == "hqq":  # without its search for better zero points, which only a prefill pays for
         searching = layer.quantizer

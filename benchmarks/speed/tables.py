@@ -16,6 +16,7 @@ from benchmarks.speed.timing import slope
 K = 1024
 COPY = "copy bandwidth"  # the row that is no cell
 Found = float | None
+Show = Callable[[Row, str], str]
 
 
 def cells(results: dict[str, Any], batch: int | None = None) -> list[Row]:
@@ -51,16 +52,15 @@ def decode_tables(results: dict[str, Any]) -> list[Table]:
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """Make speedups per batch size, slopes, and bytes; on a GPU milliseconds and the attention call as well."""
-    shows = {f"times as fast as {baseline}": partial(_as_fast, baseline) for baseline in (SDPA, BEST)}
+    shows: dict[str, Show] = {f"times as fast as {baseline}": partial(_as_fast, baseline) for baseline in (SDPA, BEST)}
     if results["settings"]["device"] == "cuda":
         shows["milliseconds a step, median (10th-90th percentile)"] = _milliseconds
         shows["the attention call, microseconds launched and replayed, share of a copy"] = partial(_call, results)
     found, measured = [], {batch: cells(results, batch) for batch in batches(results)}
     for batch, rows in measured.items():
         found += [_over_lengths(f"Batch {batch}: {what}", rows, show) for what, show in shows.items()]
-    first = min(measured, default="-")
-    title = f"Bytes allocated, as a share of {SDPA}'s (batch {first})"
-    found += [_slopes(results), _over_lengths(title, measured.get(first, []), _share)]
+    title = f"Bytes allocated, as a share of {SDPA}'s (batch {min(measured, default='-')})"
+    found += [_slopes(results), _over_lengths(title, next(iter(measured.values()), []), _share)]
     skipped = _skipped(results)
     return [*found, skipped] if skipped.rows else found
 
@@ -73,7 +73,7 @@ def _thousands(tokens: int) -> str:
     return f"{tokens // K}K" if tokens % K == 0 else str(tokens)
 
 
-def _over_lengths(title: str, rows: Sequence[Row], show: Callable[[Row, str], str]) -> Table:
+def _over_lengths(title: str, rows: Sequence[Row], show: Show) -> Table:
     """Make a table with a column per length and a row per method that there is anything to show of."""
     lines = [(name, *(show(row, name) for row in rows)) for name in _names(rows)]
     return Table(
