@@ -59,7 +59,8 @@ def measure_missing(
 
     No row is begun after so many seconds. With `keep_going` a row that fails stops nothing: what failed is returned.
     """
-    rows, asked, failed = results["rows"], set(methods), {}
+    rows, asked = results["rows"], set(methods)
+    failed: dict[str, Exception] = {}
     todo = [name for name in jobs if name not in rows or not asked <= set(rows[name].get("methods", asked))]
     if todo:
         results["environment"] = environment().to_dict()

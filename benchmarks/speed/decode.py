@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Jobs, Row, Wrong
-from benchmarks.speed.methods import BEST, SDPA, Method, Skipped, methods
+from benchmarks.speed.methods import BEST, SDPA, Method, methods
 from benchmarks.speed.problem import KINDS, Problem, Shape
-from benchmarks.speed.registry import Benchmark
+from benchmarks.speed.registry import Benchmark, Unavailable
 from benchmarks.speed.tables import COPY, decode_tables
 from benchmarks.speed.timing import Call, Stopwatch, Turns, copy_bandwidth, free_bytes, summary, take_turns, time_calls
 
@@ -77,7 +77,7 @@ def set_up(tokens: int, batch: int, asked: Any) -> tuple[dict[str, Method], dict
         for name in names:
             try:
                 method = known[name][1](problem)
-            except Skipped as reason:
+            except Unavailable as reason:
                 rows[name] = {"skipped": str(reason)}
                 continue
             rows[name] = check(name, method, problem, truth) | ({"note": method.note} if method.note else {})
@@ -127,12 +127,12 @@ def plan(asked: Any) -> tuple[Row, Jobs]:
 
 def resolve(asked: Any, shape: Shape) -> Row:
     """Turn names into what they name, take a layer in, and return the settings that rows of one file share."""
-    found = {"shape": asdict(shape), "dtype": asked.dtype, "device": asked.device, "threads": torch.get_num_threads()}
-    asked.shape, asked.dtype, asked.device = shape, getattr(torch, asked.dtype), torch.device(asked.device)
-    return found
+    name, device = asked.dtype, torch.device(asked.device)
+    asked.shape, asked.dtype, asked.device = shape, getattr(torch, name), device
+    return {"shape": asdict(shape), "dtype": name, "device": device.type, "threads": torch.get_num_threads()}
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "--dtype": {"choices": ("bfloat16", "float16", "float32"), "default": "bfloat16"},
     "--budget": {"type": float, "default": 0.4, "help": "seconds of timing per method and row"},
 }

@@ -103,9 +103,7 @@ class Runner:
     """One method's model and the cache that it decodes on."""
 
     def __init__(self, name: str, base: nn.Module, settings: Settings) -> None:
-        self.model = copy.deepcopy(base)
-        self.cache: Any = None
-        self.token: Tensor | None = None
+        self.model, self.cache, self.token = copy.deepcopy(base), None, None
         self.adapter: cskv.CSKVAdapter | None = None
         if name != UNCOMPRESSED:
             config = config_of(name, settings.kv_heads * settings.hidden // settings.heads)
@@ -113,27 +111,32 @@ class Runner:
             self.attention = "rebuild" if name.endswith("rebuild") else settings.backend
             cskv.attach(self.model, self.adapter, attention=self.attention)
 
-    def error(self, ids: Tensor) -> float:
-        """Return the relative error of the last token's logits against those of the reference attention."""
+    def error(self, name: str) -> float:
+        """Return the relative error of the logits after a short prompt against those of the reference attention.
+
+        It raises `Wrong` if rounding does not explain that.
+        """
         if self.adapter is None:
             return 0.0
-        own = self._last_logits(ids)
+        own = self._last_logits()
         cskv.detach(self.model)
         with cskv.attach(self.model, self.adapter, attention="reference"):
-            expected = self._last_logits(ids)
+            expected = self._last_logits()
         cskv.attach(self.model, self.adapter, attention=self.attention)
-        return float((own - expected).norm() / expected.norm())
+        error = float((own - expected).norm() / expected.norm())
+        if not error <= TOLERANCE:
+            raise Wrong(f"{name}: logits are {error:.3g} off the reference's, at most {TOLERANCE:g}")
+        return error
 
-    def _last_logits(self, ids: Tensor) -> Tensor:
+    def _last_logits(self) -> Tensor:
+        ids = torch.randint(3, 100, (1, CHECKED), generator=torch.Generator().manual_seed(1))
         _, cache = forward(self.model, ids[:, :-1])
         return forward(self.model, ids[:, -1:], cache)[0].float()
 
     def prefill(self, prompt: Tensor) -> float:
         """Fill a fresh cache; seconds."""
-        began = clock(self.model.device)
-        logits, self.cache = forward(self.model, prompt, last_only=True)
-        self.token = logits.argmax(-1)
-        return clock(self.model.device) - began
+        self.cache, self.token = None, prompt
+        return self.decode(1)
 
     def decode(self, steps: int) -> float:
         """Decode greedily on the cache; seconds."""
@@ -144,23 +147,13 @@ class Runner:
         return clock(self.model.device) - began
 
 
-def check(runners: dict[str, Runner]) -> dict[str, float]:
-    """Return the error of every method's logits after a short prompt; raise `Wrong` if rounding does not explain it."""
-    ids = torch.randint(3, 100, (1, CHECKED), generator=torch.Generator().manual_seed(1))
-    errors = {name: runner.error(ids) for name, runner in runners.items()}
-    for name, error in errors.items():
-        if not error <= TOLERANCE:
-            raise Wrong(f"{name}: logits are {error:.3g} off the reference's, at most {TOLERANCE:g}")
-    return errors
-
-
 def measure(tokens: int, batch: int, runners: Callable[[], dict[str, Runner]], settings: Settings) -> Row:
     """Measure a row: all methods after a prompt of one length; raise `Wrong` if a method's logits are."""
     row: Row = {"tokens": tokens, "batch": batch, "methods": {}}
     prompt = torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(0))
     ready = runners()
     with torch.inference_mode():
-        errors = check(ready)
+        errors = {name: runner.error(name) for name, runner in ready.items()}
         for name, runner in ready.items():
             seconds = runner.prefill(prompt)
             runner.decode(2)

@@ -49,7 +49,7 @@ def tuning(tokens: int, asked: Any) -> Row:
                 took = summary([stopwatch.seconds(call) for _ in range(10)])
             label = ", ".join(f"{key} {value}" for key, value in variant.items()) or AS_PLANNED
             found.setdefault(name, {})[label] = took | {"plan": repr(used[-1])}
-    return {"methods": found}
+    return {"plans": found}
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def profile(tokens: int, asked: Any) -> Row:
 def tables(results: dict[str, Any]) -> list[Table]:
     """Show the best plan of every method, and what it saves."""
     lines = []
-    for name, by_plan in results["rows"].get("plans", {}).get("methods", {}).items():
+    for name, by_plan in results["rows"].get("plans", {}).get("plans", {}).items():
         best = min(by_plan, key=lambda label: by_plan[label]["median"])
         saved = f"{by_plan[AS_PLANNED]['median'] / by_plan[best]['median']:.2f}x"
         lines.append((name, str(len(by_plan)), best, saved))

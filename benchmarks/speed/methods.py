@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.speed.problem import GROUP, KINDS, WINDOW, Problem
+from benchmarks.speed.registry import Unavailable
 from benchmarks.speed.timing import Stopwatch
 from cskv.attachment.cache_bytes import allocated_bytes
 from cskv.attention.attend import AUTO, attention
@@ -31,10 +32,6 @@ DENSE, POSITIONS = "dense rebuild", "cos and sin"
 ROOM = 128  # steps that the best uncompressed method can make
 FLUSH = 2**26  # bytes: more than caches hold
 Pair = tuple[Tensor, Tensor]
-
-
-class Skipped(Exception):
-    """This method cannot be measured here, and why."""
 
 
 @dataclass
@@ -65,16 +62,16 @@ class Method:
 def by_transformers(problem: Problem, keys: Tensor, values: Tensor) -> Tensor:
     """Attend by transformers' sdpa attention function."""
     scaling = problem.logits.scaling
-    attended, _ = sdpa_attention_forward(problem.stub, problem.token.query, keys, values, None, scaling=scaling)
+    attended, _ = sdpa_attention_forward(problem.stub, problem.query, keys, values, None, scaling=scaling)
     return attended.transpose(1, 2)
 
 
 def transformers_sdpa(problem: Problem, cache: Any = None) -> Method:
     """Attend by transformers to its cache, a `DynamicCache` when None: what a model does without us."""
-    cache, token = DynamicCache() if cache is None else cache, problem.token
-    cache.update(problem.keys, problem.values, 0)
+    cache = DynamicCache() if cache is None else cache
+    cache.update(*problem.cached[2:], 0)
     return Method(
-        lambda: by_transformers(problem, *cache.update(token.keys, token.values, 0)),
+        lambda: by_transformers(problem, *cache.update(*problem.new[2:], 0)),
         partial(allocated_bytes, cache),
         lambda: problem.exact_nbytes,
     )
@@ -90,7 +87,7 @@ def quantized(problem: Problem) -> Method:
         except CSKVError as error:
             reasons.append(str(error))
     else:
-        raise Skipped("; ".join(reasons))
+        raise Unavailable("; ".join(reasons))
     layer = cache.layers[0]
     if backend == "hqq":  # without its search for better zero points, which only a prefill pays for
         searching = layer.quantizer
@@ -110,8 +107,9 @@ class BestUncompressed:
     """Keys and values in buffers that are written in place, attended to by whatever was fastest when it was set up."""
 
     def __init__(self, problem: Problem) -> None:
-        self._token, self._length, self._scale = problem.token, problem.tokens, problem.logits.scaling
-        self._buffers = [torch.nn.functional.pad(part, (0, 0, 0, ROOM)) for part in (problem.keys, problem.values)]
+        self._query, self._new = problem.query, problem.new[2:]
+        self._length, self._scale = problem.tokens, problem.logits.scaling
+        self._buffers = [pad(part, (0, 0, 0, ROOM)) for part in problem.cached[2:]]
         candidates = {
             "bmm over grouped heads": self._bmm,
             "bmm over the whole buffers": self._whole,
@@ -127,7 +125,7 @@ class BestUncompressed:
 
     def step(self) -> Tensor:
         """Append and attend."""
-        for buffer, new in zip(self._buffers, (self._token.keys, self._token.values), strict=True):
+        for buffer, new in zip(self._buffers, self._new, strict=True):
             buffer[:, :, self._length : self._length + 1] = new
         self._length += 1
         return self.call()()
@@ -135,7 +133,7 @@ class BestUncompressed:
     def call(self, attend: Callable[..., Tensor] | None = None) -> Callable[[], Tensor]:
         """Return what attends and does nothing else."""
         filled = (buffer[:, :, : self._length] for buffer in self._buffers)
-        return partial(attend or self._attend, self._token.query, *filled)
+        return partial(attend or self._attend, self._query, *filled)
 
     def nbytes(self) -> int:
         """Count the bytes of both buffers."""
@@ -187,10 +185,10 @@ def best_uncompressed(problem: Problem) -> Method:
 
 def ours(problem: Problem, bits: int = 16, backend: str = AUTO) -> Method:
     """Attend by the library to latents and the exact window in a `BiBranchStore`."""
-    scratch, query = Scratch(), problem.token.query
+    scratch = Scratch()
 
     def attend(view: View) -> Tensor:
-        return attention(query, problem.inputs(view), backend=backend, scratch=scratch)
+        return attention(problem.query, problem.inputs(view), backend=backend, scratch=scratch)
 
     method = _on_latents(problem, bits, attend)
     method.scratch = scratch
@@ -205,12 +203,12 @@ def dense_rebuild(problem: Problem) -> Method:
 
 
 def _on_latents(problem: Problem, bits: int, attend: Callable[[View], Tensor]) -> Method:
-    store, token = BiBranchStore(WINDOW, GROUP, *problem.grids(bits)), problem.token
-    view = store.append(problem.k_latents, problem.v_latents, problem.keys, problem.values)
+    store = BiBranchStore(WINDOW, GROUP, *problem.grids(bits))
+    view = store.append(*problem.cached)
 
     def append() -> View:
         nonlocal view
-        view = store.append(token.k_latents, token.v_latents, token.keys, token.values)
+        view = store.append(*problem.new)
         return view
 
     def represented() -> Pair | None:

@@ -56,7 +56,7 @@ class Requests:
         self.rope = problem.rotation(self.most)
         self.exact = [
             torch.stack([part[row, :, length : length + WINDOW] for row, length in enumerate(self.lengths)])
-            for part in (problem.keys, problem.values)
+            for part in problem.cached[2:]
         ]
 
     def table(self, tokens: int) -> Tensor:
@@ -76,14 +76,14 @@ class Requests:
         """Return the reference's output of one request on latents of all, in fp32: (q_heads, head_dim)."""
         sealed = (PlainLatents(part[row : row + 1, : self.lengths[row]]) for part in latents)
         view = View(*(part[row : row + 1] for part in self.exact), *sealed)
-        query, factors = self.problem.token.query[row : row + 1].float(), self.problem.factors.to(dtype=torch.float32)
+        query, factors = self.problem.query[row : row + 1].float(), self.problem.factors.to(dtype=torch.float32)
         return reference.attention(query, AttentionInputs(view, factors, self.rope, self.problem.logits))[0, :, 0]
 
     def uncompressed(self, step: Callable[[], Tensor]) -> Method:
         """Make a method that reads keys and values."""
         kept = sum(self.lengths) + len(self.lengths) * WINDOW
         nbytes = 2 * self.problem.shape.kv_dim * self.problem.dtype.itemsize * kept
-        return Method(step, nbytes, (self.problem.k_latents, self.problem.v_latents))
+        return Method(step, nbytes, self.problem.cached[:2])
 
 
 def ours(requests: Requests, bits: int) -> Method:
@@ -94,7 +94,7 @@ def ours(requests: Requests, bits: int) -> Method:
     shape = (table.numel(), layout.page_bytes(size))
     pages = layout.pages(torch.zeros(shape, dtype=torch.uint8, device=requests.device), size)
     meant = []
-    for part, latents in zip(pages, (problem.k_latents, problem.v_latents)):
+    for part, latents in zip(pages, problem.cached[:2]):
         blocks = requests.blocks(latents, most)
         packed = (blocks,) if part.grid is None else quantise(blocks, part.grid)
         for held, own in zip((part.data, part.scales, part.minima), packed):
@@ -102,20 +102,21 @@ def ours(requests: Requests, bits: int) -> Method:
         means = blocks if part.grid is None else PackedLatents(*packed, part.grid, part.dtype).read()
         meant.append(means.reshape(len(table), -1, part.rank))
     k, v = (PagedLatents(part, table, requests.sealed, most) for part in pages)
-    query = problem.token.query
     inputs = AttentionInputs(View(*requests.exact, k, v), problem.factors, requests.rope, problem.logits)
-    if (refused := launch.refusal(query, inputs)) is not None:
+    if (refused := launch.refusal(problem.query, inputs)) is not None:
         raise Unavailable(refused)
     read = sum(-(-length // size) for length in requests.lengths) * shape[1]
-    return Method(partial(launch.attention, query, inputs), read + sum(part.nbytes for part in requests.exact), meant)
+    return Method(
+        partial(launch.attention, problem.query, inputs), read + sum(part.nbytes for part in requests.exact), meant
+    )
 
 
 def sdpa(requests: Requests) -> Method:
     """Attend to a contiguous cache. Query heads of a kv head are rows of one product, so that nothing is repeated."""
     problem, shape = requests.problem, requests.problem.shape
     tokens = requests.most + WINDOW
-    keys, values = (part[:, :, :tokens].contiguous() for part in (problem.keys, problem.values))
-    query = problem.token.query.view(len(requests.lengths), shape.kv_heads, -1, shape.head_dim)
+    keys, values = (part[:, :, :tokens].contiguous() for part in problem.cached[2:])
+    query = problem.query.view(len(requests.lengths), shape.kv_heads, -1, shape.head_dim)
     mask = None
     if min(requests.lengths) < requests.most:
         mask = (torch.arange(tokens, device=requests.device) < requests.total[:, None])[:, None, None]
@@ -135,25 +136,15 @@ def flash(requests: Requests) -> Method:
     problem, tokens = requests.problem, requests.most + WINDOW
     table, batch = requests.table(tokens), len(requests.lengths)
     pages = []
-    for part in (problem.keys, problem.values):
+    for part in problem.cached[2:]:
         blocks = requests.blocks(part.transpose(1, 2), tokens)
         pages.append(torch.empty_like(blocks).index_copy_(0, table.flatten().long(), blocks))
-    query, starts = problem.token.query[:, :, 0].contiguous(), torch.arange(batch + 1, device=requests.device)
+    query, starts = problem.query[:, :, 0].contiguous(), torch.arange(batch + 1, device=requests.device)
 
-    step = partial(
-        flash_attn_varlen_func,
-        query,
-        *pages,
-        max_seqlen_q=1,
-        cu_seqlens_q=starts.int(),
-        max_seqlen_k=tokens,
-        seqused_k=requests.total,
-        softmax_scale=problem.logits.scaling,
-        causal=True,
-        block_table=table,
-        fa_version=3 if is_fa_version_supported(3) else 2,
-    )
-    return requests.uncompressed(lambda: step()[:, :, None])
+    version = 3 if is_fa_version_supported(3) else 2
+    lengths = {"max_seqlen_q": 1, "cu_seqlens_q": starts.int(), "max_seqlen_k": tokens, "seqused_k": requests.total}
+    how = {"softmax_scale": problem.logits.scaling, "causal": True, "block_table": table, "fa_version": version}
+    return requests.uncompressed(lambda: flash_attn_varlen_func(query, *pages, **lengths, **how)[:, :, None])
 
 
 METHODS: dict[str, Callable[[Requests], Method]] = {SDPA: sdpa, FLASH: flash}
@@ -166,10 +157,8 @@ def check(name: str, method: Method, requests: Requests) -> float:
     It raises `Wrong` if rounding does not explain that.
     """
     output, lengths = method.step(), requests.lengths
-    errors = []
-    for row in {lengths.index(min(lengths)), lengths.index(max(lengths))}:
-        truth = requests.truth(row, method.latents)
-        errors.append(relative_error(output[row, :, 0], truth))
+    ends = {lengths.index(min(lengths)), lengths.index(max(lengths))}
+    errors = [relative_error(output[row, :, 0], requests.truth(row, method.latents)) for row in ends]
     if not max(errors) <= TOLERANCE[requests.problem.dtype]:
         raise Wrong(f"{name}, batch {len(lengths)}, up to {max(lengths)} tokens: error {max(errors):.3g}")
     return max(errors)
@@ -180,12 +169,12 @@ def measure(batch: int, context: int, mixed: bool, asked: Any) -> Row:
     least = context // 8 if mixed else context
     lengths = [context - (context - least) * row // max(1, batch - 1) for row in range(batch)]
     shape, device = TINY if asked.quick else SHAPE, torch.device(asked.device)
-    row: Row = {"batch": batch, "context": context, "mixed": mixed, "methods": {}}
+    row: Row = {"batch": batch, "context": context, "mixed": mixed}
     if reason := too_large(context * batch, shape, torch.bfloat16, device):
         return row | {"skipped": reason}
     with torch.inference_mode():
         problem = Problem("joint", shape, context + WINDOW, batch, torch.bfloat16, device)
-        requests, calls = Requests(problem, lengths, asked.block_size), {}
+        requests, calls, row["methods"] = Requests(problem, lengths, asked.block_size), {}, {}
         for name in asked.methods:
             try:
                 method = METHODS[name](requests)
@@ -205,6 +194,9 @@ def tables(results: dict[str, Any]) -> list[Table]:
     headings = [*METHODS, *(f"{name} / {baseline}" for baseline in (SDPA, FLASH) for name in BITS)]
     lines = []
     for cell, row in results["rows"].items():
+        if "skipped" in row:
+            lines.append((cell, row["skipped"], *[""] * (len(headings) - 1)))
+            continue
         found = [(median(row, name, "graph"), 1e6, ".0f") for name in METHODS]
         found += [(speedup(row, name, baseline, "graph"), 1, ".2f") for baseline in (SDPA, FLASH) for name in BITS]
         lines.append((cell, *("-" if value is None else f"{value * unit:{form}}" for value, unit, form in found)))

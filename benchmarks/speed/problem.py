@@ -64,26 +64,17 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return heads * cos[:, None] + rotate_half(heads) * sin[:, None]
 
 
-@dataclass(frozen=True)
-class Token:
-    """Inputs of a layer in a decode step: query, keys and values after RoPE, and latents."""
-
-    query: Tensor
-    keys: Tensor
-    values: Tensor
-    k_latents: Tensor
-    v_latents: Tensor
-
-
 class Problem:
     """`tokens` cached tokens of `batch` sequences, and one more to come.
 
     Attributes:
-        token: the one to come; every step appends it again, which changes no timing.
+        query: of the token to come, after RoPE.
+        new: its latents of keys and of values, keys after RoPE, and values; every step appends them again, which
+            changes no timing.
+        cached: the same of the cached tokens; let go by `forget` once all caches are filled.
         factors, logits: of the layer.
         cos, sin: of all tokens that there may be.
         stub: what transformers' attention functions read of a module.
-        keys, values, k_latents, v_latents: of the cached tokens; let go by `forget` once all caches are filled.
     """
 
     def __init__(
@@ -101,12 +92,11 @@ class Problem:
         self.cos, self.sin = self.make_cos_sin(tokens + ROOM)
         k, v = (self._normal(batch, tokens + 1, part.rank) for part in (self.factors.k, self.factors.v))
         keys, values = self._rotated(self._heads(self.factors.k, k)), self._heads(self.factors.v, v)
-        query = self._normal(batch, shape.q_heads, 1, shape.head_dim)
-        parts = keys[:, :, tokens:], values[:, :, tokens:], k[:, tokens:], v[:, tokens:]
-        self.token = Token(query, *(part.clone() for part in parts))
+        self.query = self._normal(batch, shape.q_heads, 1, shape.head_dim)
+        parts = k, v, keys, values
+        self.new = [part[..., tokens:, :].clone() for part in parts]
+        self.cached = [part[..., :tokens, :] for part in parts]
         self._last_row = k[-1:].clone(), v[-1:].clone()
-        self.keys, self.values = keys[:, :, :tokens], values[:, :, :tokens]
-        self.k_latents, self.v_latents = k[:, :tokens], v[:, :tokens]
 
     def inputs(self, view: View) -> AttentionInputs:
         """Return what attention reads and is told beside the query."""
@@ -120,17 +110,16 @@ class Problem:
 
     def rotation(self, sealed: int) -> Rotation:
         """Return the rotation of keys that were rebuilt from latents."""
-        heads = lambda channels, cos, sin: rotate(split_heads(channels, self.shape.head_dim), cos, sin)  # noqa: E731
-        return Rotation(self.cos[:, :sealed], self.sin[:, :sealed], heads, is_plain=True)
+        return Rotation(self.cos[:, :sealed], self.sin[:, :sealed], self._rotated_heads, is_plain=True)
 
     @property
     def exact_nbytes(self) -> int:
         """Bytes of the keys and values of all tokens."""
-        return (self.token.keys.nbytes + self.token.values.nbytes) * (self.tokens + 1)
+        return sum(part.nbytes for part in self.new[2:]) * (self.tokens + 1)
 
     def forget(self) -> None:
         """Let go of what only filling caches needs."""
-        del self.keys, self.values, self.k_latents, self.v_latents
+        del self.cached
 
     def grids(self, bits: int) -> tuple[Grid | None, Grid | None]:
         """Return KIVI's layout of few-bit latents; none at 16 bits."""
@@ -150,7 +139,7 @@ class Problem:
 
     def softmax(self, keys: Tensor, values: Tensor) -> Tensor:
         """Attend plainly with the last sequence's query in fp32: (q_heads, head_dim)."""
-        query = self.token.query[-1].float().view(self.shape.kv_heads, -1, self.shape.head_dim)
+        query = self.query[-1].float().view(self.shape.kv_heads, -1, self.shape.head_dim)
         weights = torch.softmax(query @ keys[0].float().transpose(1, 2) * self.logits.scaling, dim=-1)
         return (weights @ values[0].float()).flatten(0, 1)
 
@@ -160,6 +149,9 @@ class Problem:
             return heads
         cos, sin = (part[:, : heads.shape[2]].to(heads.dtype) for part in (self.cos, self.sin))
         return rotate(heads, cos, sin)
+
+    def _rotated_heads(self, channels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(split_heads(channels, self.shape.head_dim), cos, sin)
 
     def _heads(self, factors: Factors, latents: Tensor) -> Tensor:
         return split_heads(factors.expand(latents), self.shape.head_dim).contiguous()

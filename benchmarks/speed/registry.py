@@ -24,7 +24,7 @@ Sizes = tuple[Sequence[int], Sequence[int]]  # lengths and batches
 
 
 class Unavailable(Exception):
-    """This cannot be measured here, and why."""
+    """This benchmark or method cannot be measured here, and why."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from benchmarks.pages import DOCS, Table, fill_page, measured_on
 from benchmarks.speed import generation, serving
 from benchmarks.speed.methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA, methods
 from benchmarks.speed.registry import Unavailable
-from benchmarks.speed.tables import batches, cells, cpu_goals, gpu_goals, measured, median, tables
+from benchmarks.speed.tables import batches, cells, cpu_goals, gpu_goals, median, tables
 from cskv.plots.style import COLOURS, MARKERS, new_figure, save, styled
 
 COLOUR_OF = {SDPA: 0, BEST: 0, QUANTIZED: 5, DENSE: 3, "joint": 1, "grouped": 4, "commuting": 2}
@@ -77,7 +77,7 @@ def draw(decode: dict[str, Any], path: Path) -> None:
 
 
 def _panels(above: Any, below: Any, decode: dict[str, Any], batch: int, is_gpu: bool) -> None:
-    rows = measured(decode, batch)
+    rows = cells(decode, batch)
     unit = 1e-3 if is_gpu else median(rows[0], SDPA) or 1.0
     for name in methods():
         own = [row for row in rows if median(row, name) is not None]

@@ -16,10 +16,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import packages_distributions, version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -46,56 +47,49 @@ CHECK = torch.randint(3, 100, (200,), generator=torch.Generator().manual_seed(1)
 Checkpoints = tuple[dict[str, Path], dict[str, list[float]]]
 
 
-def serve(folder: str, options: dict[str, Any], pipe: Connection) -> None:
-    """Run in a process of its own: start an engine of vLLM, send how many tokens its pool holds, and answer.
+llm: Any = None  # the engine of the process, once `start` was called in it
 
-    Questions are ("logprobs", prompt, tokens) and ("decode", requests, tokens of each prompt, steps); the answers are
-    log-probabilities of greedy tokens, and seconds of steps in which all requests decode. None ends the process.
-    """
+
+def start(folder: str, options: dict[str, Any]) -> None:
+    """Start an engine of vLLM in this process."""
+    global llm
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
 
-    llm = LLM(
-        model=folder,
-        dtype="bfloat16",
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        distributed_executor_backend="uni",
-        enforce_eager=True,
-        disable_log_stats=True,
-        **options,
-    )
-    pipe.send(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
-    while (question := pipe.recv()) is not None:
-        kind, *arguments = question
-        pipe.send(_greedy(llm, *arguments) if kind == "logprobs" else _decode(llm, *arguments))
+    plain = {"enable_prefix_caching": False, "enforce_eager": True, "disable_log_stats": True}
+    here = {"skip_tokenizer_init": True, "distributed_executor_backend": "uni"}
+    llm = LLM(model=folder, dtype="bfloat16", max_num_seqs=MOST, **plain, **here, **options)
 
 
-def _greedy(llm: Any, prompt: list[int], tokens: int) -> list[float]:
-    """Return the log-probabilities of greedy tokens after a prompt."""
+def pool_tokens() -> int:
+    """Return how many tokens the engine's pool holds."""
+    return llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+
+
+def greedy(tokens: int) -> list[float]:
+    """Return the engine's log-probabilities of greedy tokens after the prompt that is checked."""
     from vllm import SamplingParams
 
     settings = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=True, detokenize=False)
-    (output,) = llm.generate([{"prompt_token_ids": prompt}], settings, use_tqdm=False)
+    (output,) = llm.generate([{"prompt_token_ids": CHECK}], settings, use_tqdm=False)
     answer = output.outputs[0]
     return [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
 
 
-def _decode(llm: Any, requests: int, tokens: int, steps: int) -> list[float]:
-    """Return the seconds of steps in which all requests decode."""
+def decode(requests: int, tokens: int) -> list[float]:
+    """Return the seconds of the engine's steps in which all requests decode, after prompts of so many tokens."""
     from vllm import SamplingParams
 
     settings = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True, detokenize=False)
     engine, names = llm.llm_engine, [f"decode-{i}" for i in range(requests)]
     for i, name in enumerate(names):
-        prompt = [3 + (i + 7 * j) % 90 for j in range(tokens)]
-        engine.add_request(name, {"prompt_token_ids": prompt}, settings)
+        engine.add_request(name, {"prompt_token_ids": [3 + (i + 7 * j) % 90 for j in range(tokens)]}, settings)
     begun: set[str] = set()
     while len(begun) < requests:
         begun |= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
     seconds = []
-    for _ in range(steps):
+    for _ in range(STEPS):
         began = time.perf_counter()
         answered = engine.step()
         seconds.append(time.perf_counter() - began)
@@ -105,34 +99,6 @@ def _decode(llm: Any, requests: int, tokens: int, steps: int) -> list[float]:
     while engine.has_unfinished_requests():
         engine.step()
     return seconds
-
-
-class Engine:
-    """An engine of vLLM in a process of its own."""
-
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(str(folder), options, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.tokens = self._answer()
-
-    def ask(self, *question: Any) -> Any:
-        """Return the answer of `serve`."""
-        self._ours.send(question)
-        return self._answer()
-
-    def close(self) -> None:
-        """End the process."""
-        self._ours.send(None)
-        self._process.join(60)
-
-    def _answer(self) -> Any:
-        try:
-            return self._ours.recv()
-        except EOFError:
-            raise RuntimeError("an engine of vLLM ended; what it printed says why") from None
 
 
 def checkpoints(folder: Path, settings: Settings) -> Checkpoints:
@@ -167,26 +133,30 @@ def measure(tokens: int, fit: int, made: Callable[[], Checkpoints], per_token: i
     """Measure a row: all methods with a pool in which `fit` uncompressed requests fit; raise `Wrong` if one is off."""
     folders, expected = made()
     options = {"kv_cache_memory_bytes": (fit * (tokens + ROOM) + 256) * per_token, "max_model_len": tokens + ROOM}
-    engines = {name: Engine(folder, options | {"max_num_seqs": MOST}) for name, folder in folders.items()}
     row: Row = {"tokens": tokens, "fit": fit, "pool_bytes": options["kv_cache_memory_bytes"], "methods": {}}
-    for name, engine in engines.items():
-        found = engine.ask("logprobs", CHECK, 4)
-        error = max(abs(ours - theirs) for ours, theirs in zip(found, expected[name], strict=True))
-        if error > TOLERANCE:
-            raise Wrong(f"{name}: log-probabilities are {error:.3g} off, at most {TOLERANCE:g}")
-        room = min(MOST, engine.tokens // (tokens + ROOM))
-        row["methods"][name] = {"error": error, "pool_tokens": engine.tokens, "requests": room}
-    for kind in KINDS:
-        speeds: dict[str, list[float]] = {name: [] for name in engines}
-        for _ in range(ROUNDS):
-            for name, engine in engines.items():
-                batch = fit if kind == "equal batch" else row["methods"][name]["requests"]
-                steps = engine.ask("decode", batch, tokens, STEPS)
-                speeds[name].append(batch / statistics.median(steps))
-        for name, values in speeds.items():
-            row["methods"][name][kind] = summary(values)
-    for engine in engines.values():
-        engine.close()
+    with ExitStack() as processes:
+        spawn = multiprocessing.get_context("spawn")
+        engines = {
+            name: processes.enter_context(ProcessPoolExecutor(1, spawn, start, (str(folder), options)))
+            for name, folder in folders.items()
+        }
+        for name, engine in engines.items():
+            found = engine.submit(greedy, len(expected[name])).result()
+            error = max(abs(ours - theirs) for ours, theirs in zip(found, expected[name], strict=True))
+            if error > TOLERANCE:
+                raise Wrong(f"{name}: log-probabilities are {error:.3g} off, at most {TOLERANCE:g}")
+            held = engine.submit(pool_tokens).result()
+            room = min(MOST, held // (tokens + ROOM))
+            row["methods"][name] = {"error": error, "pool_tokens": held, "requests": room}
+        for kind in KINDS:
+            speeds: dict[str, list[float]] = {name: [] for name in engines}
+            for _ in range(ROUNDS):
+                for name, engine in engines.items():
+                    batch = fit if kind == "equal batch" else row["methods"][name]["requests"]
+                    seconds = engine.submit(decode, batch, tokens).result()
+                    speeds[name].append(batch / statistics.median(seconds))
+            for name, values in speeds.items():
+                row["methods"][name][kind] = summary(values)
     return row
 
 
@@ -221,7 +191,7 @@ def plan(asked: Any) -> tuple[Row, Jobs]:
     packages = packages_distributions()
     if "vllm" not in packages:
         raise Unavailable("vLLM is not installed; `make test-vllm` makes an environment that has it")
-    settings = Settings(**TINY if asked.quick else {}, steps=STEPS, rounds=ROUNDS)
+    settings = Settings(**(TINY | {"vocabulary": 256} if asked.quick else {}), steps=STEPS, rounds=ROUNDS)
     per_token = 2 * settings.layers * settings.kv_heads * (settings.hidden // settings.heads) * 2
     folder = tempfile.TemporaryDirectory()
     made = cache(lambda: checkpoints(Path(folder.name), settings))

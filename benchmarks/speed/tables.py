@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.common import Row
@@ -15,16 +16,13 @@ from benchmarks.speed.timing import slope
 K = 1024
 COPY = "copy bandwidth"  # the row that is no cell
 Found = float | None
+Show = Callable[[Row, str], str]
 
 
-def cells(results: dict[str, Any]) -> list[Row]:
-    """Return the rows of a length and batch size, by length."""
-    return sorted((row for name, row in results["rows"].items() if name != COPY), key=lambda row: row["tokens"])
-
-
-def measured(results: dict[str, Any], batch: int) -> list[Row]:
-    """Return the rows of a batch size that were not skipped, by length."""
-    return [row for row in cells(results) if row["batch"] == batch and "skipped" not in row]
+def cells(results: dict[str, Any], batch: int | None = None) -> list[Row]:
+    """Return the rows of a length and batch size, or of one batch size those that were not skipped, by length."""
+    rows = sorted((row for name, row in results["rows"].items() if name != COPY), key=lambda row: row["tokens"])
+    return rows if batch is None else [row for row in rows if row["batch"] == batch and "skipped" not in row]
 
 
 def batches(results: dict[str, Any]) -> list[int]:
@@ -54,20 +52,15 @@ def decode_tables(results: dict[str, Any]) -> list[Table]:
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """Make speedups per batch size, slopes, and bytes; on a GPU milliseconds and the attention call as well."""
-    found = []
-    for batch in batches(results):
-        rows = measured(results, batch)
-        for baseline in (SDPA, BEST):
-            title = f"Batch {batch}: times as fast as {baseline}"
-            found.append(_over_lengths(title, rows, lambda row, name, to=baseline: _as_fast(row, name, to), POSITIONS))
-        if results["settings"]["device"] == "cuda":
-            title = f"Batch {batch}: milliseconds a step, median (10th-90th percentile)"
-            found.append(_over_lengths(title, rows, _milliseconds))
-            title = f"Batch {batch}: the attention call alone, microseconds launched and replayed, share of a copy"
-            found.append(_over_lengths(title, rows, lambda row, name: _call(results, row, name)))
-    rows = measured(results, min(batches(results))) if batches(results) else []
-    title = f"Bytes allocated, as a share of {SDPA}'s (batch {rows[0]['batch'] if rows else '-'})"
-    found += [_slopes(results), _over_lengths(title, rows, _share, POSITIONS)]
+    shows: dict[str, Show] = {f"times as fast as {baseline}": partial(_as_fast, baseline) for baseline in (SDPA, BEST)}
+    if results["settings"]["device"] == "cuda":
+        shows["milliseconds a step, median (10th-90th percentile)"] = _milliseconds
+        shows["the attention call, microseconds launched and replayed, share of a copy"] = partial(_call, results)
+    found, measured = [], {batch: cells(results, batch) for batch in batches(results)}
+    for batch, rows in measured.items():
+        found += [_over_lengths(f"Batch {batch}: {what}", rows, show) for what, show in shows.items()]
+    title = f"Bytes allocated, as a share of {SDPA}'s (batch {min(measured, default='-')})"
+    found += [_slopes(results), _over_lengths(title, next(iter(measured.values()), []), _share)]
     skipped = _skipped(results)
     return [*found, skipped] if skipped.rows else found
 
@@ -80,14 +73,16 @@ def _thousands(tokens: int) -> str:
     return f"{tokens // K}K" if tokens % K == 0 else str(tokens)
 
 
-def _over_lengths(title: str, rows: Sequence[Row], show: Callable[[Row, str], str], without: str = "") -> Table:
-    """Make a table with a row per method and a column per length."""
-    lines = [(name, *(show(row, name) for row in rows)) for name in _names(rows) if name != without]
-    return Table(title, ("method", *(_thousands(row["tokens"]) for row in rows)), lines)
+def _over_lengths(title: str, rows: Sequence[Row], show: Show) -> Table:
+    """Make a table with a column per length and a row per method that there is anything to show of."""
+    lines = [(name, *(show(row, name) for row in rows)) for name in _names(rows)]
+    return Table(
+        title, ("method", *(_thousands(row["tokens"]) for row in rows)), [line for line in lines if any(line[1:])]
+    )
 
 
-def _as_fast(row: Row, name: str, baseline: str) -> str:
-    value = speedup(row, name, baseline)
+def _as_fast(baseline: str, row: Row, name: str) -> str:
+    value = None if name == POSITIONS else speedup(row, name, baseline)
     return "" if value is None else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
 
 
@@ -110,7 +105,7 @@ def _share(row: Row, name: str) -> str:
 
 def slopes(results: dict[str, Any], batch: int) -> dict[str, float]:
     """Return nanoseconds per cached token and sequence of every method, by least squares over the lengths."""
-    rows = measured(results, batch)
+    rows = cells(results, batch)
     points = {name: [(row["tokens"], median(row, name)) for row in rows] for name in _names(rows)}
     return {name: 1e9 / batch * slope([(x, y) for x, y in own if y is not None]) for name, own in points.items()}
 

@@ -43,7 +43,7 @@ def test_a_wrong_output_is_refused_and_not_stored(tmp_path, monkeypatch, run_dec
 def test_garbage_that_a_method_also_claims_to_read_is_refused(tmp_path, monkeypatch, run_decode):
     def lying(problem, **_):
         zeros = torch.zeros(1, 4, 5, 32)
-        return methods.Method(lambda: torch.zeros_like(problem.token.query), int, int, lambda: (zeros, zeros))
+        return methods.Method(lambda: torch.zeros_like(problem.query), int, int, lambda: (zeros, zeros))
 
     monkeypatch.setattr(methods, "ours", lying)
     assert run_decode(tmp_path / "decode.json", "--methods", "joint") == 1

@@ -15,7 +15,7 @@ def test_the_profile_needs_no_gpu_to_be_tried(tmp_path, capsys):
 
 def test_the_best_plan_is_shown_with_what_it_saves():
     plans = {"joint": {"as planned": {"median": 3.0}, "tile 32": {"median": 2.0}, "warps 8": {"median": 4.0}}}
-    (table,) = gpu.tables({"rows": {"plans": {"methods": plans}}})
+    (table,) = gpu.tables({"rows": {"plans": {"plans": plans}}})
     assert table.rows == [("joint", "3", "tile 32", "1.50x")]
 
 
