@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cskv.data.aggregation import make
 from cskv.data.lines import make_case
 from cskv.errors import DataError
 from cskv.evaluation import material
@@ -72,3 +73,10 @@ def test_a_file_is_cut_into_texts_of_any_length(tmp_path):
     assert texts.shape == (2, 80_000)
     whole = path.read_text()
     assert TOKENIZER.decode(texts[1]) == whole[80_000:160_000]
+
+
+def test_tasks_of_aggregation_are_made_seed_by_seed():
+    found = Material(TOKENIZER, EvaluationSettings(tokens=(3000,), cases=3))
+    cases = found.cases("fwe", 3000, 1)
+    assert [case.task for case in cases] == ["fwe"] * 3
+    assert cases[2] == make("fwe", TOKENIZER, 3000, 1002)

@@ -42,3 +42,8 @@ def test_jobs_are_all_tasks_sizes_and_protocols_seed_by_seed():
 def test_settings_out_of_range_are_refused(changes, complaint):
     with pytest.raises(ConfigError, match=complaint):
         EvaluationSettings(**changes)
+
+
+def test_answers_are_as_long_as_the_task_has_them_unless_a_length_is_given():
+    assert [EvaluationSettings().longest_answer(task) for task in ("lines", "vt", "cwe", "fwe")] == [64, 30, 120, 50]
+    assert EvaluationSettings(max_new_tokens=7).longest_answer("cwe") == 7

@@ -36,8 +36,8 @@ def evaluate(
         question_option(
             "--task",
             "-t",
-            help="lines (LongEval), passkey, niah-single, niah-multikey, niah-multivalue, niah-multiquery (RULER), "
-            "perplexity (with agreement), continuation. Several with commas, or again.",
+            help="lines (LongEval), passkey, niah-single, niah-multikey, niah-multivalue, niah-multiquery, vt, cwe, "
+            "fwe (RULER), perplexity (with agreement), continuation. Several with commas, or again.",
         ),
     ] = ["lines", "perplexity"],  # noqa: B006 (typer copies it)
     lines: Annotated[list[str], question_option(help="Lines of LongEval records.")] = ["200"],  # noqa: B006
@@ -45,7 +45,7 @@ def evaluate(
         list[Path] | None,
         question_option(help="A published LongEval lines file, instead of generated records; again for more."),
     ] = None,
-    tokens: Annotated[list[str], question_option(help="Tokens of needle prompts.")] = ["1024"],  # noqa: B006
+    tokens: Annotated[list[str], question_option(help="Tokens of prompts of all tasks but lines.")] = ["1024"],  # noqa: B006
     depths: Annotated[list[str], question_option(help="Where needles lie, from 0 to 1.")] = ["0,0.25,0.5,0.75,1"],  # noqa: B006
     cases: Annotated[int, question_option(help="Questions per task, size and seed.")] = 50,
     protocol: Annotated[
@@ -60,7 +60,10 @@ def evaluate(
         str, question_option(help="What needles are hidden in: noise, needles, or a text source.")
     ] = "offline",
     chat: Annotated[bool, question_option("--chat", help="Ask in the tokenizer's chat template.")] = False,
-    max_new_tokens: Annotated[int, question_option("--max-new-tokens", "-n", help="The longest answer.")] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        question_option("--max-new-tokens", "-n", help="The longest answer. [default: 64; vt 30, cwe 120, fwe 50]"),
+    ] = None,
     text: Annotated[str, text_option(help="A text file, or offline, wikitext2, c4: held-out part.")] = "offline",
     texts: Annotated[int, text_option(help="Texts per seed.")] = 8,
     text_tokens: Annotated[list[str], text_option(help="Tokens of a text.")] = ["1024"],  # noqa: B006

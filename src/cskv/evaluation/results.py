@@ -13,10 +13,10 @@ A row is one method on one task with one seed:
 
     method       a series of a figure, for instance "PCA" or "StreamingLLM"
     budget       the share of the cache that the method is meant to keep, or null (uncompressed)
-    task, size   "lines" and lines, a needle task and tokens, "perplexity" or "agreement" and tokens
+    task, size   "lines" and lines, another question and tokens of its prompt, "perplexity" or "agreement" and tokens
     protocol     "in-prefill" or "context-first"; null for perplexity and agreement
     seed
-    n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval   (lines and needles)
+    n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval   (all questions)
     cells                      [{"depth", "n", "score"}, ...]                             (needles)
     tokens, perplexity, nll    and perplexity_interval, 95 % over texts                   (perplexity, continuation)
     tokens, top1, kl, positions    share of equal first choices, nats per token, their intervals, and both over

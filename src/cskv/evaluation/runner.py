@@ -118,7 +118,7 @@ class _Measure:
                 cases,
                 protocol=str(job.protocol),
                 batch_size=self.settings.batch_size if method.pads else 1,
-                max_new_tokens=self.settings.max_new_tokens,
+                max_new_tokens=self.settings.longest_answer(job.task),
                 new_cache=new_cache,
                 on_case=lambda done: self.on_work(what, done / len(cases)),
             )
