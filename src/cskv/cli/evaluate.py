@@ -37,7 +37,8 @@ def evaluate(
             "--task",
             "-t",
             help="lines (LongEval), passkey, niah-single, niah-multikey, niah-multivalue, niah-multiquery, vt, cwe, "
-            "fwe (RULER), perplexity (with agreement), continuation. Several with commas, or again.",
+            "fwe (RULER), perplexity (with agreement), continuation, departure (how long "
+            "generated text stays the uncompressed one's). Several with commas, or again.",
         ),
     ] = ["lines", "perplexity"],  # noqa: B006 (typer copies it)
     lines: Annotated[list[str], question_option(help="Lines of LongEval records.")] = ["200"],  # noqa: B006
@@ -68,6 +69,7 @@ def evaluate(
     texts: Annotated[int, text_option(help="Texts per seed.")] = 8,
     text_tokens: Annotated[list[str], text_option(help="Tokens of a text.")] = ["1024"],  # noqa: B006
     continued: Annotated[int, text_option(help="The last tokens, which continuation scores.")] = 256,
+    generated: Annotated[int, text_option(help="Tokens that departure generates after a text.")] = 512,
     output: Annotated[
         Path | None,
         opt.files(
@@ -114,6 +116,7 @@ def evaluate(
         texts=texts,
         text_tokens=numbers("--text-tokens", text_tokens, int),
         continued=continued,
+        generated=generated,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )

@@ -81,7 +81,7 @@ def answer(
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     input_ids, mask = left_pad(heads, pad)
     question_ids = torch.tensor(tails, dtype=torch.long)
-    device, eos = device_of(model), _end_ids(model)
+    device, eos = device_of(model), end_ids(model)
     ends = _AnswerEnd(tokenizer, input_ids.shape[1] + question_ids.shape[1], eos, device, endings)
     began = clock(device)
     cache = None if new_cache is None else new_cache()
@@ -199,7 +199,8 @@ class _AnswerEnd(StoppingCriteria):
         return self.endings is not None and self.endings[index](str(self.tokenizer.decode(row)))
 
 
-def _end_ids(model: PreTrainedModel) -> list[int]:
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """Return the tokens at which the model's texts end."""
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
     if ids is None:
         return []

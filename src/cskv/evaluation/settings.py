@@ -14,7 +14,8 @@ from cskv.errors import ConfigError
 from cskv.evaluation.decoding import PROTOCOLS
 
 LINES, PERPLEXITY, AGREEMENT, CONTINUATION = "lines", "perplexity", "agreement", "continuation"
-TEXT_TASKS = (PERPLEXITY, CONTINUATION)
+DEPARTURE = "departure"
+TEXT_TASKS = (PERPLEXITY, CONTINUATION, DEPARTURE)
 TASKS = (LINES, *KINDS, *AGGREGATION, *TEXT_TASKS)
 ANSWER_TOKENS = 64
 
@@ -35,7 +36,8 @@ class EvaluationSettings:
     Attributes:
         tasks: "lines" (LongEval), those of `cskv.data.needles` and of `cskv.data.aggregation`, "perplexity" (and
             agreement) of texts read through the cache from their beginning, "continuation": the same of the last tokens
-            of texts whose beginning was prefilled at once, which methods that only compress prompts can do as well.
+            of texts whose beginning was prefilled at once, which methods that only compress prompts can do as well,
+            "departure" of what is generated after texts (`cskv.evaluation.departure`).
         lines: sizes of LongEval records.
         lines_files: published LongEval files, in place of generated records of the same number of lines.
         tokens: sizes of all other prompts.
@@ -48,6 +50,7 @@ class EvaluationSettings:
         chat: let questions go through the tokenizer's chat template.
         text, texts, text_tokens: the source of texts, how many per seed, and how long.
         continued: tokens of "continuation" that are scored.
+        generated: tokens that "departure" generates after each text.
         batch_size: questions or texts in one forward.
         max_new_tokens: the longest answer; when None that of each task (`longest_answer`).
     """
@@ -67,6 +70,7 @@ class EvaluationSettings:
     texts: int = 8
     text_tokens: tuple[int, ...] = (1024,)
     continued: int = 256
+    generated: int = 512
     batch_size: int = 4
     max_new_tokens: int | None = None
 
@@ -80,7 +84,8 @@ class EvaluationSettings:
         for name in ("tasks", "lines", "tokens", "depths", "protocols", "seeds", "text_tokens"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; expected at least one")
-        for name in ("lines", "tokens", "cases", "texts", "text_tokens", "continued", "batch_size", "max_new_tokens"):
+        counts = ("lines", "tokens", "cases", "texts", "text_tokens", "continued", "generated")
+        for name in (*counts, "batch_size", "max_new_tokens"):
             value = getattr(self, name)
             smallest = min(value) if isinstance(value, tuple) else value
             if smallest is not None and smallest < 1:
