@@ -38,7 +38,8 @@ def evaluate(
             "-t",
             help="lines (LongEval), passkey, niah-single, niah-multikey, niah-multivalue, niah-multiquery, vt, cwe, "
             "fwe (RULER), perplexity (with agreement), continuation, departure (how long "
-            "generated text stays the uncompressed one's). Several with commas, or again.",
+            "generated text stays the uncompressed one's), code (functions of Python's library: RUNS WHAT THE MODEL "
+            "WRITES, confined as far as this platform can). Several with commas, or again.",
         ),
     ] = ["lines", "perplexity"],  # noqa: B006 (typer copies it)
     lines: Annotated[list[str], question_option(help="Lines of LongEval records.")] = ["200"],  # noqa: B006
@@ -63,7 +64,9 @@ def evaluate(
     chat: Annotated[bool, question_option("--chat", help="Ask in the tokenizer's chat template.")] = False,
     max_new_tokens: Annotated[
         int | None,
-        question_option("--max-new-tokens", "-n", help="The longest answer. [default: 64; vt 30, cwe 120, fwe 50]"),
+        question_option(
+            "--max-new-tokens", "-n", help="The longest answer. [default: 64; vt 30, cwe 120, fwe 50, code 320]"
+        ),
     ] = None,
     text: Annotated[str, text_option(help="A text file, or offline, wikitext2, c4: held-out part.")] = "offline",
     texts: Annotated[int, text_option(help="Texts per seed.")] = 8,
@@ -98,6 +101,8 @@ def evaluate(
     * `cskv evaluate -m lmsys/longchat-7b-v1.5-32k -a A -t lines --lines-file 200_lines.jsonl`
     """
     set_logging(logging_level)
+    from cskv.data.code import CODE
+    from cskv.evaluation.sandbox import run_confined
     from cskv.evaluation.settings import EvaluationSettings
 
     settings = EvaluationSettings(
@@ -120,6 +125,9 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
+    if CODE in settings.tasks:
+        run_confined("pass")  # refused at once where this platform cannot
+        say("code: what the model writes is run, confined; see docs/evaluation.md for what that holds and what not")
     contestants = replace(contestants, model_path=loading.optional_name(contestants.model_path))
     run = _measure(contestants, settings, loading, output, outputs)
     console().print(results_table(run))

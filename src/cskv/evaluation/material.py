@@ -10,13 +10,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cskv.data import aggregation
+from cskv.data import aggregation, code
 from cskv.data.cases import Case
 from cskv.data.lines import make_case, read_official
 from cskv.data.needles import PASSKEY_TASK, Haystack, NeedleMaker
 from cskv.data.samples import TokenSamples
 from cskv.data.sources import open_source
 from cskv.errors import DataError
+from cskv.evaluation.code import passes, problems
 from cskv.evaluation.perplexity import token_sequences
 from cskv.evaluation.settings import LINES, EvaluationSettings
 from cskv.evaluation.tasks import in_chat
@@ -45,6 +46,8 @@ class Material:
             made = list(self._lines(size, seed))
         elif task in aggregation.AGGREGATION:
             made = [aggregation.make(task, self.tokenizer, size, number) for number in self._numbers(seed)]
+        elif task == code.CODE:
+            made = list(self._code(size, seed))
         else:
             made = list(self._needles(task, size, seed))
         return [in_chat(self.tokenizer, case) for case in made] if self.settings.chat else made
@@ -67,6 +70,15 @@ class Material:
         depths = self.settings.depths if maker.kind.has_depth else (None,)
         for index, number in enumerate(self._numbers(seed)):
             yield maker.make(tokens, number, depths[index % len(depths)])
+
+    def _code(self, tokens: int, seed: int) -> Iterator[Case]:
+        """Ask for functions that leave at least half of the prompt to their context."""
+
+        def fits(function: code.Function) -> bool:
+            return 2 * len(self.tokenizer(function.head, verbose=False)["input_ids"]) <= tokens
+
+        for function in problems(self.settings.cases, seed, fits):
+            yield code.make(function, self.tokenizer, passes, tokens, seed)
 
     def _make_haystack(self, seed: int) -> Haystack | str | None:
         name = self.settings.haystack

@@ -17,7 +17,7 @@ A row is one method on one task with one seed:
                  "continuation" or "departure" and tokens of the text
     protocol     "in-prefill" or "context-first"; null for texts
     seed
-    n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval   (all questions)
+    n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval    (all questions; code: passes)
     cells                      [{"depth", "n", "score"}, ...]                             (needles)
     tokens, perplexity, nll    and perplexity_interval, 95 % over texts                   (perplexity, continuation)
     tokens, top1, kl, positions    share of equal first choices, nats per token, their intervals, and both over

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from cskv.data import code
 from cskv.data.aggregation import AGGREGATION
+from cskv.data.code import CODE
 from cskv.data.needles import KINDS
 from cskv.data.wording import WORDINGS
 from cskv.errors import ConfigError
@@ -16,7 +18,7 @@ from cskv.evaluation.decoding import PROTOCOLS
 LINES, PERPLEXITY, AGREEMENT, CONTINUATION = "lines", "perplexity", "agreement", "continuation"
 DEPARTURE = "departure"
 TEXT_TASKS = (PERPLEXITY, CONTINUATION, DEPARTURE)
-TASKS = (LINES, *KINDS, *AGGREGATION, *TEXT_TASKS)
+TASKS = (LINES, *KINDS, *AGGREGATION, CODE, *TEXT_TASKS)
 ANSWER_TOKENS = 64
 
 
@@ -34,10 +36,11 @@ class EvaluationSettings:
     """An evaluation.
 
     Attributes:
-        tasks: "lines" (LongEval), those of `cskv.data.needles` and of `cskv.data.aggregation`, "perplexity" (and
-            agreement) of texts read through the cache from their beginning, "continuation": the same of the last tokens
-            of texts whose beginning was prefilled at once, which methods that only compress prompts can do as well,
-            "departure" of what is generated after texts (`cskv.evaluation.departure`).
+        tasks: "lines" (LongEval), those of `cskv.data.needles` and of `cskv.data.aggregation`, "code" (functions to be
+            completed, which are then run: `cskv.data.code`), "perplexity" (and agreement) of texts read through the
+            cache from their beginning, "continuation": the same of the last tokens of texts whose beginning was
+            prefilled at once, which methods that only compress prompts can do as well, "departure" of what is generated
+            after texts (`cskv.evaluation.departure`).
         lines: sizes of LongEval records.
         lines_files: published LongEval files, in place of generated records of the same number of lines.
         tokens: sizes of all other prompts.
@@ -92,6 +95,13 @@ class EvaluationSettings:
                 raise ConfigError(f"{name} has {smallest}; expected at least 1")
         if not all(0.0 <= depth <= 1.0 for depth in self.depths):
             raise ConfigError(f"depths are {', '.join(map(str, self.depths))}; expected 0 to 1")
+        if CODE in self.tasks and self.chat:
+            raise ConfigError("code is completed as a text, not in a chat; leave either out")
+        if CODE in self.tasks and not set(self.seeds) <= set(range(code.PARTS)):
+            raise ConfigError(
+                f"seeds are {', '.join(map(str, self.seeds))}, and code has functions for seeds 0 to {code.PARTS - 1} "
+                "alone, which share none"
+            )
         if self.lines_files and len(self.seeds) > 1:
             raise ConfigError(
                 f"seeds are {', '.join(map(str, self.seeds))}, and published files ask the same of every seed, which "
@@ -117,7 +127,8 @@ class EvaluationSettings:
         """Return how many tokens the answer to a question has at most."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
-        return AGGREGATION[task].answer_tokens if task in AGGREGATION else ANSWER_TOKENS
+        own = {CODE: code.ANSWER_TOKENS} | {name: known.answer_tokens for name, known in AGGREGATION.items()}
+        return own.get(task, ANSWER_TOKENS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values."""
