@@ -98,6 +98,7 @@ def evaluate(
     * `cskv evaluate --adapter outputs/adapters/my-model/A --baseline svd@0.2`
     * `cskv evaluate -a PCA=A50 -a PCA=A20 -b asvd@0.5 -b asvd@0.2 -b quantized@4 --seed 0,1 -o results/my-model.json`
     * `cskv evaluate -a A -t niah-single,niah-multikey --tokens 4096,8192,16384 --text book.txt --haystack book.txt`
+    * `cskv evaluate -a A -b quantized@4 -t vt,cwe,fwe,departure --tokens 4096 --text wikitext2 --generated 512`
     * `cskv evaluate -m lmsys/longchat-7b-v1.5-32k -a A -t lines --lines-file 200_lines.jsonl`
     """
     set_logging(logging_level)

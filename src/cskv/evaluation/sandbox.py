@@ -89,13 +89,12 @@ def run_confined(program: str, limits: Limits = Limits()) -> Outcome:
             start_new_session=True,
         )
         try:
-            process.communicate(json.dumps(asked).encode(), timeout=limits.wall_seconds)
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(json.dumps(asked).encode(), timeout=limits.wall_seconds)
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                process.wait()
         printed.seek(0)
         output = printed.read().decode(errors="replace")
     if output.startswith(f"{token} unconfined"):
