@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cskv.data.aggregation import make
 from cskv.data.lines import make_case
 from cskv.errors import DataError
 from cskv.evaluation import material
@@ -84,3 +85,10 @@ def test_every_seed_reads_another_stretch_of_a_file(tmp_path):
         DataError, match="enough for 6 samples of 900; 8 were asked for .*; seed 3 takes the texts 6 to 7"
     ):
         found.texts(900, 3)
+
+
+def test_tasks_of_aggregation_are_made_seed_by_seed():
+    found = Material(TOKENIZER, EvaluationSettings(tokens=(3000,), cases=3))
+    cases = found.cases("fwe", 3000, 1)
+    assert [case.task for case in cases] == ["fwe"] * 3
+    assert cases[2] == make("fwe", TOKENIZER, 3000, 1002)

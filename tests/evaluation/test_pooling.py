@@ -5,6 +5,7 @@ import math
 import pytest
 
 from cskv.errors import DataError
+from cskv.evaluation.agreement import bootstrap_interval
 from cskv.evaluation.pooling import Cell, Stretch, Value, pool
 from cskv.evaluation.wilson import wilson_interval
 
@@ -75,6 +76,24 @@ def test_agreement_is_pooled_over_tokens_and_by_stretch():
     assert found.positions == (Stretch(0, 8, 0.75, pytest.approx(0.3)),)
 
 
+DEPARTURE = {"task": "departure", "tokens": 10, "top1": 1.0, "kl": 0.0, "generated": 8}
+
+
+def test_departures_are_pooled_over_the_texts_of_all_seeds():
+    (found,) = pool([row(0, **DEPARTURE, equal_tokens=[8, 2]), row(1, **DEPARTURE, equal_tokens=[3, 1, 8])])
+    assert found.generated == 8
+    assert found.equal_tokens == Value(pytest.approx(22 / 5), *bootstrap_interval((8, 2, 3, 1, 8)))
+    assert found.median_equal == 3
+    assert found.still_equal == Value(pytest.approx(2 / 5), *wilson_interval(2, 5))
+    assert found.kl.mean == 0
+    assert found.score is None
+
+
+def test_departures_of_different_lengths_are_not_pooled():
+    with pytest.raises(DataError, match="rows of PCA on departure generated 8 and 9 tokens"):
+        pool([row(0, **DEPARTURE, equal_tokens=[8]), row(1, **DEPARTURE | {"generated": 9}, equal_tokens=[9])])
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -93,6 +112,8 @@ def test_agreement_is_pooled_over_tokens_and_by_stretch():
         ({"cache": {"ratio": "half"}}, "ratio of PCA on lines is 'half'"),
         ({"task": "perplexity", "tokens": 1}, "perplexity of PCA on perplexity is None"),
         ({"task": "agreement", "tokens": 1, "top1": 1.0, "kl": -1.0}, "kl of PCA on agreement is -1.0"),
+        (DEPARTURE, "equal_tokens of PCA on departure are None"),
+        (DEPARTURE | {"equal_tokens": [9]}, r"equal_tokens of PCA on departure are \[9\]; expected a list of numbers"),
     ],
 )
 def test_a_damaged_row_is_named_in_one_line(changes, complaint):

@@ -10,7 +10,7 @@ import pytest
 from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.errors import DataError
-from cskv.evaluation import material
+from cskv.evaluation import material, runner
 from cskv.evaluation.identity import model_facts
 from cskv.evaluation.results import KEY, open_run, read_run
 from cskv.evaluation.runner import evaluate, todo
@@ -125,3 +125,39 @@ def test_a_method_that_only_compresses_prompts_is_not_asked_to_read_a_growing_te
     prompts_only = dataclasses.replace(svd(model), streams=False, pads=False)
     tasks = {job.task for _, job in todo(start(model, tmp_path / "run.json"), [prompts_only], SETTINGS)}
     assert tasks == {"lines", "niah-single", "continuation"}
+
+
+def test_the_uncompressed_text_is_generated_once_for_all_methods(model, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, tasks=("departure",), generated=12, batch_size=2)
+    made, shares = [], []
+    original = runner.reference_texts
+    monkeypatch.setattr(runner, "reference_texts", lambda *args, **kwargs: made.append(1) or original(*args, **kwargs))
+    run = start(model, tmp_path / "run.json", settings)
+    methods = [uncompressed(), svd(model), svd(model, 0.5)]
+    evaluate(model, TOKENIZER, methods, settings, run, on_work=lambda _, share: shares.append(share))
+    assert len(made) == 1
+    assert sum(shares) == pytest.approx(3)
+    rows = read_run(run.path).rows
+    assert [row["method"] for row in rows] == ["uncompressed", "SVD", "SVD"]
+    assert all((row["task"], row["size"], row["protocol"], row["n"]) == ("departure", 80, None, 2) for row in rows)
+    plain, low, _ = rows
+    assert plain["equal_tokens"] == [12, 12]
+    assert (plain["kl"], plain["top1"], plain["still_equal"]) == (0.0, 1.0, 1.0)
+    assert low["kl"] > 0
+    assert low["tokens"] == 2 * 12  # what is read is the generated text alone
+    assert (low["positions"][0]["start"], low["positions"][-1]["stop"]) == (79, 91)
+    assert all(text["reference"].startswith(text["output"][: text["equal"]]) for text in low["outputs"])
+    assert "perplexity" not in low
+
+
+def test_a_method_that_cannot_pad_generates_text_by_text(model, tmp_path):
+    settings = dataclasses.replace(SETTINGS, tasks=("departure",), generated=4)
+    alone = dataclasses.replace(svd(model), streams=False, pads=False)
+    run = start(model, tmp_path / "run.json", settings)
+    seen = []
+    hook = model.model.register_forward_hook(lambda _module, _args, out: seen.append(out.last_hidden_state.shape[0]))
+    try:
+        evaluate(model, TOKENIZER, [alone], settings, run)
+    finally:
+        hook.remove()
+    assert set(seen) == {1}

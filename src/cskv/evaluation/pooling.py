@@ -10,11 +10,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
 from typing import Any
 
 from cskv.errors import DataError
+from cskv.evaluation.agreement import bootstrap_interval
 from cskv.evaluation.results import KEY, Row
-from cskv.evaluation.settings import AGREEMENT, CONTINUATION, PERPLEXITY
+from cskv.evaluation.settings import AGREEMENT, CONTINUATION, DEPARTURE, PERPLEXITY
 from cskv.evaluation.wilson import wilson_interval
 
 
@@ -22,7 +24,7 @@ from cskv.evaluation.wilson import wilson_interval
 class Value:
     """A figure and the range around it; `low` and `high` are None where there is none.
 
-    The range is a 95 % interval of a score, and the least and the most of several seeds of everything else.
+    The range is a 95 % interval of scores and departures, and the least and the most of several seeds of all else.
     """
 
     mean: float
@@ -61,6 +63,10 @@ class Pooled:
         score, perplexity, top1, kl: those that the task has; None otherwise.
         cells: of needle tasks, by depth.
         positions: of agreement, in order.
+        generated: tokens that were generated after each text, of departures.
+        equal_tokens: how many of them were the uncompressed model's before the first that was not, mean over texts.
+        median_equal: their median.
+        still_equal: the share of texts that never differed.
     """
 
     method: str
@@ -78,6 +84,10 @@ class Pooled:
     kl: Value | None = None
     cells: tuple[Cell, ...] = ()
     positions: tuple[Stretch, ...] = ()
+    generated: int | None = None
+    equal_tokens: Value | None = None
+    median_equal: float | None = None
+    still_equal: Value | None = None
 
 
 def pool(rows: Iterable[Row]) -> list[Pooled]:
@@ -110,8 +120,10 @@ def _pooled(rows: Sequence[Row]) -> Pooled:
     figures: dict[str, Any] = {}
     if first["task"] in (PERPLEXITY, CONTINUATION):
         figures |= _perplexity(rows)
-    if first["task"] in (AGREEMENT, CONTINUATION):
+    if first["task"] in (AGREEMENT, CONTINUATION, DEPARTURE):
         figures |= _agreement(rows)
+    if first["task"] == DEPARTURE:
+        figures |= _departure(rows)
     return Pooled(**pooled, **(figures or _accuracy(rows)))
 
 
@@ -151,6 +163,36 @@ def _agreement(rows: Sequence[Row]) -> dict[str, Any]:
         for name, most in (("top1", 1.0), ("kl", math.inf))
     }
     return {"n": sum(tokens), **figures, "positions": _positions(rows)}
+
+
+def _departure(rows: Sequence[Row]) -> dict[str, Any]:
+    """Pool the texts of all seeds."""
+    lengths = sorted({_count(row, "generated") for row in rows})
+    if len(lengths) > 1:
+        raise DataError(
+            f"rows of {rows[0]['method']} on {DEPARTURE} generated {' and '.join(map(str, lengths))} tokens; those of "
+            "one length can be pooled: leave the others out"
+        )
+    equal: list[int] = []
+    for row in rows:
+        counts = row.get("equal_tokens")
+        if (
+            not isinstance(counts, list)
+            or not counts
+            or not all(_is_number(c) and 0 <= c <= lengths[0] for c in counts)
+        ):
+            raise DataError(
+                f"equal_tokens of {row['method']} on {DEPARTURE} are {counts!r}; expected a list of numbers from 0 to "
+                f"{lengths[0]}"
+            )
+        equal += counts
+    whole = sum(count == lengths[0] for count in equal)
+    return {
+        "generated": lengths[0],
+        "equal_tokens": Value(fmean(equal), *(bootstrap_interval(equal) or ())),
+        "median_equal": float(median(equal)),
+        "still_equal": Value(whole / len(equal), *wilson_interval(whole, len(equal))),
+    }
 
 
 def _positions(rows: Sequence[Row]) -> tuple[Stretch, ...]:

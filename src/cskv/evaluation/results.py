@@ -13,15 +13,19 @@ A row is one method on one task with one seed:
 
     method       a series of a figure, for instance "PCA" or "StreamingLLM"
     budget       the share of the cache that the method is meant to keep, or null (uncompressed)
-    task, size   "lines" and lines, a needle task and tokens, "perplexity" or "agreement" and tokens
-    protocol     "in-prefill" or "context-first"; null for perplexity and agreement
+    task, size   "lines" and lines, another question and tokens of its prompt, "perplexity", "agreement",
+                 "continuation" or "departure" and tokens of the text
+    protocol     "in-prefill" or "context-first"; null for texts
     seed
-    n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval   (lines and needles)
+    n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval    (all questions; code: passes)
     cells                      [{"depth", "n", "score"}, ...]                             (needles)
     tokens, perplexity, nll    and perplexity_interval, 95 % over texts                   (perplexity, continuation)
     tokens, top1, kl, positions    share of equal first choices, nats per token, their intervals, and both over
                                    stretches of positions [{"start", "stop", "top1", "kl"}, ...]
-                                                                                          (agreement, continuation)
+                                                             (agreement, continuation, departure: of the generated text)
+    n, generated, equal_tokens     texts, tokens generated after each, and how many were the uncompressed model's,
+    mean_equal, median_equal       of each; mean, median, and the share that never differed, with 95 % intervals
+    still_equal                                                                           (departure)
     cache        bytes that are really allocated after the prompt (`cskv.CacheReport`, with `ratio` and
                  `bytes_per_token`)
 """

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,9 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cskv.errors import DataError
 from cskv.evaluation.agreement import agreement
 from cskv.evaluation.cache_size import cache_after_prefill
+from cskv.evaluation.departure import decoded, departures, reference_texts
 from cskv.evaluation.material import Material
 from cskv.evaluation.results import Row, Run
-from cskv.evaluation.settings import AGREEMENT, CONTINUATION, PERPLEXITY, TEXT_TASKS, EvaluationSettings, Job
+from cskv.evaluation.settings import (
+    AGREEMENT,
+    CONTINUATION,
+    DEPARTURE,
+    PERPLEXITY,
+    TEXT_TASKS,
+    EvaluationSettings,
+    Job,
+)
 from cskv.evaluation.tasks import evaluate_cases
 from cskv.methods.method import Method
 from cskv.models.placement import device_of
@@ -93,6 +103,7 @@ class _Measure:
     material: Material
     keep_outputs: bool
     on_work: OnWork
+    references: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # by size, seed and rows together
 
     def rows(self, method: Method, job: Job) -> list[Row]:
         """Return the rows of a job."""
@@ -100,7 +111,7 @@ class _Measure:
         what = " ".join(str(part) for part in (method.label, job.task, job.size, job.protocol or "") if part)
         if job.task not in TEXT_TASKS:
             return [key | self._questions(method, job, what)]
-        figures = self._text(method, job, what)
+        figures = self._departure(method, job, what) if job.task == DEPARTURE else self._text(method, job, what)
         cache = {"cache": figures.pop("cache")}
         parts: dict[str, dict[str, Any]] = {job.task: figures}
         if job.task == PERPLEXITY:
@@ -118,7 +129,7 @@ class _Measure:
                 cases,
                 protocol=str(job.protocol),
                 batch_size=self.settings.batch_size if method.pads else 1,
-                max_new_tokens=self.settings.max_new_tokens,
+                max_new_tokens=self.settings.longest_answer(job.task),
                 new_cache=new_cache,
                 on_case=lambda done: self.on_work(what, done / len(cases)),
             )
@@ -135,6 +146,44 @@ class _Measure:
     def _text(self, method: Method, job: Job, what: str) -> Row:
         texts = self.material.texts(job.size, job.seed)
         prefix = job.size - self.settings.continued if job.task == CONTINUATION else 0
+        return self._agreement(method, texts, prefix, what, 1.0) | {"cache": self._cache(method, texts[:1])}
+
+    def _departure(self, method: Method, job: Job, what: str) -> Row:
+        """Generate with the method, and read the uncompressed model's text with it; each is half of the work."""
+        prompts = self.material.texts(job.size, job.seed)
+        rows = self.settings.batch_size if method.pads else 1
+        reference = self._reference(job, rows)
+        done = 0.0
+
+        def on_tokens(made: int) -> None:
+            nonlocal done
+            done += (share := made / reference.numel() / 2)
+            self.on_work(what, share)
+
+        found = departures(self.model, method, prompts, reference, batch_size=rows, on_tokens=on_tokens)
+        self.on_work(what, 0.5 - done)  # it ends early where all texts have departed
+        read = self._agreement(method, torch.cat([prompts, reference], dim=1), job.size, what, 0.5)
+        kept = ("tokens", "kl", "kl_interval", "top1", "top1_interval", "positions")
+        row = found.to_dict() | {name: read[name] for name in kept}
+        if self.keep_outputs:
+            row["outputs"] = decoded(self.tokenizer, found, reference)
+        return row | {"cache": self._cache(method, prompts[:1])}
+
+    def _reference(self, job: Job, rows: int) -> Int[Tensor, "texts generated"]:
+        """Return the uncompressed model's texts, generated for the first method that needs them."""
+        key = job.size, job.seed, rows
+        if key not in self.references:
+            what = f"uncompressed text {job.size}"
+            prompts, count = self.material.texts(job.size, job.seed), self.settings.generated
+            self.references[key] = reference_texts(
+                self.model, prompts, count, batch_size=rows, on_tokens=lambda _: self.on_work(what, 0.0)
+            )
+        return self.references[key]
+
+    def _agreement(
+        self, method: Method, texts: Int[Tensor, "texts tokens"], prefix: int, what: str, share: float
+    ) -> dict[str, Any]:
+        """Read texts with and without the method, as that share of the work."""
         to_sealing = (method.first_piece - prefix - 1) % method.piece + 1  # pieces begin where groups are sealed
         found = agreement(
             self.model,
@@ -144,9 +193,9 @@ class _Measure:
             first_chunk=to_sealing if prefix else method.first_piece,
             prefix=prefix,
             batch_size=self.settings.batch_size if method.pads else 1,
-            on_tokens=lambda done: self.on_work(what, done / (texts.numel() - len(texts))),
+            on_tokens=lambda done: self.on_work(what, share * done / (texts.numel() - len(texts))),
         )
-        return found.to_dict() | {"cache": self._cache(method, texts[:1])}
+        return found.to_dict()
 
     def _cache(self, method: Method, prompt: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
         """Return the bytes of the cache after a prompt, beside those of the model's own."""
