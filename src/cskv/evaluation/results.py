@@ -20,8 +20,13 @@ A row is one method on one task with one seed:
     cells                      [{"depth", "n", "score"}, ...]                             (needles)
     tokens, perplexity, nll    and perplexity_interval, 95 % over texts                   (perplexity, continuation)
     tokens, top1, kl, positions    share of equal first choices, nats per token, their intervals, and both over
-                                   stretches of positions [{"start", "stop", "top1", "kl"}, ...]
-                                                                                          (agreement, continuation)
+                                   stretches of positions [{"start", "stop", "top1", "kl"}, ...]; of the uncompressed
+                                   cache, what rounding alone does to them                (agreement, continuation)
+    reading      "whole" or "pieces": how texts were read (`cskv.evaluation.agreement`)
+    speed        {"device", "seconds", "tokens_per_second"}: what the method took for all texts or questions, and prompt
+                 tokens or tokens of texts by it; of questions also `prefill_seconds` (the mean time to the first token)
+                 and `decode_tokens_per_second`. On a CPU these are times on the wall, of whatever else ran as well; and
+                 only what was read in the same way compares
     cache        bytes that are really allocated after the prompt (`cskv.CacheReport`, with `ratio` and
                  `bytes_per_token`)
 """
