@@ -42,3 +42,10 @@ def test_jobs_are_all_tasks_sizes_and_protocols_seed_by_seed():
 def test_settings_out_of_range_are_refused(changes, complaint):
     with pytest.raises(ConfigError, match=complaint):
         EvaluationSettings(**changes)
+
+
+def test_the_work_of_a_job_goes_by_its_tokens():
+    settings = EvaluationSettings(cases=10, texts=3)
+    assert settings.tokens_of(Job("perplexity", 1024, None, 0)) == 3 * 1024
+    assert settings.tokens_of(Job("niah-single", 1024, "in-prefill", 0)) == 10 * 1024
+    assert 10 * 200 * 15 < settings.tokens_of(Job("lines", 200, "in-prefill", 0)) < 10 * 200 * 25

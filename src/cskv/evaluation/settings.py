@@ -15,6 +15,7 @@ from cskv.evaluation.decoding import PROTOCOLS
 LINES, PERPLEXITY, AGREEMENT, CONTINUATION = "lines", "perplexity", "agreement", "continuation"
 TEXT_TASKS = (PERPLEXITY, CONTINUATION)
 TASKS = (LINES, *KINDS, *TEXT_TASKS)
+TOKENS_PER_LINE = 20  # of LongEval's records
 
 
 class Job(NamedTuple):
@@ -32,7 +33,7 @@ class EvaluationSettings:
 
     Attributes:
         tasks: "lines" (LongEval), the needle tasks of `cskv.data.needles`, "perplexity" (and agreement) of texts read
-            through the cache from their beginning, "continuation": the same of the last tokens of texts whose beginning
+            as from the cache from their beginning, "continuation": the same of the last tokens of texts whose beginning
             was prefilled at once, which methods that only compress prompts can do as well.
         lines: sizes of LongEval records.
         lines_files: published LongEval files, in place of generated records of the same number of lines.
@@ -105,6 +106,12 @@ class EvaluationSettings:
                 for size in sizes:
                     for protocol in (None,) if is_text else self.protocols:
                         yield Job(task, size, protocol, seed)
+
+    def tokens_of(self, job: Job) -> float:
+        """Count the tokens that a job reads, roughly: what its time goes by."""
+        if job.task in TEXT_TASKS:
+            return self.texts * job.size
+        return self.cases * job.size * (TOKENS_PER_LINE if job.task == LINES else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values."""
