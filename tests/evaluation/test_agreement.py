@@ -113,6 +113,10 @@ def test_figures_are_json_with_intervals_over_texts():
     low, high = figures["perplexity_interval"]
     assert low < figures["perplexity"] < high
     assert figures["perplexity"] == pytest.approx(math.exp(figures["nll"]))
+    low, high = figures["nll_increase_interval"]
+    assert low < figures["nll_increase"] < high
+    increase = math.log(figures["perplexity"] / figures["reference_perplexity"])
+    assert figures["nll_increase"] == pytest.approx(increase)
     assert figures["kl_interval"][0] < figures["kl"] < figures["kl_interval"][1]
     assert agreement(model, uncompressed(), text[:1], chunk=8).to_dict()["perplexity_interval"] is None
 

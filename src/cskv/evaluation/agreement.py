@@ -72,6 +72,9 @@ class Agreement:
             "perplexity_interval": nll and [math.exp(bound) for bound in nll],
             "reference_perplexity": math.exp(fmean(self.reference_nll)),
         }
+        increases = [ours - theirs for ours, theirs in zip(self.nll, self.reference_nll, strict=True)]
+        interval = bootstrap_interval(increases)
+        figures |= {"nll_increase": fmean(increases), "nll_increase_interval": interval and list(interval)}
         for name in ("top1", "kl"):
             values = getattr(self, name)
             interval = bootstrap_interval(values)

@@ -18,7 +18,8 @@ A row is one method on one task with one seed:
     seed
     n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval   (lines and needles)
     cells                      [{"depth", "n", "score"}, ...]                             (needles)
-    tokens, perplexity, nll    and perplexity_interval, 95 % over texts                   (perplexity, continuation)
+    tokens, perplexity, nll    and perplexity_interval, 95 % over texts; the uncompressed model's reference_perplexity,
+                               and nll_increase over it, with its interval                (perplexity, continuation)
     tokens, top1, kl, positions    share of equal first choices, nats per token, their intervals, and both over
                                    stretches of positions [{"start", "stop", "top1", "kl"}, ...]; of the uncompressed
                                    cache, what rounding alone does to them                (agreement, continuation)
