@@ -110,7 +110,9 @@ def plot_perplexity(
     least = min(dot.y.mean for dot in found)
     near = [dot for dot in found if dot.y.mean <= NEAR * least]
     views = [("", found)]
-    if len(near) < len(found):  # one method that fails would press all others into one line
+    if (
+        len(near) < len(found) and sum(dot.of.budget is not None for dot in near) > 1
+    ):  # one method that fails would press all others into one line
         views = [("All", found), (f"Up to {NEAR:g} times the least", near)]
     panels = [Panel(dots, name, "perplexity (lower is better)", "less", _readable) for name, dots in views]
     return _draw(panels, path, title or "Perplexity over cache bytes", looks)
