@@ -14,7 +14,7 @@ from typing import Any
 
 from cskv import plots
 from cskv.evaluation.pooling import Pooled
-from cskv.evaluation.settings import AGREEMENT, CONTINUATION
+from cskv.evaluation.settings import CONTINUATION
 from cskv.evaluation.spectra import Spectrum
 from cskv.plots.series import method_names
 from cskv.report.text import budget_text, sizes_text, task_text
@@ -67,6 +67,7 @@ def draw_sections(points: Sequence[Pooled], spectra: Sequence[Spectrum], folder:
         CSKVError: the folder cannot be written.
     """
     drawing = Drawing(folder, points)
+    points = sorted(points, key=lambda point: point.task == CONTINUATION)  # texts read from their beginning come first
     sections = {
         "divergence": _divergence(points, drawing),
         "accuracy": _accuracy(points, drawing),
@@ -100,7 +101,6 @@ def _perplexity(points: Sequence[Pooled], drawing: Drawing) -> Iterator[Figure]:
 
 def _divergence(points: Sequence[Pooled], drawing: Drawing) -> Iterator[Figure]:
     apart = [point for point in points if point.kl is not None and point.kl.mean > 0 and point.ratio]
-    apart.sort(key=lambda point: point.task != AGREEMENT)  # texts read from their beginning come first
     for (task, size), own in _by(apart, "task", "size").items():
         title = _texts(task, size)
         heading = f"KL divergence from the uncompressed model over cache bytes\n{title}"
