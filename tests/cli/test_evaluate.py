@@ -53,6 +53,10 @@ def test_adapters_and_baselines_side_by_side(run, adapter, book, tmp_path, monke
     assert ratios["uncompressed"] == 1.0
     assert ratios["Mine"] < ratios["SVD"] < 1.0
     assert "Mine 25 %" in result.stderr
+    lines = [line for line in result.stderr.splitlines() if " s (" in line]
+    assert len(lines) == 3 * 2 * (2 + 1)  # a line per measurement, without a terminal
+    assert lines[0].startswith("uncompressed lines 2 in-prefill: ")
+    assert lines[-1].endswith("s (18 of 18)")
     assert "cskv report" in result.stderr
 
 

@@ -94,6 +94,33 @@ def test_departures_of_different_lengths_are_not_pooled():
         pool([row(0, **DEPARTURE, equal_tokens=[8]), row(1, **DEPARTURE | {"generated": 9}, equal_tokens=[9])])
 
 
+def test_intervals_of_seeds_add_in_squares():
+    kind = {"task": "agreement", "top1": 1.0, "top1_interval": [0.9, 1.0]}
+    one = row(0, tokens=30, kl=0.1, kl_interval=[0.06, 0.18], **kind)
+    other = row(1, tokens=10, kl=0.5, kl_interval=[0.34, 0.62], **kind)
+    (alone,) = pool([one])
+    assert (alone.kl.low, alone.kl.high) == pytest.approx((0.06, 0.18))
+    (both,) = pool([one, other])
+    # 3/4 and 1/4 of the tokens: down hypot(0.03, 0.04) = 0.05, up hypot(0.06, 0.03)
+    assert (both.kl.mean, both.kl.low, both.kl.high) == pytest.approx((0.2, 0.15, 0.2 + math.sqrt(0.0045)))
+    assert both.top1.high == 1.0
+    (without,) = pool([one, other | {"kl_interval": None}])  # of a single text
+    assert (without.kl.low, without.kl.high) == (0.1, 0.5)
+
+
+def test_the_range_of_a_perplexity_is_that_of_its_distance_from_the_uncompressed_one():
+    """Seed 1 has harder texts, for every method."""
+    kind = {"task": "perplexity", "tokens": 10}
+    easy = row(0, perplexity=5.0, reference_perplexity=4.0, **kind)
+    hard = row(1, perplexity=20.0, reference_perplexity=20.0, **kind)
+    (found,) = pool([easy, hard])
+    assert found.perplexity.mean == pytest.approx(10.0)
+    root = math.sqrt(1.25)
+    assert (found.perplexity.low, found.perplexity.high) == pytest.approx((10 / root, 10 * root))
+    (alone,) = pool([easy | {"nll_increase_interval": [math.log(1.2), math.log(1.3)]}])
+    assert (alone.perplexity.low, alone.perplexity.high) == pytest.approx((4.8, 5.2))
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -111,6 +138,8 @@ def test_departures_of_different_lengths_are_not_pooled():
         ({"cache": 3}, "a cache that is an object"),
         ({"cache": {"ratio": "half"}}, "ratio of PCA on lines is 'half'"),
         ({"task": "perplexity", "tokens": 1}, "perplexity of PCA on perplexity is None"),
+        ({"task": "agreement", "tokens": 1, "top1": 1.0, "kl": 1.0, "kl_interval": [2.0, 1.0]}, "kl_interval of PCA"),
+        ({"task": "agreement", "tokens": 1, "top1": 1.0, "kl": 1.0, "kl_interval": 3}, "is 3; expected two numbers"),
         ({"task": "agreement", "tokens": 1, "top1": 1.0, "kl": -1.0}, "kl of PCA on agreement is -1.0"),
         (DEPARTURE, "equal_tokens of PCA on departure are None"),
         (DEPARTURE | {"equal_tokens": [9]}, r"equal_tokens of PCA on departure are \[9\]; expected a list of numbers"),

@@ -51,3 +51,10 @@ def test_answers_are_as_long_as_the_task_has_them_unless_a_length_is_given():
     asked = ("lines", "vt", "cwe", "fwe", "code")
     assert [EvaluationSettings().longest_answer(task) for task in asked] == [64, 30, 120, 50, 320]
     assert EvaluationSettings(max_new_tokens=7).longest_answer("cwe") == 7
+
+
+def test_the_work_of_a_job_goes_by_its_tokens():
+    settings = EvaluationSettings(cases=10, texts=3)
+    assert settings.tokens_of(Job("perplexity", 1024, None, 0)) == 3 * 1024
+    assert settings.tokens_of(Job("niah-single", 1024, "in-prefill", 0)) == 10 * 1024
+    assert 10 * 200 * 15 < settings.tokens_of(Job("lines", 200, "in-prefill", 0)) < 10 * 200 * 25

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cskv.cli import options as opt
-from cskv.cli.common import Interrupted, command, console, emit, progress, say, set_logging
+from cskv.cli.common import Interrupted, command, console, emit, say, set_logging
 from cskv.cli.contestants import Contestants
 from cskv.cli.groups import LoadingOptions
 from cskv.cli.outputs import check_writable
 from cskv.cli.settings import MOST_LINES, model_name, numbers, words
+from cskv.cli.stages import Stages
 from cskv.cli.tables import results_table
 
 if TYPE_CHECKING:
@@ -166,19 +167,9 @@ def _measure(
             break
     if run.rows:
         say(f"going on with {run.path}: {len(run.rows)} rows are there, {len(left)} measurements to go")
-    with progress() as bar:
-        line = bar.add_task("", total=len(left))
+    with Stages([settings.tokens_of(job) for _, job in left]) as stages:
         try:
-            run_all(
-                model,
-                tokenizer,
-                methods,
-                settings,
-                run,
-                keep_outputs=keep_outputs,
-                on_work=lambda what, share: bar.update(line, description=what, advance=share),
-            )
-            bar.update(line, completed=len(left))  # sums of shares may fall short by a rounding
+            run_all(model, tokenizer, methods, settings, run, keep_outputs=keep_outputs, on_work=stages)
         except KeyboardInterrupt as error:
             raise Interrupted(
                 f"interrupted: {len(run.rows)} rows are in {run.path}; the same command goes on"

@@ -24,7 +24,10 @@ from cskv.evaluation.wilson import wilson_interval
 class Value:
     """A figure and the range around it; `low` and `high` are None where there is none.
 
-    The range is a 95 % interval of scores and departures, and the least and the most of several seeds of all else.
+    The range is a 95 % interval: of a score over its cases, of all else over texts. Seeds are independent, so their
+    intervals add in squares; rows without intervals give the least and the most of several seeds. A perplexity's is
+    that of its distance from the uncompressed model's, as far as rows tell it: texts differ more than methods do, and
+    alike for all of them.
     """
 
     mean: float
@@ -152,17 +155,22 @@ def _perplexity(rows: Sequence[Row]) -> dict[str, Any]:
         math.log(_number(row, "perplexity", 1e-300)) if row.get("nll") is None else _number(row, "nll") for row in rows
     ]
     mean, low, high = _spread(nats, tokens)
-    bounds = (None if bound is None else math.exp(bound) for bound in (low, high))
-    return {"n": sum(tokens), "perplexity": Value(math.exp(mean), *bounds)}
+    if all(row.get("reference_perplexity") is not None for row in rows):
+        apart = [nat - math.log(_number(row, "reference_perplexity", 1e-300)) for nat, row in zip(nats, rows)]
+        middle, *bounds = _spread(apart, tokens, [_interval(row, "nll_increase") for row in rows])
+        low, high = (None if bound is None else mean + bound - middle for bound in bounds)
+    values = (None if bound is None else math.exp(bound) for bound in (low, high))
+    return {"n": sum(tokens), "perplexity": Value(math.exp(mean), *values)}
 
 
 def _agreement(rows: Sequence[Row]) -> dict[str, Any]:
     tokens = [_count(row, "tokens") for row in rows]
-    figures = {
-        name: Value(*_spread([_number(row, name, 0.0, most) for row in rows], tokens))
-        for name, most in (("top1", 1.0), ("kl", math.inf))
-    }
-    return {"n": sum(tokens), **figures, "positions": _positions(rows)}
+    figures: dict[str, Any] = {"n": sum(tokens), "positions": _positions(rows)}
+    for name, most in (("top1", 1.0), ("kl", math.inf)):
+        intervals = [_interval(row, name, 0.0, most) for row in rows]
+        mean, *bounds = _spread([_number(row, name, 0.0, most) for row in rows], tokens, intervals)
+        figures[name] = Value(mean, *(None if bound is None else min(most, max(0.0, bound)) for bound in bounds))
+    return figures
 
 
 def _departure(rows: Sequence[Row]) -> dict[str, Any]:
@@ -207,10 +215,32 @@ def _positions(rows: Sequence[Row]) -> tuple[Stretch, ...]:
     )
 
 
-def _spread(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float | None, float | None]:
-    """Return the weighted mean, and the least and the most of several."""
-    mean = sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+def _spread(
+    values: Sequence[float], weights: Sequence[int], intervals: Sequence[tuple[float, float] | None] = ()
+) -> tuple[float, float | None, float | None]:
+    """Return the weighted mean and its interval; the least and the most of several without intervals of their own."""
+    shares = [weight / sum(weights) for weight in weights]
+    mean = sum(value * share for value, share in zip(values, shares, strict=True))
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) == len(values):
+        down, up = (
+            math.hypot(*(share * (interval[side] - value) for value, share, interval in zip(values, shares, known)))
+            for side in (0, 1)
+        )
+        return mean, mean - down, mean + up
     return (mean, min(values), max(values)) if len(values) > 1 else (mean, None, None)
+
+
+def _interval(row: Row, name: str, least: float = -math.inf, most: float = math.inf) -> tuple[float, float] | None:
+    """Return the 95 % interval of a figure, if the row has one."""
+    bounds = row.get(f"{name}_interval")
+    if bounds is None:
+        return None
+    if not isinstance(bounds, list) or len(bounds) != 2:
+        raise DataError(f"{name}_interval of {row['method']} on {row['task']} is {bounds!r}; expected two numbers")
+    label, known = f"{name}_interval", {"method": row["method"], "task": row["task"]}
+    low = _number(known | {label: bounds[0]}, label, least, most)
+    return low, _number(known | {label: bounds[1]}, label, low, most)
 
 
 def _cache_mean(rows: Sequence[Row], name: str) -> float | None:

@@ -20,6 +20,8 @@ DEPARTURE = "departure"
 TEXT_TASKS = (PERPLEXITY, CONTINUATION, DEPARTURE)
 TASKS = (LINES, *KINDS, *AGGREGATION, CODE, *TEXT_TASKS)
 ANSWER_TOKENS = 64
+TOKENS_PER_LINE = 20  # of LongEval's records
+READ_PER_GENERATED = 10  # tokens that are read in the time that one is generated in, roughly
 
 
 class Job(NamedTuple):
@@ -37,8 +39,8 @@ class EvaluationSettings:
 
     Attributes:
         tasks: "lines" (LongEval), those of `cskv.data.needles` and of `cskv.data.aggregation`, "code" (functions to be
-            completed, which are then run: `cskv.data.code`), "perplexity" (and agreement) of texts read through the
-            cache from their beginning, "continuation": the same of the last tokens of texts whose beginning was
+            completed, which are then run: `cskv.data.code`), "perplexity" (and agreement) of texts read as from
+            the cache from their beginning, "continuation": the same of the last tokens of texts whose beginning was
             prefilled at once, which methods that only compress prompts can do as well, "departure" of what is generated
             after texts (`cskv.evaluation.departure`).
         lines: sizes of LongEval records.
@@ -129,6 +131,12 @@ class EvaluationSettings:
             return self.max_new_tokens
         own = {CODE: code.ANSWER_TOKENS} | {name: known.answer_tokens for name, known in AGGREGATION.items()}
         return own.get(task, ANSWER_TOKENS)
+
+    def tokens_of(self, job: Job) -> float:
+        """Count the tokens that a job reads, roughly: what its time goes by."""
+        if job.task in TEXT_TASKS:
+            return self.texts * (job.size + (READ_PER_GENERATED * self.generated if job.task == DEPARTURE else 0))
+        return self.cases * job.size * (TOKENS_PER_LINE if job.task == LINES else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values."""
