@@ -9,7 +9,6 @@ from cskv.plots import (
     pareto,
     plot_accuracy,
     plot_agreement,
-    plot_demo,
     plot_divergence,
     plot_perplexity,
     plot_positions,
@@ -154,27 +153,9 @@ def test_the_front_keeps_what_nothing_smaller_beats():
     assert pareto_front(found, "less") == [(10.0, 5.0), (100.0, 5.0)]
 
 
-def demo_row(name: str, size: float, accuracy: float, perplexity: float) -> dict:
-    return {
-        "name": name,
-        "bytes_per_token": size,
-        "accuracy": accuracy,
-        "low": max(0.0, accuracy - 0.1),
-        "high": min(1.0, accuracy + 0.1),
-        "perplexity": perplexity,
-        "num_lines": 200,
-    }
-
-
-def test_the_demo_figure_is_drawn(tmp_path):
-    rows = [demo_row("uncompressed", 6144, 0.98, 6.0), demo_row("80 % SVD", 1229, 0.0, 900.0)]
-    assert plot_demo(rows, tmp_path / "demo.png").read_bytes().startswith(PNG)
-
-
 def test_nothing_to_draw_is_refused(tmp_path):
-    for draw in (plot_demo, plot_spectra):
-        with pytest.raises(DataError, match="at least one"):
-            draw([], tmp_path / "empty.png")
+    with pytest.raises(DataError, match="at least one"):
+        plot_spectra([], tmp_path / "empty.png")
 
 
 def test_points_at_one_place_are_set_side_by_side_around_it():
