@@ -30,7 +30,7 @@ from cskv.methods.method import Method, compressed, uncompressed
 from cskv.methods.quantized import quantized
 from cskv.plots import plot_agreement
 from demo.settings import NEEDLES, DemoSettings
-from demo.show import results_table, side_by_side, summary
+from demo.show import DECODING, results_table, side_by_side, summary
 from demo.stages import Stage, stage
 
 FIGURE, RESULTS, STATISTICS, ADAPTERS = "kl.png", "results.json", "statistics.safetensors", "adapters"
@@ -153,9 +153,9 @@ class Demo:
         evaluate(*given, on_work=lambda _what, share: shown.advance(share / jobs))
         own = method.name, method.budget
         (row,) = (row for row in run.rows if row["task"] == NEEDLES and (row["method"], row["budget"]) == own)
-        if "speed" not in row:
+        if DECODING not in row:
             with method.on(self.model) as new_cache:
                 steps = self.settings.timed_steps
                 speed = measure_decode(self.model, self._prompt[:1], steps=steps, repeats=1, new_cache=new_cache)
-            row["speed"] = speed.to_dict()
+            row[DECODING] = speed.to_dict()
             run.save()

@@ -14,7 +14,6 @@ __all__ = [
     "method_looks",
     "plot_accuracy",
     "plot_agreement",
-    "plot_demo",
     "plot_divergence",
     "plot_losses",
     "plot_needles",
