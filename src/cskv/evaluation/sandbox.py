@@ -33,14 +33,15 @@ class Limits:
     """What a program may use.
 
     Attributes:
-        cpu_seconds, wall_seconds: of computing, and until it is killed.
+        cpu_seconds, wall_seconds: of computing, and until it is killed: long enough on a busy machine for the former
+            alone to decide what passes.
         memory_bytes: of address space.
         file_bytes: of any file, and of what it prints.
         output_characters: that are kept of what it printed.
     """
 
     cpu_seconds: int = 5
-    wall_seconds: float = 10.0
+    wall_seconds: float = 30.0
     memory_bytes: int = 1 << 29
     file_bytes: int = 1 << 20
     output_characters: int = 1 << 14
