@@ -15,7 +15,7 @@ from cskv.report.text import count_text, kl_text, percent_text, perplexity_text,
 
 COLUMNS = (
     "method", "budget", "task", "size", "protocol", "seeds", "bytes_per_token", "ratio", "n", "score", "low", "high",
-    "perplexity", "perplexity_least", "perplexity_most", "top1", "kl", "best",
+    "perplexity", "perplexity_least", "perplexity_most", "top1", "kl", "kl_least", "kl_most", "best",
 )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def write_csv(points: Sequence[Pooled]) -> str:
     kind = attrgetter("budget", "task", "size", "protocol")
     for point in points:
         names = [point.method, point.budget, point.task, point.size, point.protocol, " ".join(map(str, point.seeds))]
-        figures = [*_three(point.score), *_three(point.perplexity), _three(point.top1)[0], _three(point.kl)[0]]
+        figures = [*_three(point.score), *_three(point.perplexity), _three(point.top1)[0], *_three(point.kl)]
         numbers = [point.bytes_per_token, point.ratio, point.n, *figures]
         merits = {_merit(other) for other in points if kind(other) == kind(point)}
         best = len(merits) > 1 and _merit(point) == max(merits)
