@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+from cskv.attachment.attach import attachment_of
 from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.errors import DataError
@@ -104,6 +105,20 @@ def test_kl_and_top1_are_those_of_the_definition():
     assert found.top1[0] == pytest.approx((exact.argmax(-1) == seen.argmax(-1)).float().mean().item())
     assert found.nll[0] == pytest.approx(-seen.gather(-1, text[0, 40:, None]).mean().item(), rel=1e-4)
     assert [(p["start"], p["stop"]) for p in found.positions] == [(39, 40), (40, 41), (41, 42), (42, 43)]
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_the_method_is_off_the_model_when_reading_is_broken_off(chunk):
+    model = tiny_llama()
+
+    def stop(_tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        agreement(model, method(model, 0.25), tokens(1, 60), chunk=chunk, on_tokens=stop)
+    assert caught.tb is not None  # frames are still alive
+    assert attachment_of(model) is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_figures_are_json_with_intervals_over_texts():

@@ -111,6 +111,12 @@ def test_the_csv_has_every_size_and_marks_the_best():
     assert rows[2]["budget"] == ""
 
 
+def test_the_csv_has_the_interval_of_a_divergence():
+    kind = {"task": "agreement", "protocol": None, "tokens": 10, "top1": 0.5, "kl": 0.25, "kl_interval": [0.125, 0.5]}
+    (entry,) = csv.DictReader(write_csv(pool([row("PCA", 0.2, None, **kind)])).splitlines())
+    assert [entry[name] for name in ("kl", "kl_least", "kl_most", "top1")] == ["0.25", "0.125", "0.5", "0.5"]
+
+
 def test_figures_are_written_as_people_write_them():
     assert [percent_text(share) for share in (1.0, 0.9996, 0.5, 0.0)] == ["100", "100.0", "50.0", "0.0"]
     assert [budget_text(budget) for budget in (None, 0.125, 0.2)] == ["uncompressed", "12.5 %", "20 %"]

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -134,13 +135,14 @@ def agreement(
                 found = _whole(reference, method, rows[:, :-1], prefix)
             else:
                 found = _pieces(model, method, rows, parts, prefix)
-            for took, (start, stop), logits in _timed(found, device_of(model)):
-                kept = stop - logits.shape[1]
-                expected = reference.logits(exact[:, kept:stop])
-                own[..., kept:stop] = _compared(logits, expected, rows[:, kept + 1 : stop + 1])
-                seconds += took
-                if on_tokens is not None:
-                    on_tokens((stop - start) * rows.shape[0])
+            with closing(found):  # whatever happens, the method is taken off the model
+                for took, (start, stop), logits in _timed(found, device_of(model)):
+                    kept = stop - logits.shape[1]
+                    expected = reference.logits(exact[:, kept:stop])
+                    own[..., kept:stop] = _compared(logits, expected, rows[:, kept + 1 : stop + 1])
+                    seconds += took
+                    if on_tokens is not None:
+                        on_tokens((stop - start) * rows.shape[0])
     reading = "whole" if whole else "pieces"
     return _summary(figures[..., max(0, prefix - 1) :], max(0, prefix - 1), reading, seconds)
 
@@ -152,7 +154,7 @@ def _to_sealing(method: Method, prefix: int) -> int:
 
 def _whole(
     reference: Reference, method: Method, rows: Int[Tensor, "batch tokens"], prefix: int
-) -> Iterator[tuple[Piece, Tensor]]:
+) -> Generator[tuple[Piece, Tensor]]:
     """Yield the logits of a few positions after another, from one forward; of a prefix those of its last token."""
     decoder: Any = reference.surveyed.model.base_model
     with method.whole(reference.surveyed, prefix):  # type: ignore[misc]
@@ -168,7 +170,7 @@ def _whole(
 
 def _pieces(
     model: PreTrainedModel, method: Method, rows: Int[Tensor, "batch tokens"], parts: Sequence[Piece], prefix: int
-) -> Iterator[tuple[Piece, Tensor]]:
+) -> Generator[tuple[Piece, Tensor]]:
     """Yield the logits of each piece that goes through the method's cache."""
     with method.on(model) as new_cache:
         yield from read(model, rows, parts, None if new_cache is None else new_cache(), skipped=prefix)

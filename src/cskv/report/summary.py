@@ -15,8 +15,8 @@ from cskv.report.text import count_text, kl_text, percent_text, perplexity_text,
 
 COLUMNS = (
     "method", "budget", "task", "size", "protocol", "seeds", "bytes_per_token", "ratio", "n", "score", "low", "high",
-    "perplexity", "perplexity_least", "perplexity_most", "top1", "kl", "generated", "equal_tokens", "equal_low",
-    "equal_high", "median_equal", "still_equal", "best",
+    "perplexity", "perplexity_least", "perplexity_most", "top1", "kl", "kl_least", "kl_most", "generated",
+    "equal_tokens", "equal_low", "equal_high", "median_equal", "still_equal", "best",
 )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def write_csv(points: Sequence[Pooled]) -> str:
     kind = attrgetter("budget", "task", "size", "protocol")
     for point in points:
         names = [point.method, point.budget, point.task, point.size, point.protocol, " ".join(map(str, point.seeds))]
-        figures = [*_three(point.score), *_three(point.perplexity), _three(point.top1)[0], _three(point.kl)[0]]
+        figures = [*_three(point.score), *_three(point.perplexity), _three(point.top1)[0], *_three(point.kl)]
         figures += [point.generated, *_three(point.equal_tokens), point.median_equal, _three(point.still_equal)[0]]
         numbers = [point.bytes_per_token, point.ratio, point.n, *figures]
         merits = {_merit(other) for other in points if kind(other) == kind(point)}
