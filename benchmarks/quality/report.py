@@ -17,7 +17,7 @@ from benchmarks.quality.suites import BUDGETS, OURS, PAPER, WINDOWS, splits
 from benchmarks.quality.tables import COLUMNS, NOTHING, Points, Results, number, percent
 from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL
 from cskv.evaluation.pooling import Value
-from cskv.plots import plot_agreement
+from cskv.plots import plot_divergence
 
 SCRIPT = "quality/report"
 PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
@@ -188,6 +188,6 @@ def draw(results: Results) -> None:
         points = results.points(subject.name, "caches", "tokens").points
         found = [point for point in points if point.task == "agreement"]
         if found:
-            plot_agreement(
+            plot_divergence(
                 found, DOCS / "figures" / f"quality-{subject.name}.png", f"{subject.title}: what caches lose"
             )

@@ -28,7 +28,7 @@ from cskv.evaluation.settings import AGREEMENT
 from cskv.evaluation.speed import measure_decode
 from cskv.methods.method import Method, compressed, uncompressed
 from cskv.methods.quantized import quantized
-from cskv.plots import plot_agreement
+from cskv.plots import plot_divergence
 from demo.settings import NEEDLES, DemoSettings
 from demo.show import DECODING, results_table, side_by_side, summary
 from demo.stages import Stage, stage
@@ -79,7 +79,7 @@ class Demo:
             with stage(self.console, f"measure {method.label}") as shown:
                 self._measure(method, run, shown)
         lines, seconds = summary(run), time.perf_counter() - began
-        figure = plot_agreement([p for p in pool(run.rows) if p.task == AGREEMENT], self.out / FIGURE)
+        figure = plot_divergence([p for p in pool(run.rows) if p.task == AGREEMENT], self.out / FIGURE)
         self.console.print(results_table(run, lines, seconds))
         self._say(f"figure: {figure}; `cskv report {run.path} --out {self.out / 'report'}` makes a page")
         return {"rows": lines, "seconds": seconds, "results": str(run.path), "figure": str(figure)}
