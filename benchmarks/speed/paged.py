@@ -7,7 +7,7 @@ compared with the reference in fp32; if one is wrong nothing is reported of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -191,16 +191,20 @@ def measure(batch: int, context: int, mixed: bool, asked: Any) -> Row:
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """Show microseconds, and how many times as fast as the baselines ours are; by graphs, where there are any."""
-    headings = [*METHODS, *(f"{name} / {baseline}" for baseline in (SDPA, FLASH) for name in BITS)]
-    lines = []
+
+    def show(values: Iterable[float | None], form: str) -> list[str]:
+        return ["-" if value is None else format(value, form) for value in values]
+
+    headings, lines = ["row", *METHODS, *(f"times as fast as {name}" for name in (SDPA, FLASH))], []
     for cell, row in results["rows"].items():
         if "skipped" in row:
-            lines.append((cell, row["skipped"], *[""] * (len(headings) - 1)))
+            lines.append((cell, row["skipped"], *[""] * (len(headings) - 2)))
             continue
-        found = [(median(row, name, "graph"), 1e6, ".0f") for name in METHODS]
-        found += [(speedup(row, name, baseline, "graph"), 1, ".2f") for baseline in (SDPA, FLASH) for name in BITS]
-        lines.append((cell, *("-" if value is None else f"{value * unit:{form}}" for value, unit, form in found)))
-    return [Table("Decode attention of one layer, microseconds and ratios", ("row", *headings), lines)]
+        seconds = (median(row, name, "graph") for name in METHODS)
+        times = show((None if value is None else 1e6 * value for value in seconds), ".0f")
+        ratios = (show((speedup(row, name, to, "graph") for name in BITS), ".2f") for to in (SDPA, FLASH))
+        lines.append((cell, *times, *("  ".join(of_one) for of_one in ratios)))
+    return [Table("Decode attention of one layer, microseconds", headings, lines)]
 
 
 def plan(asked: Any) -> tuple[Row, Jobs]:

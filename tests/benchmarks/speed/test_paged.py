@@ -37,3 +37,13 @@ def test_a_wrong_output_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paged.launch, "attention", lambda query, _inputs: torch.zeros_like(query))
     assert run(tmp_path / "paged.json", "20 %") == 1
     assert "wrong output, refused: 20 %, batch 2, up to 32 tokens: error 1" in capsys.readouterr().err
+
+
+def test_the_table_has_microseconds_and_ratios_by_baseline():
+    medians = {paged.SDPA: 3.0e-6, "20 %": 2.0e-6, "20 % x int8": 1.5e-6}
+    methods = {name: {"call": {"median": 9.0}, "graph": {"median": value}} for name, value in medians.items()}
+    rows = {"1 x 64": {"methods": methods}, "8 x 64": {"skipped": "too large"}}
+    (table,) = paged.tables({"rows": rows})
+    assert table.rows[0] == ("1 x 64", "3", "-", "2", "2", "-", "1.50  2.00  -", "-  -  -")
+    assert table.rows[1][:2] == ("8 x 64", "too large")
+    assert {len(line) for line in table.rows} == {len(table.headings)}
