@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 
@@ -135,16 +136,29 @@ def test_a_case_asks_in_its_context_and_scores_what_passes(capsys):
     half = found()["half"]
     case = make(half, TOKENIZER, run, 900, seed=0)
     assert (case.task, case.size, case.answers) == (CODE, 900, ("small.half",))
-    assert case.question == half.head.rstrip()
+    assert case.question == half.head
     assert case.context.endswith(half.before)
     assert "# stdlib/small/__init__.py\n" in case.context
     assert len({"other = 1\n", "more = 2\n"} & set(case.context.splitlines(keepends=True))) == 1
     assert 880 < len(TOKENIZER(case.prompt)["input_ids"]) <= 900
-    assert case.score("\n    return value / 2\n\n\ndef next():\n    nonsense(") == 1
-    assert case.score("\n    return value / 3\n") == 0
+    assert case.score("    return value / 2\n\n\ndef next():\n    nonsense(") == 1
+    assert case.score("    return value / 3\n") == 0
     assert case.score("") == 0
+    assert case.score("return value / 2") == 0  # not in the function
+    assert case.is_over("    return value / 2\n\n\ndef")
+    assert not case.is_over("    return value / 2\n")
+
+
+def test_a_newline_that_is_part_of_a_token_with_spaces_is_the_models_to_write(capsys):
+    def tokenizer(text: str, **_options: bool) -> dict[str, list[str]]:
+        return {"input_ids": re.findall(r"\n +|.|\n", text)}
+
+    half = found()["half"]
+    case = make(half, tokenizer, run, 900, seed=0)
+    assert case.question == half.head.rstrip()
+    assert case.score("\n    return value / 2\n\n\ndef") == 1
+    assert case.score("  # halves\n    return value / 2") == 1
     assert case.is_over("\n    return value / 2\n\n\ndef")
-    assert not case.is_over("\n    return value / 2\n")
 
 
 def test_a_short_context_is_the_end_of_the_module():

@@ -65,7 +65,7 @@ def test_cases_leave_half_of_the_prompt_to_the_context():
     assert case.answers[0].startswith(("textwrap.", "shutil."))
     assert 2 * len(case.question) <= 3000
     assert 2800 < len(case.prompt) <= 3000
-    assert case.score("\n" + case.function.body) == 1
-    assert case.score("\n    return None\n") == 0
+    assert case.score(case.function.body) == 1
+    assert case.score("    return None\n") == 0
     with pytest.raises(DataError, match="ask for fewer"):
         Material(tokenizer, EvaluationSettings(tokens=(100,), cases=1)).cases("code", 100, 0)

@@ -115,11 +115,14 @@ class FunctionCase(Case):
 
     def is_over(self, output: str) -> bool:
         """Tell whether the output has left the function."""
-        return self.function.body_in(output)[1]
+        return self._body(output)[1]
 
     def score(self, output: str) -> float:
         """Run the examples on the function as the output completes it: 1 where all hold, else 0."""
-        return float(self.passes(self.function.program(self.function.body_in(output)[0])))
+        return float(self.passes(self.function.program(self._body(output)[0])))
+
+    def _body(self, output: str) -> tuple[str, bool]:
+        return self.function.body_in(("\n" if self.question.endswith("\n") else "") + output)
 
 
 @lru_cache(maxsize=1)
@@ -180,7 +183,7 @@ def make(
     Raises:
         DataError: the function's own head is longer, or there are no sources for a context that long.
     """
-    name, question = f"{function.module}.{function.name}", function.head.rstrip()
+    name, question = f"{function.module}.{function.name}", _asked(function, tokenizer)
 
     def count(text: str, special: bool = False) -> int:
         return len(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
@@ -200,6 +203,18 @@ def make(
         lines.pop()
     context = "".join(reversed(lines))
     return FunctionCase(CODE, tokens, context, question, (name,), function=function, passes=passes)
+
+
+def _asked(function: Function, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the function's head, without its last newline where a tokenizer joins that with the spaces after it.
+
+    A prompt that ends within what is one token of a whole text is followed by something else than that text.
+    """
+    whole, head = (
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for text in (f"{function.head}{' ' * function.indent}return", function.head)
+    )
+    return function.head if whole[: len(head)] == head else function.head.rstrip()
 
 
 def _lines_before(function: Function, seed: int) -> Iterator[str]:
