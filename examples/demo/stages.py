@@ -28,7 +28,7 @@ class Stage:
 
     def advance(self, share: float) -> None:
         """Count a share of the stage as done."""
-        self.bar.advance(self.task, share)
+        self.bar.update(self.task, total=1.0, advance=share)
 
 
 @contextmanager
@@ -38,6 +38,7 @@ def stage(console: Console, name: str) -> Iterator[Stage]:
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     began = time.perf_counter()
     with bar:
-        yield (shown := Stage(bar, bar.add_task(NAME.format(name), total=1.0)))
+        task = bar.add_task(NAME.format(name), total=None)  # pulses until a share is done
+        yield (shown := Stage(bar, task))
     line = f"{NAME.format(name)}{time.perf_counter() - began:6.1f} s  {shown.note}"
     console.print(escape(line.rstrip()), soft_wrap=True)

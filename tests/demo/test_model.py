@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from demo import model
 from demo.model import BUNDLED, fast_dtype, find_model
 
 
@@ -45,6 +49,40 @@ def test_a_network_that_never_answers_is_given_up_with_everything_that_was_start
         for _ in range(100):  # until init has buried it
             os.kill(int((tmp_path / "child").read_text()), 0)
             time.sleep(0.02)
+
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """A hub that takes calls and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(model.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(model, "PATIENCE", 0.2)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield
+
+
+@pytest.mark.usefixtures("silent_hub")
+def test_a_hub_that_does_not_answer_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    script = fake(tmp_path / "fetch.py", "print('offline' if os.environ.get('HF_HUB_OFFLINE') else 'online')")
+    began = time.perf_counter()
+    assert find_model(script, tmp_path / "smollm2")[1] == "model: offline"
+    assert time.perf_counter() - began < 10
+    assert find_model(script, tmp_path)[1] == "model: online"  # it is there, so nobody is asked
+
+
+@pytest.mark.usefixtures("silent_hub")
+def test_a_hub_that_answers_is_asked(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # which knows no page, and says so
+    monkeypatch.setattr(BaseHTTPRequestHandler, "log_message", lambda *_: None)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(model, "PATIENCE", 5.0)
+    monkeypatch.setattr(model.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    try:
+        assert model.hub_answers()
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_pip_is_told_not_to_wait_for_a_dead_network(tmp_path, monkeypatch):
