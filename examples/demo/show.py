@@ -59,7 +59,7 @@ def side_by_side(
         with method.on(model) as new_cache:
             size = cache_after_prefill(model, ids, new_cache=new_cache)
             given = [case.context], [case.question], settings.answer_tokens, new_cache
-            (text,) = answer(model, tokenizer, *given, until_line=False).texts
+            (text,) = answer(model, tokenizer, *given).texts
         words = text.split()
         first = first or words
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words, first)))
