@@ -34,7 +34,7 @@ def measure(monkeypatch):
                 asked.append((self.folder, *of))
                 answers = {
                     serving.greedy: lambda tokens: [logprobs[self.folder]] * tokens,
-                    serving.pool_tokens: lambda: {"base": 400, "joint": 1600}[self.folder],
+                    serving.pool_tokens: lambda: {"base": 450, "joint": 1600}[self.folder],
                     serving.decode: lambda requests, tokens: [0.5 if self.folder == "base" else 1.0] * 3,
                 }
                 return SimpleNamespace(result=lambda: answers[function](*of))
