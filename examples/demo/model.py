@@ -52,7 +52,7 @@ def fetch(script: Path, folder: Path, limit: float) -> str:
     lines = (complaint if process.returncode else said).strip().splitlines() or ["no word of why"]
     if process.returncode:
         raise CSKVError(lines[-1].removeprefix("error: "))
-    return lines[-1]
+    return lines[-1].removesuffix("; nothing to do")
 
 
 def hub_answers() -> bool:

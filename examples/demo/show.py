@@ -92,8 +92,9 @@ def results_table(run: Run, rows: Sequence[dict[str, Any]], seconds: float) -> T
     of, where = run.settings, run.environment
     size, length = of["tokens"][0], of["text_tokens"][0]
     caption = (
-        f"Bytes are all that the cache holds after {size} tokens, the exact first and newest ones (36 to 67 of them) "
-        f"included. Needles: {of['cases']} numbers in texts of {size} tokens (niah-single), the text compressed before "
+        f"Bytes are all that the cache holds after {size} tokens, slack and the exact first and newest ones (36 to 67) "
+        f"included, which weigh less in longer texts. "
+        f"Needles: {of['cases']} numbers in texts of {size} tokens (niah-single), the text compressed before "
         f"the question is known, with 95 % intervals. KL from the uncompressed model, in nats per token, and "
         f"perplexity: {of['texts']} held-out texts of {length} tokens, read through the cache. Speed: decoding after "
         f"{length} tokens, batch 1; attention is a small part of that.\n"
