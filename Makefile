@@ -1,6 +1,7 @@
 # One command for each thing a person does with the repository; .ci/run calls the same ones.
 #
-#   make demo    install, then calibrate, train and generate on the bundled model; prints one table
+#   make demo    install, fetch SmolLM2-135M into models/ (without a network: the bundled model), then compress it, generate
+#                side by side and print one table: some four minutes on two cores
 #   make test    install, then run the tests
 #   make test-lm-eval   install lm-evaluation-harness as well, then run the tests of docs/lm-eval.md
 #   make check   install, then lint, format, types and import layers
@@ -59,9 +60,9 @@ demo: venv
 
 bench: venv
 	$(if $(PEERS),$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]' || echo "no peers: hqq needs a C++ compiler; its rows are left out")
-	$(BIN)/python benchmarks/decode.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/generation.py
-	$(BIN)/python benchmarks/decode_report.py
+	$(BIN)/python -m benchmarks.speed decode $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.speed generation
+	$(BIN)/python -m benchmarks.speed report
 
 # kvpress takes transformers below 5.3, so it gets an environment of its own; the library runs with both.
 $(KVPRESS)/ready: pyproject.toml constraints-kvpress.txt scripts/install_torch.sh
@@ -92,4 +93,4 @@ results: venv $(KVPRESS)/ready
 
 clean:
 	rm -rf $(VENV) $(KVPRESS) $(VLLM) build dist outputs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests examples tinymodel -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples tinymodel benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

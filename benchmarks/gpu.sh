@@ -3,10 +3,10 @@
 #
 #   benchmarks/gpu.sh OUT_DIR
 #
-# Kernel tests, copy bandwidth, the goals' points, graph replays, plans of the kernels, a profile, the sweep, attention on
-# pages, and generation end to end. Needs torch and transformers, no network and no installation. What a plain
-# environment lacks is left out with a line.
-# PYTHON=python3.12 picks the interpreter.
+# Kernel tests, copy bandwidth and the goals' points with graph replays, outputs at odd lengths, plans of the kernels, a
+# profile, the sweep, attention on pages, and generation end to end. Needs torch and transformers, no network and no
+# installation. What a plain environment lacks is left out with a line. Rows are kept as soon as they are measured.
+# PYTHON=python3.12 picks the interpreter; DECODE_ARGS, GPU_ARGS, PAGED_ARGS and GENERATION_ARGS are added to a step's.
 set -uo pipefail
 
 out=${1:?usage: benchmarks/gpu.sh OUT_DIR}
@@ -14,7 +14,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-export PYTHONPATH="$PWD/src:$PWD/benchmarks:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TRITON_PRINT_AUTOTUNING=${TRITON_PRINT_AUTOTUNING:-1}
 status=0
 
@@ -59,12 +59,23 @@ tests=()
 for folder in tests/attention tests/quantization; do [ -d "$folder" ] && tests+=("$folder"); done
 if has pytest hypothesis && [ ${#tests[@]} -gt 0 ]; then
     # Without the plugins and the strictness of pyproject.toml, which is for the tested versions.
-    TAIL=15 step tests 130 "$python" -m pytest -q -m gpu -p no:cacheprovider -o addopts= -o filterwarnings=default \
+    TAIL=15 step tests 110 "$python" -m pytest -q -m gpu -p no:cacheprovider -o addopts= -o filterwarnings=default \
         --import-mode=importlib "${tests[@]}"
 else
-    echo "pytest or hypothesis is missing: the correctness section of gpu.py stands in for the tests"
+    echo "pytest or hypothesis is missing: the outputs at odd lengths stand in for the tests"
 fi
-step gpu 290 "$python" benchmarks/gpu.py "$out" --seconds "${SWEEP_SECONDS:-210}" ${GPU_ARGS:-}
-step paged_decode 75 "$python" benchmarks/paged_decode.py "$out/paged_decode.json" ${PAGED_ARGS:-}
-step generation 80 "$python" benchmarks/generation.py --out "$out/generation.json" ${GENERATION_ARGS:-"--lengths" 1024 16384 65536}
+speed() {  # speed STEP SECONDS NAME FILE ARGUMENTS...: a benchmark, into OUT/FILE.json
+    local name=$1 limit=$2 benchmark=$3 file=$4
+    shift 4
+    step "$name" "$limit" "$python" -m benchmarks.speed "$benchmark" --keep-going --out "$out/$file.json" "$@"
+}
+decode=(--device cuda --budget 0.2)
+speed goals 75 decode decode "${decode[@]}" --lengths 65536 --batches 1 8 ${DECODE_ARGS:-}
+for dtype in bfloat16 float16 float32; do
+    speed "odd_$dtype" 30 decode "odd_$dtype" "${decode[@]}" --quick --dtype "$dtype" --lengths 64 1000 2049 --batches 1 3 ${DECODE_ARGS:-}
+done
+speed gpu 90 gpu gpu ${GPU_ARGS:-}
+speed sweep 100 decode decode "${decode[@]}" --seconds "${SWEEP_SECONDS:-80}" ${DECODE_ARGS:-}
+speed paged 65 paged paged ${PAGED_ARGS:-}
+speed generation 70 generation generation --lengths 1024 16384 65536 ${GENERATION_ARGS:-}
 exit $status

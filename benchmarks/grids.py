@@ -14,9 +14,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from bundled import ALLOCATION_SAMPLES, Bench, Recipe, load, start
 from common import Jobs
 from pages import DOCS, Table, fill_page, measured_on
-from quality import ALLOCATION_SAMPLES, Bench, Recipe, load, start
 from torch import Tensor
 
 from cskv.adapter.adapter import CSKVAdapter

@@ -44,11 +44,18 @@ class Table:
         Console().print(table)
 
 
-def fill_page(page: Path, script: str, *parts: str) -> None:
-    """Put paragraphs between a page's two markers of a script."""
-    begin, end = f"<!-- measured: benchmarks/{script}.py -->", f"<!-- end of {script} -->"
+def fill_page(page: Path, script: str, *parts: str, block: str = "") -> None:
+    """Put paragraphs between a page's two markers of a script, or of one of the blocks that it makes."""
+    begin = f"<!-- measured: benchmarks/{script}.py{block and ' '}{block} -->"
+    end = f"<!-- end of {block or script} -->"
     before, rest = page.read_text(encoding="utf-8").split(begin)
     write_text(page, "\n\n".join([before + begin, *parts, end + rest.split(end)[1]]))
+
+
+def command(script: str) -> str:
+    """Return what runs a script of this folder, or of a room in it ("speed/decode")."""
+    room, _, name = script.rpartition("/")
+    return f"python -m benchmarks.{room} {name}" if room else f"python benchmarks/{name}.py"
 
 
 def machine(where: Mapping[str, Any], *versions: str) -> str:
@@ -64,7 +71,7 @@ def measured_on(where: Mapping[str, Any], script: str, rows: Sequence[Mapping[st
     text = f"Measured on {machine(where, *versions)}"
     if seeds:
         text += f"; seeds {', '.join(map(str, seeds))}; {rows[0]['cases']} questions per seed; means over seeds"
-    return f"{text}. Reproduce with `python benchmarks/{script}.py`."
+    return f"{text}. Reproduce with `{command(script)}`."
 
 
 def accuracy(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -17,9 +17,9 @@ from functools import cache, partial
 from statistics import mean
 from typing import Any
 
+from bundled import SEEDS, Bench, Recipe, load, start
 from common import Jobs, Row
 from pages import DOCS, Table, accuracy, draw_pair, fill_page, measured_on
-from quality import SEEDS, Bench, Recipe, load, start
 
 import cskv
 from cskv.evaluation.cache_size import cache_after_prefill

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from bundled import NUM_LINES, SEEDS, load
 from common import MODEL, ROOT
-from quality import NUM_LINES, SEEDS, load
 from results_methods import Workshop, ablation_methods, channel_methods, token_methods
 
 from cskv.cli.common import progress

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quality import Maker, Recipe
+from bundled import Maker, Recipe
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.statistics import Statistics

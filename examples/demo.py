@@ -1,4 +1,4 @@
-"""CSKV end to end on the bundled model: `make demo`, or `python examples/demo.py --help`."""
+"""CSKV end to end on a real language model: `make demo`, or `python examples/demo.py --help`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from cskv.cli.common import command, emit, progress
+from cskv.cli.common import command, console, emit, say, set_logging
 from cskv.cli.outputs import check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,22 +20,33 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @command
 def main(
-    model: Annotated[str, typer.Option(help="Model folder or hub id.")] = str(ROOT / "tinymodel" / "checkpoint"),
-    lines: Annotated[int, typer.Option(help="Lines in a LongEval record.")] = 200,
-    cases: Annotated[int, typer.Option(help="LongEval questions for each row of the table.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the calibration and training text.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for adapters, figures and results.")] = ROOT / "outputs" / "demo",
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub id. [default: SmolLM2-135M, fetched into models/smollm2]")
+    ] = None,
+    cases: Annotated[int, typer.Option(help="Needles to find for each row of the table.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of calibration text, needles and held-out text.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for adapters, results and the figure.")] = ROOT / "outputs" / "demo",
 ) -> None:
-    """Calibrate, factorise, train, save, reload, generate, and print one table. The last line is JSON."""
-    from demo.run import run_demo, summary
-    from demo.settings import DemoSettings, fast_dtype
+    """Calibrate, choose, save, reload, generate side by side, and print one table. The last line is JSON.
+
+    What is written is a result file of `cskv evaluate`, of which `cskv report` makes a page.
+    """
+    from demo.model import fast_dtype, find_model
+    from demo.run import Demo
+    from demo.settings import DemoSettings
 
     from cskv.cli.loading import load_model, load_tokenizer
 
+    set_logging("WARNING")
     check_writable(out / "results.json")
-    settings = DemoSettings(num_lines=lines, cases=cases, seed=seed)
-    loaded = load_model(model, dtype=fast_dtype())
-    emit(summary(run_demo(loaded, load_tokenizer(model), out, settings, progress("{task.fields[note]}")), out))
+    introduction = f"model: {model}"
+    if model is None:
+        with console().status("fetching SmolLM2-135M, some 100 MB"):
+            model, introduction = find_model()
+    say(introduction)
+    settings = DemoSettings.of(model, cases=cases, seed=seed)
+    demo = Demo(load_model(model, dtype=fast_dtype()), load_tokenizer(model), settings, out, console())
+    emit(demo.run())
 
 
 if __name__ == "__main__":

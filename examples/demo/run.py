@@ -1,108 +1,161 @@
-"""The demo's steps in order, with progress."""
+"""The demo's steps in order."""
 
 from __future__ import annotations
 
+import shutil
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
+from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cskv.attachment.attach import attach
+from cskv.adapter.adapter import CSKVAdapter
+from cskv.calibration.calibrate import calibrate
+from cskv.calibration.statistics import Statistics
+from cskv.compression.budget import Budget, allocate
+from cskv.config import CSKVConfig
+from cskv.data.samples import TokenSamples
+from cskv.errors import CSKVError, DataError
 from cskv.evaluation.environment import environment
-from cskv.fingerprint import fingerprint
-from cskv.plots import plot_demo, plot_training
-from cskv.training.log import FILE as TRAINING_LOG
-from demo.adapters import Workshop
-from demo.measure import example, material, measure
-from demo.report import example_panel, results_table
-from demo.settings import EXAMPLE, VARIANTS, DemoSettings
-from demo.workspace import Workspace
+from cskv.evaluation.identity import model_facts
+from cskv.evaluation.material import Material
+from cskv.evaluation.pooling import pool
+from cskv.evaluation.results import Run, open_run
+from cskv.evaluation.runner import evaluate
+from cskv.evaluation.settings import AGREEMENT
+from cskv.evaluation.speed import measure_decode
+from cskv.methods.method import Method, compressed, uncompressed
+from cskv.methods.quantized import quantized
+from cskv.plots import plot_divergence
+from demo.settings import NEEDLES, DemoSettings
+from demo.show import DECODING, results_table, side_by_side, summary
+from demo.stages import Stage, stage
+
+FIGURE, RESULTS, STATISTICS, ADAPTERS = "kl.png", "results.json", "statistics.safetensors", "adapters"
 
 
-def run_demo(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    out: str | Path,
-    settings: DemoSettings,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Calibrate, factorise, train, save, reload, measure and print; return what `results.json` holds.
+class Demo:
+    """Compresses one model and shows what that costs.
 
-    An interrupted run goes on where it stopped when it is started again with the same model and settings; a completed
-    one begins anew.
+    An interrupted run goes on from its statistics, adapters and rows; a finished one, or one of another model or other
+    settings, begins anew.
 
     Args:
         model: a causal language model, nothing attached.
         tokenizer: its own.
-        out: the folder to write; see `Workspace`.
-        settings: how much is measured.
-        progress: shows the bars, with the task field "note"; the table is printed to its console.
-
-    Raises:
-        CSKVError: the model cannot be compressed, the text is too short, or the folder cannot be written.
+        settings: how much is done.
+        out: the folder to write.
+        console: what is printed to.
     """
-    began = time.perf_counter()
-    facts = {
-        "model": fingerprint(model.named_parameters()),
-        "name": str(model.config.name_or_path),
-        "settings": settings.to_dict(),
-    }
-    workspace, console = Workspace(Path(out), facts), progress.console
-    if workspace.resumed:
-        console.print(f"going on with the interrupted run in {out}")
-    workshop = Workshop(model, tokenizer, settings, workspace)
-    with progress:
-        _make_adapters(workshop, progress)
-        on = material(tokenizer, settings)
-        rows = []
-        for variant in VARIANTS:
-            task = progress.add_task(f"measure {variant.name}", total=on.work, note="")
-            row = workspace.row(variant.key)
-            if row is None:
-                with attach(model, workshop.load(variant.key)) if variant.is_compressed else nullcontext():
-                    advance = lambda units, task=task: progress.update(task, advance=units)  # noqa: E731 (short)
-                    row = measure(model, tokenizer, variant, settings, on, advance)
-                workspace.write(f"rows/{variant.key}.json", row)
-            progress.update(task, completed=on.work)
-            rows.append(row)
-    made = example(next(row for row in rows if row["key"] == EXAMPLE), on)
-    where, seconds = environment().to_dict(), time.perf_counter() - began
-    results = {**facts, "environment": where, "seconds": seconds, "rows": rows, "example": made}
-    _draw(rows, workspace)
-    workspace.write("results.json", results)
-    console.print(example_panel(made))
-    console.print(results_table(rows, where, seconds))
-    console.print(f"written: {workspace.path('results.json')}, demo.png, training.png, adapters/")
-    return results
 
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: DemoSettings,
+        out: Path,
+        console: Console,
+    ) -> None:
+        self.model, self.tokenizer, self.settings, self.out, self.console = model, tokenizer, settings, out, console
+        self._prompt = Material(tokenizer, settings.evaluation).texts(settings.evaluation.text_tokens[0], settings.seed)
 
-def summary(results: dict[str, Any], out: str | Path) -> dict[str, Any]:
-    """Return the results without their details, for the last line."""
-    rows = [{name: value for name, value in row.items() if name != "details"} for row in results["rows"]]
-    return {"rows": rows, "seconds": results["seconds"], "results": str(Path(out) / "results.json")}
+    def run(self) -> dict[str, Any]:
+        """Do it all, and return what the last line says.
 
+        Raises:
+            CSKVError: the model cannot be compressed, the text is too short, or the folder cannot be written.
+        """
+        began = time.perf_counter()
+        run = self._begin()
+        self._make_adapters()
+        methods = self._methods()
+        small = [method for method in methods if method.facts["kind"] != "quantised"]
+        with stage(self.console, "generate") as shown:
+            panels = side_by_side(self.model, self.tokenizer, small, self._prompt[:1], self.settings, shown.advance)
+        self.console.print(*panels, sep="\n")
+        for method in methods:
+            with stage(self.console, f"measure {method.label}") as shown:
+                self._measure(method, run, shown)
+        lines, seconds = summary(run), time.perf_counter() - began
+        figure = plot_divergence([p for p in pool(run.rows) if p.task == AGREEMENT], self.out / FIGURE)
+        self.console.print(results_table(run, lines, seconds))
+        self._say(f"figure: {figure}; `cskv report {run.path} --out {self.out / 'report'}` makes a page")
+        return {"rows": lines, "seconds": seconds, "results": str(run.path), "figure": str(figure)}
 
-def _make_adapters(workshop: Workshop, progress: Progress) -> None:
-    settings = workshop.settings
-    task = progress.add_task("calibrate", total=settings.calibration_samples, note="")
-    statistics = workshop.statistics(lambda done: progress.update(task, completed=done))
-    progress.update(task, completed=settings.calibration_samples)
-    for variant in (variant for variant in VARIANTS if variant.is_compressed):
-        steps = settings.train_samples // settings.train_batch_size if variant.trained else 1
-        task = progress.add_task(f"make {variant.name}", total=steps, note="")
+    def _begin(self) -> Run:
+        """Open the result file. It is written at once, since it says what the files beside it are of."""
+        given = self.settings.to_dict(), model_facts(self.model), environment().to_dict()
+        path = self.out / RESULTS
+        try:
+            run = open_run(path, *given)
+            finished = (self.out / FIGURE).exists()  # which is drawn last
+        except DataError:
+            finished = True
+        if finished or not path.exists():
+            for name in (RESULTS, STATISTICS, FIGURE):
+                (self.out / name).unlink(missing_ok=True)
+            shutil.rmtree(self.out / ADAPTERS, ignore_errors=True)
+            run = open_run(path, *given)
+        else:
+            self._say(f"going on with the interrupted run in {self.out}")
+        run.save()
+        return run
 
-        def on_step(step: int, loss: float | None, task: Any = task) -> None:
-            progress.update(task, completed=step, note=f"loss {loss:.4g}")
+    def _say(self, text: str) -> None:
+        self.console.print(escape(text), soft_wrap=True)
 
-        workshop.make(variant, statistics, on_step)
-        progress.update(task, completed=steps)
+    def _folder(self, ratio: float) -> Path:
+        return self.out / ADAPTERS / f"{100 * ratio:g}"
 
+    def _make_adapters(self) -> None:
+        settings = self.settings
+        count = settings.samples + settings.aside
+        source = settings.source
+        samples = list(TokenSamples(source, self.tokenizer, count, settings.sample_len, settings.seed))
+        path = self.out / STATISTICS
+        if not path.exists():
+            with stage(self.console, "calibrate") as shown:
+                calibrate(
+                    self.model,
+                    samples[: settings.samples],
+                    source=source.name,
+                    seed=settings.seed,
+                    progress=lambda _done, total: shown.advance(1 / (total or 1)),
+                    kept=path.with_suffix(".part"),
+                ).save(path)
+                shown.note = f"{settings.samples} samples of {settings.sample_len} tokens"
+        statistics = Statistics.load(path)
+        for ratio in settings.budgets:
+            if (self._folder(ratio) / "config.json").exists():  # written last: the folder is complete
+                continue
+            with stage(self.console, f"choose {100 * ratio:g} % of the bytes") as shown:
+                found = allocate(self.model, CSKVConfig(), statistics, samples[settings.samples :], Budget(ratio))
+                found.adapter.metrics |= {"predicted_kl": found.predicted_kl, "measured_kl": found.measured_kl}
+                found.adapter.save_pretrained(self._folder(ratio))
+                shown.note = f"KL {found.measured_kl:.4f} nats on text kept aside"
 
-def _draw(rows: list[dict[str, Any]], workspace: Workspace) -> None:
-    plot_demo(rows, workspace.path("demo.png"))
-    trained = [variant for variant in VARIANTS if variant.trained]
-    logs = [workspace.path("training", variant.key, TRAINING_LOG) for variant in trained]
-    plot_training(logs, workspace.path("training.png"), [variant.name for variant in trained])
+    def _methods(self) -> list[Method]:
+        """Return what is compared; adapters are those of the folders."""
+        adapters = [(ratio, CSKVAdapter.from_pretrained(self._folder(ratio))) for ratio in self.settings.budgets]
+        methods = [uncompressed(), *(compressed(adapter, "CSKV", ratio) for ratio, adapter in adapters)]
+        try:
+            return [*methods, quantized(4)]
+        except CSKVError as error:
+            self._say(f"no row of transformers' quantised cache: {error}")
+            return methods
+
+    def _measure(self, method: Method, run: Run, shown: Stage) -> None:
+        evaluation = self.settings.evaluation
+        jobs = len(list(evaluation.jobs())) + 1
+        given = self.model, self.tokenizer, [method], evaluation, run
+        evaluate(*given, on_work=lambda _what, share: shown.advance(share / jobs))
+        own = method.name, method.budget
+        (row,) = (row for row in run.rows if row["task"] == NEEDLES and (row["method"], row["budget"]) == own)
+        if DECODING not in row:
+            with method.on(self.model) as new_cache:
+                steps = self.settings.timed_steps
+                speed = measure_decode(self.model, self._prompt[:1], steps=steps, repeats=1, new_cache=new_cache)
+            row[DECODING] = speed.to_dict()
+            run.save()

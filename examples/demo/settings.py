@@ -1,132 +1,70 @@
-"""Settings of the demo: what it compares, and how much work it puts into it."""
+"""Settings of the demo: how much it calibrates on, generates and measures."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
+from cskv.data.mixed import mixed_source
+from cskv.data.sources import TextSource, open_source
+from cskv.evaluation.decoding import CONTEXT_FIRST
+from cskv.evaluation.settings import PERPLEXITY, EvaluationSettings
+from demo.model import BUNDLED
 
-from cskv.config import CSKVConfig
-from cskv.errors import ConfigError
-from cskv.training.settings import TrainingSettings
-
-CACHE: dict[str, Any] = {"window": 32, "group": 32}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the table.
-
-    Attributes:
-        key: its name in files.
-        name: its name in the table.
-        density: share of the key and of the value channels kept; None for the uncompressed model.
-        init: how the factors are made.
-        trained: whether layer-wise reconstruction follows the initialisation.
-        allocated: ranks are dealt out over layers, keys and values, within the density.
-        mixed: ranks and widths of 2 to 8 bits are chosen for `DemoSettings.byte_ratio`, instead of a density.
-    """
-
-    key: str
-    name: str
-    density: float | None = None
-    init: str = "asvd"
-    trained: bool = False
-    allocated: bool = False
-    mixed: bool = False
-
-    @property
-    def is_compressed(self) -> bool:
-        """False for the uncompressed model alone."""
-        return self.density is not None or self.mixed
-
-    @property
-    def config(self) -> CSKVConfig:
-        """The newest 32 tokens are exact at any time, so that a question is; older ones are sealed 32 at a time."""
-        if self.mixed:
-            return CSKVConfig(init=self.init, **CACHE)
-        if self.density is None:
-            raise ConfigError(f"variant {self.name} is not compressed and has no settings")
-        return CSKVConfig(k_density=self.density, v_density=self.density, init=self.init, **CACHE)
-
-
-VARIANTS = (
-    Variant("uncompressed", "uncompressed"),
-    Variant("50-trained", "50 % trained", 0.5, "asvd", trained=True),
-    Variant("80-svd", "80 % SVD, untrained", 0.2, "svd"),
-    Variant("80-asvd", "80 % ASVD, untrained", 0.2, "asvd"),
-    Variant("80-trained", "80 % trained", 0.2, "asvd", trained=True),
-    Variant("80-pca", "80 % PCA, allocated ranks, untrained", 0.2, "fisher-pca", allocated=True),
-    Variant("mixed", "mixed widths, untrained", init="fisher-pca", mixed=True),
-)
-EXAMPLE = "80-trained"
+NEEDLES = "niah-single"
+RECORDS = "records"  # a name for the text that the bundled model was trained on
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Amounts of calibration, training and measurement. The defaults take some four minutes on two CPU cores.
+    """Amounts of calibration, generation and measurement. The defaults take some five minutes on two CPU cores.
 
     Attributes:
-        num_lines: lines per LongEval record.
-        cases: LongEval questions per variant.
-        batch_size: questions, or texts, in one forward.
-        seed: of the order of the calibration and training text, and of the records in it.
-        sample_len: tokens per calibration and training sample.
-        calibration_samples, train_samples: how many of each; training goes over them once.
-        allocation_samples: samples that ranks and widths are dealt out by.
-        byte_ratio: share of the uncompressed bytes that sealed tokens take in mixed widths.
-        learning_rate, train_batch_size: of the training, with a cosine schedule.
-        texts, text_tokens: held-out documents for the perplexity, and the tokens taken of each.
-        speed_repeats: stretches of 32 decoded tokens, of which the median is the speed.
+        evaluation: needles and held-out text.
+        text: that is calibrated on, a name of `cskv.data.sources`, or "records".
+        budgets: shares of the bytes, an adapter each.
+        samples: to calibrate on, and as many more, `aside`, to choose ranks and widths by.
+        sample_len: tokens of a sample.
+        answer_tokens: to generate side by side.
+        timed_steps: decoded tokens by which the speed is told.
     """
 
-    num_lines: int = 200
-    cases: int = 80
-    batch_size: int = 4
-    seed: int = 0
-    sample_len: int = 1024
-    calibration_samples: int = 64
-    train_samples: int = 600
-    allocation_samples: int = 8
-    byte_ratio: float = 0.044
-    learning_rate: float = 2e-3
-    train_batch_size: int = 2
-    texts: int = 16
-    text_tokens: int = 1024
-    speed_repeats: int = 3
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    text: str = "offline"
+    budgets: tuple[float, ...] = (0.2, 0.05)
+    samples: int = 16
+    aside: int = 4
+    sample_len: int = 512
+    answer_tokens: int = 80
+    timed_steps: int = 16
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("seed", "learning_rate", "byte_ratio") and value < 1:
-                raise ConfigError(f"{field.name} is {value}; expected at least 1")
-        if self.train_samples < self.train_batch_size:
-            raise ConfigError(
-                f"train_samples is {self.train_samples}; expected at least one batch, {self.train_batch_size}"
-            )
+    @classmethod
+    def of(cls, path: str, cases: int, seed: int) -> DemoSettings:
+        """Return the settings for a model."""
+        is_bundled = Path(path).resolve() == BUNDLED
+        evaluation = EvaluationSettings(
+            tasks=(NEEDLES, PERPLEXITY),
+            tokens=(1024,),
+            cases=cases,
+            protocols=(CONTEXT_FIRST,),
+            seeds=(seed,),
+            wording="lines" if is_bundled else "ruler",  # the bundled model has learnt no other
+            texts=4,
+            text_tokens=(1024,),
+            max_new_tokens=12,
+        )
+        return cls(evaluation, RECORDS if is_bundled else "offline")
 
     @property
-    def training(self) -> TrainingSettings:
-        """Return the settings of training."""
-        steps = self.train_samples // self.train_batch_size
-        return TrainingSettings(
-            learning_rate=self.learning_rate,
-            warmup_steps=min(20, steps // 10),
-            schedule="cosine",
-            batch_size=self.train_batch_size,
-            checkpoint_every=100,
-        )
+    def seed(self) -> int:
+        return self.evaluation.seeds[0]
+
+    @property
+    def source(self) -> TextSource:
+        """Return the text that is calibrated on."""
+        return mixed_source(200) if self.text == RECORDS else open_source(self.text)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready values."""
-        return dataclasses.asdict(self)
-
-
-def fast_dtype() -> str:
-    """Return "auto", the checkpoint's own dtype, or "float32" on a CPU that would emulate bf16, many times slower."""
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
-        return "auto"
-    has_kernels = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "auto" if has_kernels else "float32"
+        """Return everything that decides the figures, as JSON-ready values."""
+        return self.evaluation.to_dict() | {"demo": {k: v for k, v in vars(self).items() if k != "evaluation"}}

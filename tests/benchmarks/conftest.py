@@ -1,4 +1,4 @@
-"""The benchmarks are scripts beside one another: they import each other by their bare names."""
+"""The benchmarks of quality are scripts beside one another: they import each other by their bare names."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import json
 
 import closed_form
 import common
-import decode_report
 import grids
 import pages
 import pytest
@@ -41,13 +40,6 @@ def test_quantisation(written, monkeypatch):
     assert written == {page: page.read_text() for page in [pages.DOCS / "quantisation.md"]}
     rows = common.read_results(common.RESULTS / "grids.json")["rows"]
     assert grids.table({name: rows[name] for name in grids.makers()}).markdown() in written.popitem()[1]
-
-
-def test_decoding(written, monkeypatch):
-    no_drawing(monkeypatch, decode_report, "draw")
-    decode, generation = (common.read_results(common.RESULTS / f"{name}.json") for name in ("decode", "generation"))
-    decode_report.write_report(decode, generation)
-    assert written == {page: page.read_text() for page in [pages.DOCS / "decode-speed.md"]}
 
 
 def test_a_row_that_lacks_a_method_is_measured_again_and_others_are_kept(tmp_path):

@@ -53,6 +53,10 @@ def test_adapters_and_baselines_side_by_side(run, adapter, book, tmp_path, monke
     assert ratios["uncompressed"] == 1.0
     assert ratios["Mine"] < ratios["SVD"] < 1.0
     assert "Mine 25 %" in result.stderr
+    lines = [line for line in result.stderr.splitlines() if " s (" in line]
+    assert len(lines) == 3 * 2 * (2 + 1)  # a line per measurement, without a terminal
+    assert lines[0].startswith("uncompressed lines 2 in-prefill: ")
+    assert lines[-1].endswith("s (18 of 18)")
     assert "cskv report" in result.stderr
 
 
@@ -92,6 +96,39 @@ def test_published_files_are_asked_as_they_are(run, model_folder, tmp_path):
     assert [output["answers"] for output in found[0]["outputs"]] == [[str(case.expected)] for case in cases]
 
 
+def test_departures_are_shown_in_a_table(run, adapter, book, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")  # a table that is not cut
+    target = tmp_path / "results.json"
+    arguments = ["-t", "departure", "--text", book, "--generated", "6", "-o", target, *SMALL]
+    result = run("evaluate", "-a", f"Mine={adapter}", *arguments)
+    assert last_json(result)["rows"] == 2
+    assert {(row["task"], row["size"], row["generated"]) for row in read_run(target).rows} == {("departure", 96, 6)}
+    assert "equal tokens" in result.stderr
+
+
+def test_code_is_never_run_unless_it_is_asked_for_by_name(run, model_folder, book, tmp_path, monkeypatch):
+    from cskv.data import code, offline
+
+    source = (offline.root() / "textwrap.py").read_text(encoding="utf-8")
+    documents = {"train": {"stdlib/textwrap.py": source}, "heldout": {"stdlib/held.py": "held = 1\n" * 3000}}
+    monkeypatch.setattr(offline, "documents", lambda split: iter(documents[split].items()))
+    monkeypatch.setattr(code, "PARTS", 1)
+    for cached in (code.functions, code._heldout):
+        cached.cache_clear()
+    target = tmp_path / "results.json"
+    arguments = ["-m", model_folder, "--tokens", "1500", "--protocol", "in-prefill", "-o", target, *SMALL]
+    result = run("evaluate", "-t", "code", *arguments, "--cases", "1")
+    assert "what the model writes is run, confined" in result.stderr
+    (row,) = read_run(target).rows
+    assert (row["task"], row["n"], row["score"]) == ("code", 1, 0.0)
+    assert row["outputs"][0]["answers"] == ["textwrap.shorten"]
+    for cached in (code.functions, code._heldout):
+        cached.cache_clear()
+    plain = ["-m", model_folder, "--text", book, "-o", tmp_path / "other.json", *SMALL]
+    assert "is run" not in run("evaluate", *plain).stderr
+    assert not any(row["task"] == "code" for row in read_run(tmp_path / "other.json").rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -104,6 +141,8 @@ def test_published_files_are_asked_as_they_are(run, model_folder, tmp_path):
         (["-a", "nowhere"], "nowhere"),
         (["--no-uncompressed"], "nothing to measure"),
         (["--chat"], "no chat template"),
+        (["-t", "code", "--chat"], "code is completed as a text, not in a chat"),
+        (["-t", "vt", "--tokens", "20"], "the shortest prompt of vt takes"),
         (["--lines-file", "none.jsonl"], "cannot read none.jsonl"),
     ],
 )

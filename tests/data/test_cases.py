@@ -44,8 +44,15 @@ def test_words_are_found_whatever_their_case():
     assert case("San Francisco").score("it was SAN FRANCISCO.") == 1
 
 
+def test_a_word_has_to_stand_alone():
+    assert case("cat", "dog").score("1. Category 2. dog") == 0.5
+    assert case("cat").score("concat cats") == 0
+
+
 def test_a_line_ends_the_answer_where_one_number_is_asked_for():
-    assert case("12").ends_with_line
-    assert not case("12", "13").ends_with_line
-    assert not case("word").ends_with_line
+    assert case("12").is_over("it is 12\n")
+    assert not case("12").is_over("it is 12")
+    assert not case("12").is_over("it is\n1")
+    assert not case("12", "13").is_over("12\n")
+    assert not case("word").is_over("3 words\n")
     assert case("12").prompt == "context question"

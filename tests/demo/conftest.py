@@ -10,10 +10,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
-@pytest.fixture(autouse=True)
-def few_documents(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def few_documents():
     """Few and small: reading the whole standard library for every stream of samples would take most of the time."""
     from cskv.data import offline
 
     documents = [(f"stdlib/{i}", f"def function_{i}():\n    return {i}\n" * 40) for i in range(8)]
-    monkeypatch.setattr(offline, "documents", lambda split: iter(documents))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offline, "documents", lambda split: iter(documents))
+        yield

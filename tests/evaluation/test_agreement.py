@@ -10,13 +10,16 @@ import math
 import pytest
 import torch
 
+from cskv.attachment.attach import attachment_of
 from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.errors import DataError
 from cskv.evaluation import agreement as module
+from cskv.evaluation import reference as reference_module
 from cskv.evaluation.agreement import agreement
 from cskv.evaluation.forward import forward
 from cskv.evaluation.perplexity import perplexity
+from cskv.evaluation.reference import Reference
 from cskv.methods.method import compressed, uncompressed
 from tests.evaluation.support import VOCABULARY, tiny_llama
 
@@ -36,8 +39,8 @@ def test_the_uncompressed_model_agrees_with_itself(batch_size):
     found = agreement(model, uncompressed(), text, chunk=8, batch_size=batch_size)
     assert found.tokens == 3 * 69
     assert found.top1 == (1.0,) * 3
-    assert found.kl == (0.0,) * 3
-    assert found.nll == found.reference_nll
+    assert max(found.kl) < 1e-6
+    assert found.nll == pytest.approx(found.reference_nll, rel=1e-5)
     with torch.no_grad():
         logits = model(text[:, :-1], use_cache=False).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, text[:, 1:].flatten()).item()
@@ -64,14 +67,24 @@ def test_the_perplexity_is_that_of_the_compressed_cache():
         assert perplexity(model, text, chunk=8, first_chunk=16).nll == pytest.approx(sum(found.nll) / 2, rel=1e-6)
 
 
-def test_what_is_held_at_once_changes_nothing_but_how_often_the_method_is_put_on(monkeypatch):
-    model, text, times = tiny_llama(), tokens(2, 90), []
-    ours = method(model, 0.25)
-    counted = dataclasses.replace(ours, on=lambda on: times.append(1) or ours.on(on))
-    whole = agreement(model, counted, text, chunk=8, first_chunk=16)
-    assert len(times) == 2  # once for each text
-    monkeypatch.setattr(module, "HELD", 1)
-    assert agreement(model, ours, text, chunk=8, first_chunk=16) == whole
+def test_the_uncompressed_model_reads_a_text_once_for_all_methods(monkeypatch):
+    model, text = tiny_llama(), tokens(3, 90)
+    reference, read = Reference(model), []
+    plain = reference._read
+    monkeypatch.setattr(reference, "_read", lambda rows: read.append(len(rows)) or plain(rows))
+    methods = [method(model, 0.25), dataclasses.replace(method(model, 0.5), pads=False), uncompressed()]
+    found = [agreement(model, own, text, reference=reference, batch_size=2) for own in methods]
+    assert read == [2, 1]
+    assert found == [agreement(model, own, text, batch_size=2) for own in methods]
+    monkeypatch.setattr(reference_module, "HELD", 1)  # nothing is kept, and nothing changes
+    assert agreement(model, methods[0], text, reference=reference, batch_size=1) == agreement(model, methods[0], text)
+
+
+def test_a_long_reference_is_read_through_a_cache(monkeypatch):
+    model, text = tiny_llama(), tokens(2, 90)
+    whole = Reference(model).states(text)
+    monkeypatch.setattr(reference_module, "WHOLE", 32)
+    torch.testing.assert_close(Reference(model).states(text), whole)
 
 
 def test_kl_and_top1_are_those_of_the_definition():
@@ -94,6 +107,20 @@ def test_kl_and_top1_are_those_of_the_definition():
     assert [(p["start"], p["stop"]) for p in found.positions] == [(39, 40), (40, 41), (41, 42), (42, 43)]
 
 
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_the_method_is_off_the_model_when_reading_is_broken_off(chunk):
+    model = tiny_llama()
+
+    def stop(_tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        agreement(model, method(model, 0.25), tokens(1, 60), chunk=chunk, on_tokens=stop)
+    assert caught.tb is not None  # frames are still alive
+    assert attachment_of(model) is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_figures_are_json_with_intervals_over_texts():
     model, text = tiny_llama(), tokens(4, 60)
     figures = agreement(model, method(model, 0.25), text, chunk=8).to_dict()
@@ -101,6 +128,10 @@ def test_figures_are_json_with_intervals_over_texts():
     low, high = figures["perplexity_interval"]
     assert low < figures["perplexity"] < high
     assert figures["perplexity"] == pytest.approx(math.exp(figures["nll"]))
+    low, high = figures["nll_increase_interval"]
+    assert low < figures["nll_increase"] < high
+    increase = math.log(figures["perplexity"] / figures["reference_perplexity"])
+    assert figures["nll_increase"] == pytest.approx(increase)
     assert figures["kl_interval"][0] < figures["kl"] < figures["kl_interval"][1]
     assert agreement(model, uncompressed(), text[:1], chunk=8).to_dict()["perplexity_interval"] is None
 

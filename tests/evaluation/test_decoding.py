@@ -9,6 +9,7 @@ from accelerate import cpu_offload
 import cskv
 from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
+from cskv.data.cases import Case
 from cskv.errors import DataError
 from cskv.evaluation.decoding import CONTEXT_FIRST, PROTOCOLS, answer
 from cskv.evaluation.forward import forward
@@ -46,7 +47,7 @@ def test_both_protocols_decode_greedily(model, rows):
     contexts, questions = [CONTEXTS[i] for i in rows], [QUESTIONS[i] for i in rows]
     expected = [by_hand(model, *pair) for pair in zip(contexts, questions, strict=True)]
     for protocol in PROTOCOLS:
-        made = answer(model, TOKENIZER, contexts, questions, NEW, protocol=protocol, until_line=False)
+        made = answer(model, TOKENIZER, contexts, questions, NEW, protocol=protocol)
         assert made.texts == expected
         assert made.prompt_tokens == sum(map(len, contexts + questions))
         assert made.decode_tokens == len(rows) * (NEW - 1)
@@ -54,9 +55,9 @@ def test_both_protocols_decode_greedily(model, rows):
 
 def test_at_full_rank_the_compressed_cache_answers_as_the_exact_one(model):
     asked = (TOKENIZER, CONTEXTS, QUESTIONS, NEW)
-    expected = answer(model, *asked, protocol=CONTEXT_FIRST, until_line=False).texts
+    expected = answer(model, *asked, protocol=CONTEXT_FIRST).texts
     with cskv.attach(model, adapter(model, 1.0)):
-        assert answer(model, *asked, protocol=CONTEXT_FIRST, until_line=False).texts == expected
+        assert answer(model, *asked, protocol=CONTEXT_FIRST).texts == expected
 
 
 def test_the_question_reads_a_compressed_context_only_after_it(model):
@@ -64,8 +65,8 @@ def test_the_question_reads_a_compressed_context_only_after_it(model):
     asked = (TOKENIZER, CONTEXTS[2:], QUESTIONS[2:], 1)
     exact = by_hand(model, CONTEXTS[2], QUESTIONS[2])
     with cskv.attach(model, adapter(model, 0.1, window=0)):
-        inside = answer(model, *asked, until_line=False).texts
-        after = answer(model, *asked, protocol=CONTEXT_FIRST, until_line=False).texts
+        inside = answer(model, *asked).texts
+        after = answer(model, *asked, protocol=CONTEXT_FIRST).texts
         by_chunk = _first_token_in_two_forwards(model, CONTEXTS[2], QUESTIONS[2])
     assert inside == [exact[:1]]
     assert after == [by_chunk]
@@ -81,8 +82,9 @@ def test_a_row_ends_at_the_line_after_a_number_where_that_is_wanted():
     replies = {TOKENIZER(question[-1])["input_ids"][0]: TOKENIZER("12\n34")["input_ids"] for question in QUESTIONS[:1]}
     model = parrot(SIZE, replies)
     asked = (CONTEXTS[:1], QUESTIONS[:1], 20)
-    assert answer(model, TOKENIZER, *asked, protocol=CONTEXT_FIRST).texts == ["12\n"]
-    assert answer(model, TOKENIZER, *asked, protocol=CONTEXT_FIRST, until_line=False).texts == ["12\n34"]
+    ending = Case("niah-single", 1, "", "", ("12",)).is_over
+    assert answer(model, TOKENIZER, *asked, protocol=CONTEXT_FIRST, endings=[ending]).texts == ["12\n"]
+    assert answer(model, TOKENIZER, *asked, protocol=CONTEXT_FIRST).texts == ["12\n34"]
 
 
 def test_questions_of_different_lengths_are_not_one_batch(model):
@@ -96,8 +98,8 @@ def test_questions_of_different_lengths_are_not_one_batch(model):
 def test_an_offloaded_model_answers_as_it_does_at_home(protocol):
     model = tiny_llama(vocab_size=SIZE)
     asked = (TOKENIZER, CONTEXTS, QUESTIONS, NEW)
-    expected = answer(model, *asked, protocol=protocol, until_line=False).texts
+    expected = answer(model, *asked, protocol=protocol).texts
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.device.type == "meta"
-    assert answer(model, *asked, protocol=protocol, until_line=False).texts == expected
+    assert answer(model, *asked, protocol=protocol).texts == expected
     assert measure_decode(model, torch.ones(1, 4, dtype=torch.long), steps=1, repeats=1).prompt_tokens == 4

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cskv.data.aggregation import make
 from cskv.data.lines import make_case
 from cskv.errors import DataError
 from cskv.evaluation import material
@@ -72,3 +73,22 @@ def test_a_file_is_cut_into_texts_of_any_length(tmp_path):
     assert texts.shape == (2, 80_000)
     whole = path.read_text()
     assert TOKENIZER.decode(texts[1]) == whole[80_000:160_000]
+
+
+def test_every_seed_reads_another_stretch_of_a_file(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{index} words in a book.\n" for index in range(300)))
+    found = Material(TOKENIZER, EvaluationSettings(text=str(path), texts=2, text_tokens=(900,)))
+    read = "".join(TOKENIZER.decode(row) for seed in (0, 1, 2) for row in found.texts(900, seed))
+    assert read == path.read_text()[:5400]
+    with pytest.raises(
+        DataError, match="enough for 6 samples of 900; 8 were asked for .*; seed 3 takes the texts 6 to 7"
+    ):
+        found.texts(900, 3)
+
+
+def test_tasks_of_aggregation_are_made_seed_by_seed():
+    found = Material(TOKENIZER, EvaluationSettings(tokens=(3000,), cases=3))
+    cases = found.cases("fwe", 3000, 1)
+    assert [case.task for case in cases] == ["fwe"] * 3
+    assert cases[2] == make("fwe", TOKENIZER, 3000, 1002)

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from cskv.errors import DataError
+from cskv.evaluation.agreement import bootstrap_interval
 from cskv.evaluation.pooling import Cell, Stretch, Value, pool
 from cskv.evaluation.wilson import wilson_interval
 
@@ -75,6 +76,51 @@ def test_agreement_is_pooled_over_tokens_and_by_stretch():
     assert found.positions == (Stretch(0, 8, 0.75, pytest.approx(0.3)),)
 
 
+DEPARTURE = {"task": "departure", "tokens": 10, "top1": 1.0, "kl": 0.0, "generated": 8}
+
+
+def test_departures_are_pooled_over_the_texts_of_all_seeds():
+    (found,) = pool([row(0, **DEPARTURE, equal_tokens=[8, 2]), row(1, **DEPARTURE, equal_tokens=[3, 1, 8])])
+    assert found.generated == 8
+    assert found.equal_tokens == Value(pytest.approx(22 / 5), *bootstrap_interval((8, 2, 3, 1, 8)))
+    assert found.median_equal == 3
+    assert found.still_equal == Value(pytest.approx(2 / 5), *wilson_interval(2, 5))
+    assert found.kl.mean == 0
+    assert found.score is None
+
+
+def test_departures_of_different_lengths_are_not_pooled():
+    with pytest.raises(DataError, match="rows of PCA on departure generated 8 and 9 tokens"):
+        pool([row(0, **DEPARTURE, equal_tokens=[8]), row(1, **DEPARTURE | {"generated": 9}, equal_tokens=[9])])
+
+
+def test_intervals_of_seeds_add_in_squares():
+    kind = {"task": "agreement", "top1": 1.0, "top1_interval": [0.9, 1.0]}
+    one = row(0, tokens=30, kl=0.1, kl_interval=[0.06, 0.18], **kind)
+    other = row(1, tokens=10, kl=0.5, kl_interval=[0.34, 0.62], **kind)
+    (alone,) = pool([one])
+    assert (alone.kl.low, alone.kl.high) == pytest.approx((0.06, 0.18))
+    (both,) = pool([one, other])
+    # 3/4 and 1/4 of the tokens: down hypot(0.03, 0.04) = 0.05, up hypot(0.06, 0.03)
+    assert (both.kl.mean, both.kl.low, both.kl.high) == pytest.approx((0.2, 0.15, 0.2 + math.sqrt(0.0045)))
+    assert both.top1.high == 1.0
+    (without,) = pool([one, other | {"kl_interval": None}])  # of a single text
+    assert (without.kl.low, without.kl.high) == (0.1, 0.5)
+
+
+def test_the_range_of_a_perplexity_is_that_of_its_distance_from_the_uncompressed_one():
+    """Seed 1 has harder texts, for every method."""
+    kind = {"task": "perplexity", "tokens": 10}
+    easy = row(0, perplexity=5.0, reference_perplexity=4.0, **kind)
+    hard = row(1, perplexity=20.0, reference_perplexity=20.0, **kind)
+    (found,) = pool([easy, hard])
+    assert found.perplexity.mean == pytest.approx(10.0)
+    root = math.sqrt(1.25)
+    assert (found.perplexity.low, found.perplexity.high) == pytest.approx((10 / root, 10 * root))
+    (alone,) = pool([easy | {"nll_increase_interval": [math.log(1.2), math.log(1.3)]}])
+    assert (alone.perplexity.low, alone.perplexity.high) == pytest.approx((4.8, 5.2))
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -92,7 +138,11 @@ def test_agreement_is_pooled_over_tokens_and_by_stretch():
         ({"cache": 3}, "a cache that is an object"),
         ({"cache": {"ratio": "half"}}, "ratio of PCA on lines is 'half'"),
         ({"task": "perplexity", "tokens": 1}, "perplexity of PCA on perplexity is None"),
+        ({"task": "agreement", "tokens": 1, "top1": 1.0, "kl": 1.0, "kl_interval": [2.0, 1.0]}, "kl_interval of PCA"),
+        ({"task": "agreement", "tokens": 1, "top1": 1.0, "kl": 1.0, "kl_interval": 3}, "is 3; expected two numbers"),
         ({"task": "agreement", "tokens": 1, "top1": 1.0, "kl": -1.0}, "kl of PCA on agreement is -1.0"),
+        (DEPARTURE, "equal_tokens of PCA on departure are None"),
+        (DEPARTURE | {"equal_tokens": [9]}, r"equal_tokens of PCA on departure are \[9\]; expected a list of numbers"),
     ],
 )
 def test_a_damaged_row_is_named_in_one_line(changes, complaint):

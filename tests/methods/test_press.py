@@ -101,10 +101,10 @@ def test_a_press_that_drops_almost_nothing_answers_as_the_model_and_reads_right_
     model = tiny_llama(vocab_size=len(tokenizer))
     context, question = "some text to be read before " * 4, "and then?"
     asked = (tokenizer, [context], [question], 8)
-    exact = answer(model, *asked, until_line=False).texts
+    exact = answer(model, *asked).texts
     kept = press("streaming", 0.995)  # int(113 * 0.995) = 112 of 113 tokens
     with kept.on(model):
-        assert answer(model, *asked, protocol=CONTEXT_FIRST, until_line=False).texts == exact
+        assert answer(model, *asked, protocol=CONTEXT_FIRST).texts == exact
 
 
 @with_kvpress

@@ -5,7 +5,7 @@ import pytest
 from cskv.errors import DataError
 from cskv.evaluation.pooling import pool
 from cskv.plots import plot_needles
-from cskv.plots.heatmap import _columns, _maps
+from cskv.plots.heatmap import _maps, _slots
 from tests.plots.made_up import rows_of
 from tests.plots.support import PNG
 
@@ -25,9 +25,11 @@ def test_a_map_per_method_and_budget_uncompressed_last():
 
 def test_a_row_of_maps_is_a_method_where_budgets_allow_it():
     methods = [(name, budget) for name in "abc" for budget in (0.5, 0.3, 0.2, 0.1)]
-    assert _columns([*methods, ("uncompressed", None)]) == 4
-    assert _columns(methods[:3]) == 3
-    assert _columns([(name, 0.2) for name in "abcdefghi"]) == 3
+    assert _slots([*methods, ("uncompressed", None)]) == (list(range(13)), 4)
+    fewer = [entry for entry in methods if entry not in (("b", 0.2), ("b", 0.1))]
+    assert _slots(fewer) == ([0, 1, 2, 3, 4, 5, 8, 9, 10, 11], 4)
+    assert _slots(methods[:3]) == ([0, 1, 2], 3)
+    assert _slots([(name, 0.2) for name in "abcdefghi"]) == (list(range(9)), 3)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from cskv.errors import DataError
 from cskv.evaluation.pooling import pool
 from cskv.plots import (
     method_looks,
+    pareto,
     plot_accuracy,
     plot_agreement,
-    plot_demo,
+    plot_divergence,
     plot_perplexity,
     plot_positions,
     plot_spectra,
@@ -47,6 +48,8 @@ def test_everything_is_drawn_over_bytes(tmp_path, found):
         plot_perplexity(of(found, "perplexity", 2048), tmp_path / "b.png"),
         plot_agreement(of(found, "agreement", 2048), tmp_path / "c.png", looks=looks),
     ]
+    if any(point.budget for point in found):
+        drawn.append(plot_divergence(of(found, "agreement", 2048), tmp_path / "d.png", looks=looks))
     assert all(path.read_bytes().startswith(PNG) for path in drawn)
 
 
@@ -68,6 +71,60 @@ def test_agreement_along_the_text_is_drawn_for_one_budget_of_each_method(tmp_pat
     with pytest.raises(DataError, match="has positions"):
         plot_positions(of(points(["PCA"]), "lines", 200), tmp_path / "q.png")
     assert not (tmp_path / "q.png").exists()
+
+
+def drawn_axes(monkeypatch, plot, found, path):
+    """The panels that a plot draws."""
+    figures = []
+    monkeypatch.setattr(pareto, "save", lambda figure, path: figures.append(figure) or path)
+    plot(found, path)
+    return figures[0].axes
+
+
+def kl_rows(**methods):
+    """Two budgets of each method, with KL and interval."""
+    return [
+        {**row, "budget": budget, "cache": {"ratio": budget or 1.0}, "kl": kl, "kl_interval": [kl / 2, 3 * kl]}
+        for name, values in methods.items()
+        for budget, kl in values.items()
+        for row in rows_of(name, budget, 0)
+        if row["task"] == "agreement"
+    ]
+
+
+def test_methods_are_lines_in_bands_that_are_their_intervals(tmp_path, monkeypatch):
+    found = pool(kl_rows(PCA={0.5: 0.01, 0.1: 0.1}, SVD={0.5: 0.2, 0.1: 0.9}, alone={0.2: 0.05}))
+    (ax,) = drawn_axes(monkeypatch, plot_divergence, found, tmp_path / "a.png")
+    assert ax.get_yscale() == ax.get_xscale() == "log"
+    bands = [c.get_paths()[0].vertices for c in ax.collections if type(c).__name__.endswith("PolyCollection")]
+    assert [(band[:, 1].min(), band[:, 1].max()) for band in bands] == [
+        (pytest.approx(0.005), pytest.approx(0.3)), (pytest.approx(0.1), pytest.approx(2.7))
+    ]  # fmt: skip
+    low, high = ax.get_ylim()
+    assert low < 0.01
+    assert high > 2.7
+
+
+def test_the_front_of_all_methods_is_a_thin_step_line(tmp_path, monkeypatch):
+    found = pool(kl_rows(PCA={0.5: 0.01, 0.1: 0.1}, SVD={0.5: 0.2, 0.05: 0.9}))
+    (ax,) = drawn_axes(monkeypatch, plot_divergence, found, tmp_path / "a.png")
+    (front,) = [line for line in ax.get_lines() if line.get_drawstyle() == "steps-post"]
+    assert list(front.get_xdata()) == pytest.approx([5, 10, 50, 50])
+    assert list(front.get_ydata()) == pytest.approx([0.9, 0.1, 0.01, 0.01])
+    assert front.get_linewidth() < 1.4
+
+
+@pytest.mark.parametrize(("rounding", "levels"), [(0.002, 1), (1e-9, 0), (0.0, 0)])
+def test_what_rounding_does_is_a_level_unless_it_is_far_below(tmp_path, monkeypatch, rounding, levels):
+    found = pool(kl_rows(uncompressed={None: rounding}, PCA={0.5: 0.01, 0.1: 0.1}))
+    (ax,) = drawn_axes(monkeypatch, plot_divergence, found, tmp_path / "a.png")
+    assert sum(len(set(line.get_ydata())) == 1 and len(line.get_ydata()) == 2 for line in ax.get_lines()) == levels
+    assert ax.get_ylim()[0] > 1e-3
+
+
+def test_a_divergence_of_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match="a KL divergence above 0"):
+        plot_divergence(pool(kl_rows(PCA={0.5: 0.0})), tmp_path / "a.png")
 
 
 def test_several_tasks_in_one_figure_are_refused(tmp_path):
@@ -96,27 +153,9 @@ def test_the_front_keeps_what_nothing_smaller_beats():
     assert pareto_front(found, "less") == [(10.0, 5.0), (100.0, 5.0)]
 
 
-def demo_row(name: str, size: float, accuracy: float, perplexity: float) -> dict:
-    return {
-        "name": name,
-        "bytes_per_token": size,
-        "accuracy": accuracy,
-        "low": max(0.0, accuracy - 0.1),
-        "high": min(1.0, accuracy + 0.1),
-        "perplexity": perplexity,
-        "num_lines": 200,
-    }
-
-
-def test_the_demo_figure_is_drawn(tmp_path):
-    rows = [demo_row("uncompressed", 6144, 0.98, 6.0), demo_row("80 % SVD", 1229, 0.0, 900.0)]
-    assert plot_demo(rows, tmp_path / "demo.png").read_bytes().startswith(PNG)
-
-
 def test_nothing_to_draw_is_refused(tmp_path):
-    for draw in (plot_demo, plot_spectra):
-        with pytest.raises(DataError, match="at least one"):
-            draw([], tmp_path / "empty.png")
+    with pytest.raises(DataError, match="at least one"):
+        plot_spectra([], tmp_path / "empty.png")
 
 
 def test_points_at_one_place_are_set_side_by_side_around_it():

@@ -50,7 +50,7 @@ def test_the_page_is_whole(whole):
     text = whole.page.read_text(encoding="utf-8")
     page = Elements(text)
     headings = [attributes["id"] for attributes in page.of("h2")]
-    assert headings == ["summary", "accuracy", "perplexity", "agreement", "needles", "spectra", "runs"]
+    assert headings == ["summary", "divergence", "accuracy", "perplexity", "agreement", "needles", "spectra", "runs"]
     assert [attributes["href"] for attributes in page.of("a")] == [f"#{name}" for name in headings]
     for word in ("bfloat16", "A made-up processor", "2.13.0", "2026-11-25 10:00 UTC", "Seeds: 0, 1", "flag"):
         assert word in text

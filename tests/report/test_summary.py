@@ -58,6 +58,25 @@ def test_less_is_better_where_it_is():
     assert found["SVD", 0.2].entries == [Entry("20.00"), Entry("95.0", "", True), Entry("0.5000")]
 
 
+def test_departures_have_two_columns_and_more_is_better():
+    kind = {"task": "departure", "protocol": None, "tokens": 10, "top1": 1.0, "generated": 512, "size": 1024}
+    rows = [row("PCA", 0.2, None, equal_tokens=[512, 90], kl=0.1, **kind)]
+    rows += [row("SVD", 0.2, None, equal_tokens=[12, 17], kl=0.3, **kind)]
+    table = summarise(pool(rows))
+    assert table.columns[:2] == [
+        ("equal tokens", "of 512, after 1,024"),
+        ("equal to the end, %", "of 512, after 1,024"),
+    ]
+    assert table.columns[-1] == ("KL, nats", "per token, generated after 1,024 tokens")
+    ((first, second),) = table.groups
+    assert first.entries[:2] == [Entry("301", "90–512", True), Entry("50.0", "9–91", True)]
+    assert second.entries[:2] == [Entry("14", "12–17"), Entry("0.0", "0–66")]
+    told = next(csv.DictReader(write_csv(pool(rows)).splitlines(keepends=True)))
+    assert [told[name] for name in ("generated", "equal_tokens", "median_equal", "still_equal", "best")] == [
+        "512", "301", "301", "0.5", "1"
+    ]  # fmt: skip
+
+
 def test_seeds_that_agree_need_no_small_print():
     kind = {"task": "perplexity", "protocol": None, "tokens": 10}
     rows = [row("PCA", 0.2, None, seed, perplexity=value, **kind) for seed, value in ((0, 9.0), (1, 9.001))]
@@ -90,6 +109,12 @@ def test_the_csv_has_every_size_and_marks_the_best():
     ]
     assert [entry["best"] for entry in rows] == ["1", "0", "0"]
     assert rows[2]["budget"] == ""
+
+
+def test_the_csv_has_the_interval_of_a_divergence():
+    kind = {"task": "agreement", "protocol": None, "tokens": 10, "top1": 0.5, "kl": 0.25, "kl_interval": [0.125, 0.5]}
+    (entry,) = csv.DictReader(write_csv(pool([row("PCA", 0.2, None, **kind)])).splitlines())
+    assert [entry[name] for name in ("kl", "kl_least", "kl_most", "top1")] == ["0.25", "0.125", "0.5", "0.5"]
 
 
 def test_figures_are_written_as_people_write_them():

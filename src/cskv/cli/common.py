@@ -148,6 +148,7 @@ def progress(*columns: str) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console(),
+        speed_estimate_period=3600.0,  # steps may take minutes, and the last seconds tell little of them
         disable=not is_main_process(),
     )
 

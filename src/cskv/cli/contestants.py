@@ -40,7 +40,7 @@ class Contestants:
             "--baseline",
             "-b",
             help="svd@0.2, asvd@0.2, pca@0.2, weighted-pca@0.2 (untrained factors), quantized@4 (bits; needs "
-            "cskv[peers]), streaming@0.2, h2o@0.2 or any press of kvpress, which needs an environment of its own; "
+            "cskv[peers]), fp8, streaming@0.2, h2o@0.2 or any press of kvpress, which needs an environment of its own; "
             "again for more.",
         ),
     ] = None

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cskv.cli import options as opt
-from cskv.cli.common import Interrupted, command, console, emit, progress, say, set_logging
+from cskv.cli.common import Interrupted, command, console, emit, say, set_logging
 from cskv.cli.contestants import Contestants
 from cskv.cli.groups import LoadingOptions
 from cskv.cli.outputs import check_writable
 from cskv.cli.settings import MOST_LINES, model_name, numbers, words
+from cskv.cli.stages import Stages
 from cskv.cli.tables import results_table
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ def evaluate(
         question_option(
             "--task",
             "-t",
-            help="lines (LongEval), passkey, niah-single, niah-multikey, niah-multivalue, niah-multiquery (RULER), "
-            "perplexity (with agreement), continuation. Several with commas, or again.",
+            help="lines (LongEval), passkey, niah-single, niah-multikey, niah-multivalue, niah-multiquery, vt, cwe, "
+            "fwe (RULER), perplexity (with agreement), continuation, departure (how long "
+            "generated text stays the uncompressed one's), code (functions of Python's library: RUNS WHAT THE MODEL "
+            "WRITES, confined as far as this platform can). Several with commas, or again.",
         ),
     ] = ["lines", "perplexity"],  # noqa: B006 (typer copies it)
     lines: Annotated[list[str], question_option(help="Lines of LongEval records.")] = ["200"],  # noqa: B006
@@ -45,7 +48,7 @@ def evaluate(
         list[Path] | None,
         question_option(help="A published LongEval lines file, instead of generated records; again for more."),
     ] = None,
-    tokens: Annotated[list[str], question_option(help="Tokens of needle prompts.")] = ["1024"],  # noqa: B006
+    tokens: Annotated[list[str], question_option(help="Tokens of prompts of all tasks but lines.")] = ["1024"],  # noqa: B006
     depths: Annotated[list[str], question_option(help="Where needles lie, from 0 to 1.")] = ["0,0.25,0.5,0.75,1"],  # noqa: B006
     cases: Annotated[int, question_option(help="Questions per task, size and seed.")] = 50,
     protocol: Annotated[
@@ -60,11 +63,17 @@ def evaluate(
         str, question_option(help="What needles are hidden in: noise, needles, or a text source.")
     ] = "offline",
     chat: Annotated[bool, question_option("--chat", help="Ask in the tokenizer's chat template.")] = False,
-    max_new_tokens: Annotated[int, question_option("--max-new-tokens", "-n", help="The longest answer.")] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        question_option(
+            "--max-new-tokens", "-n", help="The longest answer. [default: 64; vt 30, cwe 120, fwe 50, code 320]"
+        ),
+    ] = None,
     text: Annotated[str, text_option(help="A text file, or offline, wikitext2, c4: held-out part.")] = "offline",
     texts: Annotated[int, text_option(help="Texts per seed.")] = 8,
     text_tokens: Annotated[list[str], text_option(help="Tokens of a text.")] = ["1024"],  # noqa: B006
     continued: Annotated[int, text_option(help="The last tokens, which continuation scores.")] = 256,
+    generated: Annotated[int, text_option(help="Tokens that departure generates after a text.")] = 512,
     output: Annotated[
         Path | None,
         opt.files(
@@ -90,9 +99,12 @@ def evaluate(
     * `cskv evaluate --adapter outputs/adapters/my-model/A --baseline svd@0.2`
     * `cskv evaluate -a PCA=A50 -a PCA=A20 -b asvd@0.5 -b asvd@0.2 -b quantized@4 --seed 0,1 -o results/my-model.json`
     * `cskv evaluate -a A -t niah-single,niah-multikey --tokens 4096,8192,16384 --text book.txt --haystack book.txt`
+    * `cskv evaluate -a A -b quantized@4 -t vt,cwe,fwe,departure --tokens 4096 --text wikitext2 --generated 512`
     * `cskv evaluate -m lmsys/longchat-7b-v1.5-32k -a A -t lines --lines-file 200_lines.jsonl`
     """
     set_logging(logging_level)
+    from cskv.data.code import CODE
+    from cskv.evaluation.sandbox import run_confined
     from cskv.evaluation.settings import EvaluationSettings
 
     settings = EvaluationSettings(
@@ -111,9 +123,13 @@ def evaluate(
         texts=texts,
         text_tokens=numbers("--text-tokens", text_tokens, int),
         continued=continued,
+        generated=generated,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
+    if CODE in settings.tasks:
+        run_confined("pass")  # refused at once where this platform cannot
+        say("code: what the model writes is run, confined; see docs/evaluation.md for what that holds and what not")
     contestants = replace(contestants, model_path=loading.optional_name(contestants.model_path))
     run = _measure(contestants, settings, loading, output, outputs)
     console().print(results_table(run))
@@ -151,19 +167,9 @@ def _measure(
             break
     if run.rows:
         say(f"going on with {run.path}: {len(run.rows)} rows are there, {len(left)} measurements to go")
-    with progress() as bar:
-        line = bar.add_task("", total=len(left))
+    with Stages([settings.tokens_of(job) for _, job in left]) as stages:
         try:
-            run_all(
-                model,
-                tokenizer,
-                methods,
-                settings,
-                run,
-                keep_outputs=keep_outputs,
-                on_work=lambda what, share: bar.update(line, description=what, advance=share),
-            )
-            bar.update(line, completed=len(left))  # sums of shares may fall short by a rounding
+            run_all(model, tokenizer, methods, settings, run, keep_outputs=keep_outputs, on_work=stages)
         except KeyboardInterrupt as error:
             raise Interrupted(
                 f"interrupted: {len(run.rows)} rows are in {run.path}; the same command goes on"

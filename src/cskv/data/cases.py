@@ -18,7 +18,7 @@ class Case:
         answers: what the output has to hold.
         depth: where in the context the answer lies, from 0 (its beginning) to 1; None where it lies in several places.
         last_integer: scored as LongEval does, by the last integer in the output; otherwise as RULER does, by the share
-            of answers that occur in it. A number has to stand alone here: 123 is not found in 123000.
+            of answers that occur in it. They have to stand alone here: 123 is not found in 123000, nor cat in category.
     """
 
     task: str
@@ -34,10 +34,11 @@ class Case:
         """Return context and question together."""
         return self.context + self.question
 
-    @property
-    def ends_with_line(self) -> bool:
-        """Tell whether the answer is over at a newline that follows a digit: where a single number is asked for."""
-        return len(self.answers) == 1 and self.answers[0].isdecimal()
+    def is_over(self, output: str) -> bool:
+        """Tell whether what follows no longer counts: after a line with a digit, where a single number is asked for."""
+        before, newline, _ = output.rpartition("\n")
+        asked = len(self.answers) == 1 and self.answers[0].isdecimal()
+        return asked and bool(newline) and any(map(str.isdigit, before))
 
     def score(self, output: str) -> float:
         """Score an output, from 0 to 1."""
@@ -50,4 +51,4 @@ class Case:
 def _occurs(answer: str, output: str) -> bool:
     if answer.isdecimal():
         return re.search(rf"(?<!\d){answer}(?!\d)", output) is not None
-    return answer.lower() in output.lower()
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", output, re.IGNORECASE) is not None

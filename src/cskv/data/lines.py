@@ -58,14 +58,17 @@ class LinesCase:
 @lru_cache(maxsize=1)
 def key_words() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the adjectives and the nouns that keys are made of, each in a fixed order."""
+    return word_list("adjective"), word_list("noun")
+
+
+def word_list(*categories: str) -> tuple[str, ...]:
+    """Return the words of some categories ("adjective", "noun", "verb") of `wonderwords`, each once, sorted."""
     try:
         from wonderwords import RandomWord
     except ImportError as error:
-        raise ImportError("LongEval lines need the word lists of `wonderwords`: pip install wonderwords") from error
+        raise ImportError("these tasks need the word lists of `wonderwords`: pip install wonderwords") from error
     words = RandomWord()
-    adjectives = words.filter(include_categories=["adjective"])
-    nouns = words.filter(include_categories=["noun"])
-    return tuple(sorted(set(adjectives))), tuple(sorted(set(nouns)))
+    return tuple(sorted({word for name in categories for word in words.filter(include_categories=[name])}))
 
 
 def make_key(rng: random.Random) -> str:

@@ -30,13 +30,17 @@ def documents(split: Split) -> Iterator[tuple[str, str]]:
         from pydoc_data.topics import topics
 
         yield from ((f"topics/{name}", topics[name]) for name in sorted(topics))
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = {f"stdlib/{path.relative_to(root).as_posix()}": path for path in root.rglob("*.py")}
+    paths = {f"stdlib/{path.relative_to(root()).as_posix()}": path for path in root().rglob("*.py")}
     for name in sorted(paths):
         parts = Path(name).parts[1:]
         skipped = not SKIPPED_FOLDERS.isdisjoint(parts) or parts[0].startswith("_sysconfigdata")
         if not skipped and _split_of(name) == split and (text := _read_utf8(paths[name])):
             yield name, text
+
+
+def root() -> Path:
+    """Return the folder of the standard library's sources."""
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def _split_of(name: str) -> Split:

@@ -19,6 +19,7 @@ def cache_after_prefill(
     input_ids: Int[Tensor, "batch tokens"],
     *,
     new_cache: Callable[[], Cache] | None = None,
+    own: CacheReport | None = None,
 ) -> CacheReport:
     """Return the report of the cache that a prompt leaves behind: allocated bytes, slack included.
 
@@ -26,11 +27,12 @@ def cache_after_prefill(
         model: attached or not.
         input_ids: the prompt; fed in one forward.
         new_cache: makes the empty cache that is filled; the model's own when None. All bytes of one that is not ours
-            are `other_bytes`, and `uncompressed_bytes` are measured with a second forward, through the model's own.
+            are `other_bytes`, and `uncompressed_bytes` are those of the model's own.
+        own: the report of the model's own, where it is known already; else a second forward makes it.
     """
     with evaluation_mode(model):
-        own = cache_report(forward(model, input_ids, last_only=True)[1], model)
         if new_cache is None:
-            return own
+            return cache_report(forward(model, input_ids, last_only=True)[1], model)
+        own = own or cache_report(forward(model, input_ids, last_only=True)[1], model)
         _, cache = forward(model, input_ids, new_cache(), last_only=True)
     return replace(cache_report(cache, model), batch=input_ids.shape[0], uncompressed_bytes=own.uncompressed_bytes)

@@ -8,7 +8,7 @@ reads it from the cache. kvpress's protocol, and the harder one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ def answer(
     new_cache: NewCache | None = None,
     *,
     protocol: str = IN_PREFILL,
-    until_line: bool = True,
+    endings: Sequence[Callable[[str], bool]] | None = None,
 ) -> Answers:
     """Continue contexts, each with its question, greedily; what is prefilled is left-padded to one length.
 
@@ -66,7 +66,8 @@ def answer(
         max_new_tokens: the longest answer.
         new_cache: makes the empty cache; the model's own when None.
         protocol: "in-prefill" or "context-first"; the latter encodes questions on their own, without special tokens.
-        until_line: a row ends at a newline after a digit, too.
+        endings: for each row, what tells whether the text so far is a whole answer; None where only the end-of-sequence
+            token ends one.
 
     Raises:
         DataError: with "context-first" the questions differ in their number of tokens (see `question_tokens`).
@@ -80,8 +81,8 @@ def answer(
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     input_ids, mask = left_pad(heads, pad)
     question_ids = torch.tensor(tails, dtype=torch.long)
-    device, eos = device_of(model), _end_ids(model)
-    ends = _AnswerEnd(tokenizer, input_ids.shape[1] + question_ids.shape[1], eos, device, until_line)
+    device, eos = device_of(model), end_ids(model)
+    ends = _AnswerEnd(tokenizer, input_ids.shape[1] + question_ids.shape[1], eos, device, endings)
     began = clock(device)
     cache = None if new_cache is None else new_cache()
     if apart:
@@ -146,7 +147,7 @@ def left_pad(
 
 @dataclass
 class _AnswerEnd(StoppingCriteria):
-    """Ends a row at end-of-sequence or, with `until_line`, at a newline after a digit.
+    """Ends a row at end-of-sequence or where its answer is whole.
 
     Attributes:
         first_token_at: seconds of `clock` when the first token was there.
@@ -158,7 +159,7 @@ class _AnswerEnd(StoppingCriteria):
     prompt_length: int
     end_ids: Sequence[int]
     device: torch.device
-    until_line: bool
+    endings: Sequence[Callable[[str], bool]] | None
     first_token_at: float = 0.0
     lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     done: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
@@ -174,7 +175,8 @@ class _AnswerEnd(StoppingCriteria):
             self.done = torch.zeros(len(new), dtype=torch.bool)
         self.lengths[~self.done] += 1
         for index, row in enumerate(new):
-            self.done[index] |= row[-1] in self.end_ids or (self.until_line and self._is_complete(row))
+            if not self.done[index]:
+                self.done[index] = row[-1] in self.end_ids or self._is_whole(index, row)
         return self.done.to(input_ids.device, copy=True)
 
     def answers(
@@ -193,12 +195,12 @@ class _AnswerEnd(StoppingCriteria):
             decode_seconds=ended - self.first_token_at,
         )
 
-    def _is_complete(self, row: list[int]) -> bool:
-        before, newline, _ = str(self.tokenizer.decode(row)).rpartition("\n")
-        return bool(newline) and any(map(str.isdigit, before))
+    def _is_whole(self, index: int, row: list[int]) -> bool:
+        return self.endings is not None and self.endings[index](str(self.tokenizer.decode(row)))
 
 
-def _end_ids(model: PreTrainedModel) -> list[int]:
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """Return the tokens at which the model's texts end."""
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
     if ids is None:
         return []

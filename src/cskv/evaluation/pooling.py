@@ -10,11 +10,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
 from typing import Any
 
 from cskv.errors import DataError
+from cskv.evaluation.agreement import bootstrap_interval
 from cskv.evaluation.results import KEY, Row
-from cskv.evaluation.settings import AGREEMENT, CONTINUATION, PERPLEXITY
+from cskv.evaluation.settings import AGREEMENT, CONTINUATION, DEPARTURE, PERPLEXITY
 from cskv.evaluation.wilson import wilson_interval
 
 
@@ -22,7 +24,10 @@ from cskv.evaluation.wilson import wilson_interval
 class Value:
     """A figure and the range around it; `low` and `high` are None where there is none.
 
-    The range is a 95 % interval of a score, and the least and the most of several seeds of everything else.
+    The range is a 95 % interval: of a score over its cases, of all else over texts. Seeds are independent, so their
+    intervals add in squares; rows without intervals give the least and the most of several seeds. A perplexity's is
+    that of its distance from the uncompressed model's, as far as rows tell it: texts differ more than methods do, and
+    alike for all of them.
     """
 
     mean: float
@@ -61,6 +66,10 @@ class Pooled:
         score, perplexity, top1, kl: those that the task has; None otherwise.
         cells: of needle tasks, by depth.
         positions: of agreement, in order.
+        generated: tokens that were generated after each text, of departures.
+        equal_tokens: how many of them were the uncompressed model's before the first that was not, mean over texts.
+        median_equal: their median.
+        still_equal: the share of texts that never differed.
     """
 
     method: str
@@ -78,6 +87,10 @@ class Pooled:
     kl: Value | None = None
     cells: tuple[Cell, ...] = ()
     positions: tuple[Stretch, ...] = ()
+    generated: int | None = None
+    equal_tokens: Value | None = None
+    median_equal: float | None = None
+    still_equal: Value | None = None
 
 
 def pool(rows: Iterable[Row]) -> list[Pooled]:
@@ -110,8 +123,10 @@ def _pooled(rows: Sequence[Row]) -> Pooled:
     figures: dict[str, Any] = {}
     if first["task"] in (PERPLEXITY, CONTINUATION):
         figures |= _perplexity(rows)
-    if first["task"] in (AGREEMENT, CONTINUATION):
+    if first["task"] in (AGREEMENT, CONTINUATION, DEPARTURE):
         figures |= _agreement(rows)
+    if first["task"] == DEPARTURE:
+        figures |= _departure(rows)
     return Pooled(**pooled, **(figures or _accuracy(rows)))
 
 
@@ -140,17 +155,52 @@ def _perplexity(rows: Sequence[Row]) -> dict[str, Any]:
         math.log(_number(row, "perplexity", 1e-300)) if row.get("nll") is None else _number(row, "nll") for row in rows
     ]
     mean, low, high = _spread(nats, tokens)
-    bounds = (None if bound is None else math.exp(bound) for bound in (low, high))
-    return {"n": sum(tokens), "perplexity": Value(math.exp(mean), *bounds)}
+    if all(row.get("reference_perplexity") is not None for row in rows):
+        apart = [nat - math.log(_number(row, "reference_perplexity", 1e-300)) for nat, row in zip(nats, rows)]
+        middle, *bounds = _spread(apart, tokens, [_interval(row, "nll_increase") for row in rows])
+        low, high = (None if bound is None else mean + bound - middle for bound in bounds)
+    values = (None if bound is None else math.exp(bound) for bound in (low, high))
+    return {"n": sum(tokens), "perplexity": Value(math.exp(mean), *values)}
 
 
 def _agreement(rows: Sequence[Row]) -> dict[str, Any]:
     tokens = [_count(row, "tokens") for row in rows]
-    figures = {
-        name: Value(*_spread([_number(row, name, 0.0, most) for row in rows], tokens))
-        for name, most in (("top1", 1.0), ("kl", math.inf))
+    figures: dict[str, Any] = {"n": sum(tokens), "positions": _positions(rows)}
+    for name, most in (("top1", 1.0), ("kl", math.inf)):
+        intervals = [_interval(row, name, 0.0, most) for row in rows]
+        mean, *bounds = _spread([_number(row, name, 0.0, most) for row in rows], tokens, intervals)
+        figures[name] = Value(mean, *(None if bound is None else min(most, max(0.0, bound)) for bound in bounds))
+    return figures
+
+
+def _departure(rows: Sequence[Row]) -> dict[str, Any]:
+    """Pool the texts of all seeds."""
+    lengths = sorted({_count(row, "generated") for row in rows})
+    if len(lengths) > 1:
+        raise DataError(
+            f"rows of {rows[0]['method']} on {DEPARTURE} generated {' and '.join(map(str, lengths))} tokens; those of "
+            "one length can be pooled: leave the others out"
+        )
+    equal: list[int] = []
+    for row in rows:
+        counts = row.get("equal_tokens")
+        if (
+            not isinstance(counts, list)
+            or not counts
+            or not all(_is_number(c) and 0 <= c <= lengths[0] for c in counts)
+        ):
+            raise DataError(
+                f"equal_tokens of {row['method']} on {DEPARTURE} are {counts!r}; expected a list of numbers from 0 to "
+                f"{lengths[0]}"
+            )
+        equal += counts
+    whole = sum(count == lengths[0] for count in equal)
+    return {
+        "generated": lengths[0],
+        "equal_tokens": Value(fmean(equal), *(bootstrap_interval(equal) or ())),
+        "median_equal": float(median(equal)),
+        "still_equal": Value(whole / len(equal), *wilson_interval(whole, len(equal))),
     }
-    return {"n": sum(tokens), **figures, "positions": _positions(rows)}
 
 
 def _positions(rows: Sequence[Row]) -> tuple[Stretch, ...]:
@@ -165,10 +215,32 @@ def _positions(rows: Sequence[Row]) -> tuple[Stretch, ...]:
     )
 
 
-def _spread(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float | None, float | None]:
-    """Return the weighted mean, and the least and the most of several."""
-    mean = sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+def _spread(
+    values: Sequence[float], weights: Sequence[int], intervals: Sequence[tuple[float, float] | None] = ()
+) -> tuple[float, float | None, float | None]:
+    """Return the weighted mean and its interval; the least and the most of several without intervals of their own."""
+    shares = [weight / sum(weights) for weight in weights]
+    mean = sum(value * share for value, share in zip(values, shares, strict=True))
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) == len(values):
+        down, up = (
+            math.hypot(*(share * (interval[side] - value) for value, share, interval in zip(values, shares, known)))
+            for side in (0, 1)
+        )
+        return mean, mean - down, mean + up
     return (mean, min(values), max(values)) if len(values) > 1 else (mean, None, None)
+
+
+def _interval(row: Row, name: str, least: float = -math.inf, most: float = math.inf) -> tuple[float, float] | None:
+    """Return the 95 % interval of a figure, if the row has one."""
+    bounds = row.get(f"{name}_interval")
+    if bounds is None:
+        return None
+    if not isinstance(bounds, list) or len(bounds) != 2:
+        raise DataError(f"{name}_interval of {row['method']} on {row['task']} is {bounds!r}; expected two numbers")
+    label, known = f"{name}_interval", {"method": row["method"], "task": row["task"]}
+    low = _number(known | {label: bounds[0]}, label, least, most)
+    return low, _number(known | {label: bounds[1]}, label, low, most)
 
 
 def _cache_mean(rows: Sequence[Row], name: str) -> float | None:

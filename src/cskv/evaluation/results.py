@@ -13,15 +13,26 @@ A row is one method on one task with one seed:
 
     method       a series of a figure, for instance "PCA" or "StreamingLLM"
     budget       the share of the cache that the method is meant to keep, or null (uncompressed)
-    task, size   "lines" and lines, a needle task and tokens, "perplexity" or "agreement" and tokens
-    protocol     "in-prefill" or "context-first"; null for perplexity and agreement
+    task, size   "lines" and lines, another question and tokens of its prompt, "perplexity", "agreement",
+                 "continuation" or "departure" and tokens of the text
+    protocol     "in-prefill" or "context-first"; null for texts
     seed
-    n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval   (lines and needles)
+    n, score, low, high        cases, their mean score in [0, 1] and its 95 % interval    (all questions; code: passes)
     cells                      [{"depth", "n", "score"}, ...]                             (needles)
-    tokens, perplexity, nll    and perplexity_interval, 95 % over texts                   (perplexity, continuation)
+    tokens, perplexity, nll    and perplexity_interval, 95 % over texts; the uncompressed model's reference_perplexity,
+                               and nll_increase over it, with its interval                (perplexity, continuation)
     tokens, top1, kl, positions    share of equal first choices, nats per token, their intervals, and both over
-                                   stretches of positions [{"start", "stop", "top1", "kl"}, ...]
-                                                                                          (agreement, continuation)
+                                   stretches of positions [{"start", "stop", "top1", "kl"}, ...]; of the uncompressed
+                                   cache, what rounding alone does to them
+                                                             (agreement, continuation, departure: of the generated text)
+    n, generated, equal_tokens     texts, tokens generated after each, and how many were the uncompressed model's,
+    mean_equal, median_equal       of each; mean, median, and the share that never differed, with 95 % intervals
+    still_equal                                                                           (departure)
+    reading      "whole" or "pieces": how texts were read (`cskv.evaluation.agreement`)
+    speed        {"device", "seconds", "tokens_per_second"}: what the method took for all texts or questions, and prompt
+                 tokens or tokens of texts by it; of questions also `prefill_seconds` (the mean time to the first token)
+                 and `decode_tokens_per_second`. On a CPU these are times on the wall, of whatever else ran as well; and
+                 only what was read in the same way compares
     cache        bytes that are really allocated after the prompt (`cskv.CacheReport`, with `ratio` and
                  `bytes_per_token`)
 """

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cskv.attachment.cache_bytes import CacheReport
 from cskv.errors import DataError
-from cskv.evaluation.agreement import agreement
+from cskv.evaluation.agreement import Agreement, agreement
 from cskv.evaluation.cache_size import cache_after_prefill
+from cskv.evaluation.departure import decoded, departures, reference_texts
+from cskv.evaluation.forward import clock
 from cskv.evaluation.material import Material
+from cskv.evaluation.reference import Reference
 from cskv.evaluation.results import Row, Run
-from cskv.evaluation.settings import AGREEMENT, CONTINUATION, PERPLEXITY, TEXT_TASKS, EvaluationSettings, Job
+from cskv.evaluation.settings import (
+    AGREEMENT,
+    CONTINUATION,
+    DEPARTURE,
+    PERPLEXITY,
+    TEXT_TASKS,
+    EvaluationSettings,
+    Job,
+)
 from cskv.evaluation.tasks import evaluate_cases
 from cskv.methods.method import Method
 from cskv.models.placement import device_of
@@ -83,9 +97,9 @@ def evaluate(
         run.add(*measure.rows(method, job))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Measure:
-    """Measures one method on one job."""
+    """Measures one method on one job; what all methods are compared with is made once."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -93,6 +107,12 @@ class _Measure:
     material: Material
     keep_outputs: bool
     on_work: OnWork
+    references: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # by size, seed and rows together
+    plain: dict[Job, CacheReport] = field(default_factory=dict)  # of the model's own cache
+
+    @cached_property
+    def reference(self) -> Reference:
+        return Reference(self.model)
 
     def rows(self, method: Method, job: Job) -> list[Row]:
         """Return the rows of a job."""
@@ -100,17 +120,18 @@ class _Measure:
         what = " ".join(str(part) for part in (method.label, job.task, job.size, job.protocol or "") if part)
         if job.task not in TEXT_TASKS:
             return [key | self._questions(method, job, what)]
-        figures = self._text(method, job, what)
-        cache = {"cache": figures.pop("cache")}
+        figures = self._departure(method, job, what) if job.task == DEPARTURE else self._text(method, job, what)
+        common = {name: figures.pop(name) for name in ("cache", "speed")}
         parts: dict[str, dict[str, Any]] = {job.task: figures}
         if job.task == PERPLEXITY:
-            shared = {"tokens": figures.pop("tokens")}
+            shared = {name: figures.pop(name) for name in ("tokens", "reading")}
             likelihood = {name: figures.pop(name) for name in list(figures) if "nll" in name or "perplexity" in name}
             parts = {AGREEMENT: shared | figures, PERPLEXITY: shared | likelihood}
-        return [key | {"task": task} | part | cache for task, part in parts.items()]
+        return [key | {"task": task} | part | common for task, part in parts.items()]
 
     def _questions(self, method: Method, job: Job, what: str) -> Row:
-        cases = self.material.cases(job.task, job.size, job.seed)
+        cases, device = self.material.cases(job.task, job.size, job.seed), device_of(self.model)
+        began = clock(device)
         with method.on(self.model) as new_cache:
             result = evaluate_cases(
                 self.model,
@@ -118,41 +139,86 @@ class _Measure:
                 cases,
                 protocol=str(job.protocol),
                 batch_size=self.settings.batch_size if method.pads else 1,
-                max_new_tokens=self.settings.max_new_tokens,
+                max_new_tokens=self.settings.longest_answer(job.task),
                 new_cache=new_cache,
                 on_case=lambda done: self.on_work(what, done / len(cases)),
             )
+        seconds = clock(device) - began
         prompt = self.tokenizer(cases[0].prompt, return_tensors="pt", verbose=False)["input_ids"]
         row: Row = {name: getattr(result, name) for name in ("n", "score", "low", "high", "prompt_tokens")}
-        if device_of(self.model).type == "cuda":  # times on a CPU that does other things as well say nothing
-            row |= {name: getattr(result, name) for name in ("prefill_seconds", "decode_tokens_per_second")}
+        times = {name: getattr(result, name) for name in ("prefill_seconds", "decode_tokens_per_second")}
+        row["speed"] = self._speed(seconds, result.prompt_tokens * result.n) | times
         if job.task != "lines":
             row["cells"] = result.cells()
         if self.keep_outputs:
             row["outputs"] = result.to_dict()["outputs"]
-        return row | {"cache": self._cache(method, prompt)}
+        return row | {"cache": self._cache(method, job, prompt)}
 
     def _text(self, method: Method, job: Job, what: str) -> Row:
         texts = self.material.texts(job.size, job.seed)
         prefix = job.size - self.settings.continued if job.task == CONTINUATION else 0
-        to_sealing = (method.first_piece - prefix - 1) % method.piece + 1  # pieces begin where groups are sealed
-        found = agreement(
+        found = self._agreement(method, texts, prefix, what, 1.0)
+        speed = self._speed(found.seconds, texts.numel() - len(texts))
+        return found.to_dict() | {"speed": speed, "cache": self._cache(method, job, texts[:1])}
+
+    def _departure(self, method: Method, job: Job, what: str) -> Row:
+        """Generate with the method, and read the uncompressed model's text with it; each is half of the work."""
+        prompts = self.material.texts(job.size, job.seed)
+        rows = self.settings.batch_size if method.pads else 1
+        reference = self._reference(job, rows, what)
+        done, device = 0.0, device_of(self.model)
+
+        def on_tokens(made: int) -> None:
+            nonlocal done
+            done += (share := made / reference.numel() / 2)
+            self.on_work(what, share)
+
+        began = clock(device)
+        found = departures(self.model, method, prompts, reference, batch_size=rows, on_tokens=on_tokens)
+        speed = self._speed(clock(device) - began, sum(map(len, found.texts)))
+        self.on_work(what, 0.5 - done)  # it ends early where all texts have departed
+        read = self._agreement(method, torch.cat([prompts, reference], dim=1), job.size, what, 0.5).to_dict()
+        kept = ("tokens", "kl", "kl_interval", "top1", "top1_interval", "positions", "reading")
+        row = found.to_dict() | {name: read[name] for name in kept}
+        if self.keep_outputs:
+            row["outputs"] = decoded(self.tokenizer, found, reference)
+        return row | {"speed": speed, "cache": self._cache(method, job, prompts[:1])}
+
+    def _reference(self, job: Job, rows: int, what: str) -> Int[Tensor, "texts generated"]:
+        """Return the uncompressed model's texts, generated for the first method that needs them."""
+        key = job.size, job.seed, rows
+        if key not in self.references:
+            prompts, count = self.material.texts(job.size, job.seed), self.settings.generated
+            self.references[key] = reference_texts(
+                self.model, prompts, count, batch_size=rows, on_tokens=lambda _: self.on_work(what, 0.0)
+            )
+        return self.references[key]
+
+    def _agreement(
+        self, method: Method, texts: Int[Tensor, "texts tokens"], prefix: int, what: str, share: float
+    ) -> Agreement:
+        """Read texts with and without the method, as that share of the work."""
+        return agreement(
             self.model,
             method,
             texts,
-            chunk=method.piece,
-            first_chunk=to_sealing if prefix else method.first_piece,
+            reference=self.reference,
             prefix=prefix,
             batch_size=self.settings.batch_size if method.pads else 1,
-            on_tokens=lambda done: self.on_work(what, done / (texts.numel() - len(texts))),
+            on_tokens=lambda done: self.on_work(what, share * done / (texts.numel() - len(texts))),
         )
-        return found.to_dict() | {"cache": self._cache(method, texts[:1])}
 
-    def _cache(self, method: Method, prompt: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
-        """Return the bytes of the cache after a prompt, beside those of the model's own."""
-        plain = cache_after_prefill(self.model, prompt)
-        with method.on(self.model) as new_cache:
-            report = cache_after_prefill(self.model, prompt, new_cache=new_cache)
+    def _speed(self, seconds: float, tokens: float) -> dict[str, Any]:
+        return {"device": device_of(self.model).type, "seconds": seconds, "tokens_per_second": tokens / seconds}
+
+    def _cache(self, method: Method, job: Job, prompt: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
+        """Return the bytes of the cache after a job's first prompt, beside those of the model's own."""
+        if job not in self.plain:
+            self.plain[job] = cache_after_prefill(self.model, prompt)
+        report = plain = self.plain[job]
+        if method.budget is not None:
+            with method.on(self.model) as new_cache:
+                report = cache_after_prefill(self.model, prompt, new_cache=new_cache, own=plain)
         facts = report.to_dict() | {"tokens": plain.tokens, "uncompressed_bytes": plain.total_bytes}
         return facts | {
             "ratio": report.total_bytes / plain.total_bytes,

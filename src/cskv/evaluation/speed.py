@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from cskv.errors import DataError
 from cskv.evaluation.forward import check_least, clock, forward
+from cskv.methods.method import NewCache
 from cskv.models.evaluation_mode import evaluation_mode
 from cskv.models.placement import device_of
 
@@ -46,10 +47,12 @@ def measure_decode(
     steps: int = 32,
     repeats: int = 3,
     warmup: int = 4,
+    new_cache: NewCache | None = None,
 ) -> DecodeSpeed:
     """Prefill, decode `warmup` tokens, then time `repeats` stretches of `steps` greedy tokens each.
 
     The stretches follow one another in one cache, so that a stretch of `config.group` steps contains one sealing.
+    `new_cache` makes the empty cache that is filled; the model's own when None.
 
     Raises:
         DataError: `steps` or `repeats` below 1, `warmup` below 0, or an empty prompt.
@@ -63,7 +66,7 @@ def measure_decode(
     with evaluation_mode(model):
         forward(model, input_ids[:, :8])
         began = clock(device)
-        logits, cache = forward(model, input_ids, last_only=True)
+        logits, cache = forward(model, input_ids, None if new_cache is None else new_cache(), last_only=True)
         seconds = [clock(device) - began]
         for number in (warmup, *[steps] * repeats):
             began = clock(device)

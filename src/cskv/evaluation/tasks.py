@@ -84,8 +84,7 @@ def evaluate_cases(
         protocol: "in-prefill" or "context-first" (`cskv.evaluation.decoding`).
         batch_size: cases answered together, left-padded. With "context-first" those of a batch have questions of equal
             length, so batches may be smaller.
-        max_new_tokens: the longest answer. A row also stops at end-of-sequence and, where one number is asked for, at a
-            newline after a digit.
+        max_new_tokens: the longest answer. A row also stops at end-of-sequence and where `Case.is_over` says so.
         new_cache: makes the empty cache of each batch; the model's own when None.
         on_case: called with the number of cases just finished, for a progress bar.
 
@@ -110,7 +109,7 @@ def evaluate_cases(
                 max_new_tokens,
                 new_cache,
                 protocol=protocol,
-                until_line=batch[0].ends_with_line,
+                endings=[case.is_over for case in batch],
             )
             texts.update(zip(indices, made.texts, strict=True))
             batches.append(made)
@@ -142,11 +141,10 @@ def in_chat(tokenizer: PreTrainedTokenizerBase, case: Case) -> Case:
 def _batches(
     tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], protocol: str, batch_size: int
 ) -> Iterable[list[int]]:
-    """Yield indices of cases that are alike in how an answer ends and, where it matters, in the question's length."""
-    groups: dict[object, list[int]] = defaultdict(list)
+    """Yield indices of cases that are alike, where it matters, in the question's length."""
+    groups: dict[int, list[int]] = defaultdict(list)
     for index, case in enumerate(cases):
-        length = len(question_tokens(tokenizer, case.question)) if protocol == CONTEXT_FIRST else 0
-        groups[case.ends_with_line, length].append(index)
+        groups[len(question_tokens(tokenizer, case.question)) if protocol == CONTEXT_FIRST else 0].append(index)
     for group in groups.values():
         yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 

@@ -13,9 +13,12 @@ from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.attach import attach
 from cskv.compression.budget import ratio_of
 from cskv.fingerprint import fingerprint
+from cskv.models.survey import Survey
+from cskv.reading.compressed import StoredTokens, compressed_reading
 
 NewCache = Callable[[], Cache]
 Scope = AbstractContextManager[NewCache | None]
+Whole = Callable[[Survey, int], AbstractContextManager[None]]
 PIECE = 32
 
 
@@ -31,6 +34,8 @@ class Method:
         pads: rows of different lengths can be read together, padded on the left.
         streams: it compresses a text as it grows, and not only the prompt.
         first_piece, piece: tokens per forward in which a text is read, so that it is compressed as in decoding.
+        whole: puts it on a surveyed model for forwards of whole texts without a cache, whose first tokens, as many as
+            it is told, are prefilled (`cskv.reading`); None where only a cache tells what is read.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Method:
     streams: bool = True
     first_piece: int = 2 * PIECE
     piece: int = PIECE
+    whole: Whole | None = None
 
     @property
     def label(self) -> str:
@@ -72,6 +78,11 @@ def compressed(adapter: CSKVAdapter, name: str, budget: float | None = None, **f
         with attach(model, adapter):
             yield None
 
+    def whole(surveyed: Survey, prefilled: int) -> AbstractContextManager[None]:
+        adapter.check_fits(surveyed)
+        dtype: Any = surveyed.model.dtype
+        return compressed_reading(surveyed, StoredTokens(adapter, dtype), prefilled=prefilled)
+
     config = adapter.config
     known = {
         "kind": "cskv",
@@ -86,4 +97,5 @@ def compressed(adapter: CSKVAdapter, name: str, budget: float | None = None, **f
         known | facts,
         first_piece=config.sinks + config.window + config.group,
         piece=config.group,
+        whole=whole,
     )

@@ -8,6 +8,7 @@ from cskv.calibration.statistics import Statistics
 from cskv.compression.initialise import initialise
 from cskv.config import CSKVConfig
 from cskv.errors import CSKVError
+from cskv.methods.fp8 import fp8
 from cskv.methods.method import Method, compressed, uncompressed
 from cskv.methods.press import KNOWN, press
 from cskv.methods.quantized import quantized
@@ -20,17 +21,18 @@ TITLES = {  # untrained, at any density
     "fisher-pca": "Fisher PCA",
 }
 QUANTISED = {"quantized": "hqq", "quantized-hqq": "hqq", "quantized-quanto": "quanto"}
-EXAMPLES = "uncompressed, svd@0.2, asvd@0.2, pca@0.2, quantized@4, streaming@0.2, h2o@0.2, SnapKVPress@0.2"
+WITHOUT_BUDGET = {"uncompressed": uncompressed, "fp8": fp8}
+EXAMPLES = "uncompressed, svd@0.2, asvd@0.2, pca@0.2, quantized@4, fp8, streaming@0.2, h2o@0.2, SnapKVPress@0.2"
 
 
 def split(text: str) -> tuple[str, float | None]:
-    """Return the name and the budget of a specification: a share of the cache, or bits for a quantised one.
+    """Return the name and the budget of a specification: a share of the cache, bits for a quantised one, or None.
 
     Raises:
         CSKVError: it names no method, or its budget is no such number.
     """
     name, at, number = text.partition("@")
-    if name == "uncompressed" and not at:
+    if name in WITHOUT_BUDGET and not at:
         return name, None
     if name not in (*QUANTISED, *TITLES, *KNOWN) and not name.endswith("Press"):
         raise CSKVError(f"there is no baseline {text!r}; expected one like {EXAMPLES}")
@@ -72,7 +74,7 @@ def method_of(
     """
     name, budget = split(text)
     if budget is None:
-        return uncompressed()
+        return WITHOUT_BUDGET[name]()
     if name in QUANTISED:
         return quantized(int(budget), QUANTISED[name])
     if name in TITLES:

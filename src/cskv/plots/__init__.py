@@ -2,7 +2,7 @@
 
 from cskv.plots.heatmap import plot_needles, plot_ranks
 from cskv.plots.losses import plot_losses, plot_training
-from cskv.plots.pareto import plot_accuracy, plot_agreement, plot_demo, plot_perplexity
+from cskv.plots.pareto import plot_accuracy, plot_agreement, plot_divergence, plot_perplexity
 from cskv.plots.series import method_looks, plot_positions
 from cskv.plots.spectra import plot_spectra
 from cskv.plots.style import COLOURS, MARKERS, STYLE
@@ -14,7 +14,7 @@ __all__ = [
     "method_looks",
     "plot_accuracy",
     "plot_agreement",
-    "plot_demo",
+    "plot_divergence",
     "plot_losses",
     "plot_needles",
     "plot_perplexity",

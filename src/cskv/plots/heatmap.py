@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,19 +44,19 @@ def plot_needles(points: Iterable[Pooled], path: str | Path, title: str | None =
     maps = _maps(found)
     sizes = sorted({point.size for point in found})
     depths = sorted({cell.depth for point in found for cell in point.cells})
-    columns = min(_columns(maps), len(maps))
+    slots, columns = _slots(list(maps))
     least = 0.8 if len(maps) > columns else 1.4  # a single row has room
     wide = max(1.75 if columns > 1 else 3.2, 0.35 * len(sizes))  # of a map, in inches
     high = max(least, 0.19 * len(depths))
     headings = [_heading(method, budget, wide) for method, budget in maps]
-    figure, axes = _grid(len(maps), columns, wide, high, max(heading.count("\n") for heading in headings) + 1)
+    figure, axes = _grid(slots, columns, wide, high, max(heading.count("\n") for heading in headings) + 1)
     for ax, heading, own in zip(axes, headings, maps.values(), strict=True):
         scores = {(cell.depth, point.size): 100 * cell.score for point in own for cell in point.cells}
         table = [[scores.get((depth, size), math.nan) for size in sizes] for depth in depths]
         image = _draw_cells(ax, table, 100, fontsize=7)
         ax.tick_params(length=2, labelsize=7.5)
         ax.set_title(heading, fontsize=8, pad=3)
-    _label_outside(axes, columns, sizes, depths)
+    _label_outside(dict(zip(slots, axes, strict=True)), columns, sizes, depths)
     width, height = figure.get_size_inches()
     figure.text(0.5, 0.1 / height, "tokens of the text", ha="center", fontsize=10)
     figure.text(0.08 / width, 0.5, "needle's depth, % of the text", va="center", rotation="vertical", fontsize=10)
@@ -106,18 +106,19 @@ def _draw_cells(ax: Axes, table: Sequence[Sequence[float]], most: float, **font:
     return image
 
 
-def _grid(count: int, columns: int, wide: float, high: float, lines: int) -> tuple[Figure, list[Axes]]:
+def _grid(slots: Sequence[int], columns: int, wide: float, high: float, lines: int) -> tuple[Figure, list[Axes]]:
     """Place maps of one size in rows, by hand: a layout engine takes seconds over a hundred of them."""
-    rows = -(-count // columns)
-    across, down = 0.14, 0.12 + 0.135 * lines + 0.16 * (count % columns > 0)  # an unfinished row leaves ticks above it
+    rows = max(slots) // columns + 1
+    unfinished = len(slots) < rows * columns
+    across, down = 0.14, 0.12 + 0.135 * lines + 0.16 * unfinished  # ticks above what is empty
     left, right, top, bottom = 0.75, 1.15, 0.5 + 0.135 * lines, 0.55
     width = left + columns * wide + (columns - 1) * across + right
     height = top + rows * high + (rows - 1) * down + bottom
     figure = new_figure(width, height)
     figure.set_layout_engine("none")
     axes = []
-    for index in range(count):
-        row, column = divmod(index, columns)
+    for slot in slots:
+        row, column = divmod(slot, columns)
         x, y = left + column * (wide + across), height - top - (row + 1) * high - row * down
         axes.append(figure.add_axes((x / width, y / height, wide / width, high / height)))
     return figure, axes
@@ -130,19 +131,27 @@ def _maps(points: Sequence[Pooled]) -> dict[tuple[str, float | None], list[Poole
     return {key: list(own) for key, own in groupby(ordered, key=lambda point: (point.method, point.budget))}
 
 
-def _columns(maps: Collection[tuple[str, float | None]]) -> int:
-    """Count the maps of a row: as many as most methods have budgets, else all of few, a block of many."""
-    methods = [method for method, budget in maps if budget is not None]
-    budgets = max((methods.count(method) for method in methods), default=1)
+def _slots(maps: Sequence[tuple[str, float | None]]) -> tuple[list[int], int]:
+    """Return the place of each map, counted along rows, and the maps of a row.
+
+    A method is a row where most have as many budgets as fit in one; else a few maps are one row, and many a block.
+    """
+    methods = [method for method, _ in maps]
+    most = max((methods.count(method) for method, budget in maps if budget is not None), default=1)
     if len(maps) <= 4:
-        return len(maps)
-    return budgets if 3 <= budgets <= 7 else min(5, math.ceil(math.sqrt(len(maps))))
+        return list(range(len(maps))), len(maps)
+    if not 3 <= most <= 7:
+        return list(range(len(maps))), min(5, math.ceil(math.sqrt(len(maps))))
+    slots: list[int] = []
+    for row, method in enumerate(dict.fromkeys(methods)):
+        slots += range(row * most, row * most + methods.count(method))
+    return slots, most
 
 
-def _label_outside(axes: Sequence[Axes], columns: int, sizes: Sequence[int], depths: Sequence[float]) -> None:
-    """Put ticks on the first map of each row and the last of each column, which an unfinished row leaves higher up."""
-    for index, ax in enumerate(axes):
-        lowest, first = index + columns >= len(axes), index % columns == 0
+def _label_outside(axes: Mapping[int, Axes], columns: int, sizes: Sequence[int], depths: Sequence[float]) -> None:
+    """Put ticks on the first map of each row and on those that have none below them; `axes` are by place."""
+    for slot, ax in axes.items():
+        lowest, first = slot + columns not in axes, slot % columns == 0
         ax.set_xticks(range(len(sizes)), [_tokens(size) if lowest else "" for size in sizes])
         ax.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" if first else "" for depth in depths])
 

@@ -1,4 +1,4 @@
-"""Accuracy, perplexity and agreement over the bytes that caches really take."""
+"""KL divergence, accuracy, perplexity and agreement over the bytes that caches really take."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cskv.errors import DataError
 from cskv.evaluation.pooling import Pooled, Value
 from cskv.plots.series import LEVEL, Look, add_legend, method_looks
-from cskv.plots.style import COLOURS, MARKERS, new_figure, plain, plain_log, readable_scale, save, side_by_side, styled
+from cskv.plots.style import new_figure, plain, plain_log, readable_scale, save, side_by_side, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FAR = 10.0  # times below all others: the uncompressed cache's rounding is left out of a logarithmic axis
 NEAR = 1.5  # times the least perplexity: what a closer look at the good ones shows
+
+BAND = 0.16  # opacity of intervals
+FRONT: dict[str, Look] = {"Pareto front": {"color": "#444444", "linewidth": 1.1, "linestyle": "-"}}
 
 Read = Callable[[Pooled], Value | None]
 
@@ -42,6 +46,29 @@ class Panel:
 
 
 @styled
+def plot_divergence(
+    points: Iterable[Pooled], path: str | Path, title: str | None = None, looks: Mapping[str, Look] | None = None
+) -> Path:
+    """Draw the KL divergence from the uncompressed model over cache bytes, on a logarithmic scale.
+
+    Args:
+        points: of one task and size.
+        path: the PNG (or PDF, SVG) to write.
+        title: above the panels.
+        looks: of the methods (`method_looks`), when several figures are to agree.
+
+    Raises:
+        DataError: no point has both a KL above 0 and the cache's bytes, or they are of several tasks or sizes.
+        CSKVError: the file cannot be written.
+    """
+    found = [point for point in points if point.kl is not None and point.kl.mean > 0]
+    dots = _find_dots(found, lambda point: point.kl, "a KL divergence above 0")
+    least = min((dot.y.mean for dot in dots if dot.of.budget is not None), default=0.0)
+    dots = [dot for dot in dots if dot.y.mean > least / FAR]
+    return _draw([Panel(dots, "", "nats per token (lower is better)", "less", _logarithmic)], path, title or "", looks)
+
+
+@styled
 def plot_accuracy(
     points: Iterable[Pooled], path: str | Path, title: str | None = None, looks: Mapping[str, Look] | None = None
 ) -> Path:
@@ -49,9 +76,7 @@ def plot_accuracy(
 
     Args:
         points: of one task and size.
-        path: the PNG (or PDF, SVG) to write.
-        title: above the panels.
-        looks: of the methods (`method_looks`), when several figures are to agree.
+        path, title, looks: as for `plot_divergence`.
 
     Raises:
         DataError: no point has both a score and the cache's bytes, or they are of several tasks or sizes.
@@ -64,18 +89,18 @@ def plot_accuracy(
     for protocol in dict.fromkeys(dot.of.protocol for dot in found):
         own = [dot for dot in found if dot.of.protocol == protocol]
         panels.append(Panel(own, protocol or "", "accuracy, %", "more", lambda ax, _: ax.set_ylim(bounds)))
-    return _draw(panels, path, title or "Accuracy over cache bytes (bars: 95 % interval)", looks)
+    return _draw(panels, path, title or "Accuracy over cache bytes", looks)
 
 
 @styled
 def plot_perplexity(
     points: Iterable[Pooled], path: str | Path, title: str | None = None, looks: Mapping[str, Look] | None = None
 ) -> Path:
-    """Draw perplexity over cache bytes; bars reach from the least to the most of several seeds.
+    """Draw perplexity over cache bytes.
 
     Args:
         points: of one size.
-        path, title, looks: as for `plot_accuracy`.
+        path, title, looks: as for `plot_divergence`.
 
     Raises:
         DataError: no point has both a perplexity and the cache's bytes, or they are of several sizes.
@@ -85,7 +110,9 @@ def plot_perplexity(
     least = min(dot.y.mean for dot in found)
     near = [dot for dot in found if dot.y.mean <= NEAR * least]
     views = [("", found)]
-    if len(near) < len(found):  # one method that fails would press all others into one line
+    if (
+        len(near) < len(found) and sum(dot.of.budget is not None for dot in near) > 1
+    ):  # one method that fails would press all others into one line
         views = [("All", found), (f"Up to {NEAR:g} times the least", near)]
     panels = [Panel(dots, name, "perplexity (lower is better)", "less", _readable) for name, dots in views]
     return _draw(panels, path, title or "Perplexity over cache bytes", looks)
@@ -95,62 +122,19 @@ def plot_perplexity(
 def plot_agreement(
     points: Iterable[Pooled], path: str | Path, title: str | None = None, looks: Mapping[str, Look] | None = None
 ) -> Path:
-    """Draw how far the uncompressed model is agreed with, over cache bytes: equal first choices beside the KL.
+    """Draw over cache bytes how often the likeliest token is that of the uncompressed model.
 
     Args:
         points: of one size.
-        path, title, looks: as for `plot_accuracy`.
+        path, title, looks: as for `plot_divergence`.
 
     Raises:
-        DataError: no point has both figures and the cache's bytes, or they are of several sizes.
+        DataError: no point has both the figure and the cache's bytes, or they are of several sizes.
         CSKVError: the file cannot be written.
     """
-    points = list(points)
-    first = _find_dots(points, lambda point: point.top1, "an agreement", 100.0)
-    # The uncompressed model's KL from itself is 0, which a logarithmic axis cannot show.
-    apart = [dot for dot in _find_dots(points, lambda point: point.kl, "an agreement") if dot.y.mean > 0]
-    panels = [Panel(first, "Same first choice", "tokens, % (higher is better)", "more", _shares)]
-    if apart:
-        panels.append(Panel(apart, "KL divergence", "nats per token (lower is better)", "less", _readable))
+    found = _find_dots(points, lambda point: point.top1, "an agreement", 100.0)
+    panels = [Panel(found, "", "same first choice, % of tokens", "more", _shares)]
     return _draw(panels, path, title or "Agreement with the uncompressed model", looks)
-
-
-@styled
-def plot_demo(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Draw accuracy (with its interval) and perplexity over cache bytes per token, one point per row.
-
-    Args:
-        rows: each with name, bytes_per_token, accuracy, low, high, perplexity and num_lines.
-        path: the PNG (or PDF, SVG) to write.
-
-    Raises:
-        DataError: no rows.
-        CSKVError: the file cannot be written.
-    """
-    if not rows:
-        raise DataError("no results to draw; give at least one row")
-    figure = new_figure(10.0, 5.0)
-    accuracy, perplexity = figure.subplots(1, 2)
-    sizes = [row["bytes_per_token"] for row in rows]
-    places = side_by_side(sizes, 0.02 * max(sizes))
-    for index, (row, x) in enumerate(zip(rows, places, strict=True)):
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 9}
-        share, low, high = (100 * row[name] for name in ("accuracy", "low", "high"))
-        spread = [[share - low], [high - share]]
-        accuracy.errorbar(x, share, yerr=spread, capsize=4, linestyle="none", label=row["name"], **style)
-        perplexity.plot(x, row["perplexity"], linestyle="none", **style)
-    accuracy.set(title=f"LongEval lines, {rows[0]['num_lines']} lines", ylabel="accuracy, % (95 % interval)")
-    lowest = 100 * min(row["low"] for row in rows)
-    accuracy.set_ylim(max(-5.0, 10 * (lowest // 10) - 5), 101)
-    perplexity.set(title="Held-out text, through the cache", ylabel="perplexity (lower is better)")
-    readable_scale(perplexity, [row["perplexity"] for row in rows])
-    for ax in (accuracy, perplexity):
-        ax.set_xlabel("real cache bytes per token (equal ones side by side)")
-        ax.set_xlim(0, 1.08 * max(sizes))
-    handles, names = accuracy.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(rows)), frameon=False)
-    figure.suptitle("What a smaller KV cache costs")
-    return save(figure, path)
 
 
 def _find_dots(points: Iterable[Pooled], read: Read, what: str, factor: float = 1.0) -> list[Dot]:
@@ -167,6 +151,15 @@ def _find_dots(points: Iterable[Pooled], read: Read, what: str, factor: float = 
     if len(kinds) > 1:
         raise DataError(f"results are of {sorted(kinds)}; a figure shows one task of one size: draw several")
     return found
+
+
+def _logarithmic(ax: Axes, dots: Sequence[Dot]) -> None:
+    """Show all means, and bands as far as they do not press these together: one may reach down to 0."""
+    means = [dot.y.mean for dot in dots]
+    smallest, largest = min(means), max(dot.y.mean if dot.y.high is None else dot.y.high for dot in dots)
+    ax.set_yscale("log")
+    plain_log(ax.yaxis, smallest, largest)
+    ax.set_ylim(smallest / 1.5, 1.5 * largest)
 
 
 def _readable(ax: Axes, dots: Sequence[Dot]) -> None:
@@ -197,26 +190,30 @@ def _draw(panels: Sequence[Panel], path: str | Path, title: str, looks: Mapping[
         panel.scale(ax, panel.dots)
     for ax in axes[len(panels) :]:
         ax.remove()
-    add_legend(figure, looks, width)
+    add_legend(figure, looks | FRONT, width)
     figure.suptitle(plain(title))
     return save(figure, path)
 
 
 def _draw_panel(ax: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
-    """Draw methods as lines over the bytes, uncompressed ones as stars on a level, and the Pareto front behind."""
+    """Draw methods as lines over the bytes in bands, uncompressed ones as stars on a level, and the Pareto front."""
     steps = pareto_front([(dot.x, dot.y.mean) for dot in panel.dots], panel.better)
-    ax.step(*zip(*steps, strict=True), where="post", color="#999999", alpha=0.35, linewidth=6, zorder=1)
+    ax.step(*zip(*steps, strict=True), where="post", zorder=1.5, **next(iter(FRONT.values())))
     places = dict(zip(map(id, panel.dots), _apart([dot.x for dot in panel.dots]), strict=True))
     for name in dict.fromkeys(dot.of.method for dot in panel.dots):
         own = sorted((dot for dot in panel.dots if dot.of.method == name), key=lambda dot: dot.x)
         budgeted = [dot for dot in own if dot.of.budget is not None]
-        if budgeted:
-            xs, ys = [places[id(dot)] for dot in budgeted], [dot.y.mean for dot in budgeted]
-            ax.errorbar(xs, ys, yerr=_bars(budgeted), capsize=2.5, elinewidth=0.9, linewidth=1.4, **looks[name])
+        xs = [places[id(dot)] for dot in budgeted]
+        if len(budgeted) > 1:
+            ax.plot(xs, [dot.y.mean for dot in budgeted], linewidth=1.4, **looks[name])
+            lows, highs = zip(*map(_range, budgeted), strict=True)
+            ax.fill_between(xs, lows, highs, color=looks[name]["color"], alpha=BAND, linewidth=0, zorder=1)
+        elif budgeted:
+            ax.errorbar(xs, [budgeted[0].y.mean], yerr=_bar(budgeted[0]), capsize=2.5, elinewidth=0.9, **looks[name])
         for dot in (dot for dot in own if dot.of.budget is None):
             ax.axhline(dot.y.mean, color=looks[name]["color"], linewidth=1.0, linestyle=LEVEL, zorder=1)
             star = looks[name] | {"linestyle": "none", "markersize": 13} | ({"marker": "*"} if budgeted else {})
-            ax.errorbar(dot.x, dot.y.mean, yerr=_bars([dot]), capsize=2.5, zorder=5, **star)
+            ax.errorbar(dot.x, dot.y.mean, yerr=_bar(dot), capsize=2.5, zorder=5, **star)
     ax.set(title=plain(panel.title), xlabel="allocated cache, % of the uncompressed bytes", ylabel=panel.label)
     ax.set_xscale("log")
 
@@ -231,13 +228,16 @@ def pareto_front(points: Sequence[tuple[float, float]], better: str) -> list[tup
     return [*front, (max(x for x, _ in points), front[-1][1])]
 
 
-def _bars(found: Sequence[Dot]) -> list[list[float]] | None:
-    """Return how far the ranges reach down and up; None where there is none at all."""
-    if all(dot.y.low is None or dot.y.high is None for dot in found):
-        return None
-    down = [0.0 if dot.y.low is None else max(0.0, dot.y.mean - dot.y.low) for dot in found]
-    up = [0.0 if dot.y.high is None else max(0.0, dot.y.high - dot.y.mean) for dot in found]
-    return [down, up]
+def _range(dot: Dot) -> tuple[float, float]:
+    """Return the ends of a range; the mean twice where there is none."""
+    mean, low, high = dot.y.mean, dot.y.low, dot.y.high
+    return (mean, mean) if low is None or high is None else (min(low, mean), max(high, mean))
+
+
+def _bar(dot: Dot) -> list[list[float]] | None:
+    """Return how far a range reaches down and up; None where there is none."""
+    low, high = _range(dot)
+    return None if low == high else [[dot.y.mean - low], [high - dot.y.mean]]
 
 
 def _apart(xs: Sequence[float]) -> list[float]:

@@ -108,9 +108,8 @@ def add_legend(figure: Figure, looks: Mapping[str, Look], width: float) -> None:
 
     labels = [shown(name) for name in looks]
     columns = max(1, min(5, len(labels), int(width / (0.62 + 0.085 * max(map(len, labels))))))
-    handles = [
-        Line2D([], [], label=label, linewidth=1.4, **look) for label, look in zip(labels, looks.values(), strict=True)
-    ]
+    lines: list[Look] = [{"linewidth": 1.4} | look for look in looks.values()]
+    handles = [Line2D([], [], label=label, **line) for label, line in zip(labels, lines, strict=True)]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5, handlelength=2.8
     )

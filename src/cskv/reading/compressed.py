@@ -5,7 +5,7 @@ can be had at once: every layer makes both the exact and the rebuilt keys and va
 the rebuilt ones of the tokens that would be sealed at its step and the exact ones of the rest,
 
     query t reads token s rebuilt if sinks <= s < sinks + sealed(t), else exactly;
-    sealed(t) = ((t - sinks - window) // group) * group.
+    sealed(t) = ((t - sinks - window) // group) * group, and 0 in a prefill.
 
 That is token-by-token decoding from the first token on, so it is what end-to-end training and measurements need. Memory
 is that of a forward with twice the keys; with `checkpointed` the backward pass holds that of one layer. The model's own
@@ -101,19 +101,46 @@ class RebuiltTokens:
         bias = self._adapter.factors(site.layer_idx).k.bias
         if bias is None:
             return keys.new_zeros(())
-        heads = bias.float().view(1, -1, 1, site.head_dim).expand(-1, -1, keys.shape[2], -1)
+        heads = bias.to(keys.device, torch.float32).view(1, -1, 1, site.head_dim).expand(-1, -1, keys.shape[2], -1)
         return recipe.keys.rotated(heads, call.cos.float(), call.sin.float())
 
     def _rebuild(self, site: AttentionSite, kind: str, x: Tensor, *, biased: bool = True) -> Tensor:
         """Encode and decode through the stored latents, in the factors' own dtype (fp32 while they train)."""
-        factors: Factors = getattr(self._adapter.factors(site.layer_idx), kind)
+        factors = self._factors(site, kind, x.device)
         latents = factors.latents(x.to(factors.down.dtype))
         factors = factors if biased else replace(factors, bias=None)
-        return factors.expand(read_back(latents, self._adapter.grid(site.layer_idx, kind))).to(x.dtype)
+        # Blocks begin behind the sinks, which are never stored so.
+        stored = read_back(latents[:, self.config.sinks :], self._adapter.grid(site.layer_idx, kind))
+        return factors.expand(torch.cat([latents[:, : self.config.sinks], stored], dim=1)).to(x.dtype)
+
+    def _factors(self, site: AttentionSite, kind: str, _device: torch.device) -> Factors:
+        return getattr(self._adapter.factors(site.layer_idx), kind)
+
+
+class StoredTokens(RebuiltTokens):
+    """The same, rounded as a cache stores latents: computed where and in the dtype in which layers compute.
+
+    Args:
+        adapter: made for the model, on any device.
+        dtype: of the layers.
+    """
+
+    def __init__(self, adapter: CSKVAdapter, dtype: torch.dtype) -> None:
+        super().__init__(adapter)
+        self._dtype = dtype
+        self._placed: dict[tuple[int, str], Factors] = {}
+
+    def _factors(self, site: AttentionSite, kind: str, device: torch.device) -> Factors:
+        known = self._placed.get((site.layer_idx, kind))
+        if known is None:
+            known = self._placed[site.layer_idx, kind] = super()._factors(site, kind, device).to(device, self._dtype)
+        return known
 
 
 @contextmanager
-def compressed_reading(surveyed: Survey, old: CSKVAdapter | OldTokens, *, checkpointed: bool = False) -> Iterator[None]:
+def compressed_reading(
+    surveyed: Survey, old: CSKVAdapter | OldTokens, *, prefilled: int = 0, checkpointed: bool = False
+) -> Iterator[None]:
     """Let the model's forwards, without a cache and without padding, read old tokens as an adapter would give them.
 
     Gradients reach the adapter's factors. The model's hooks and settings are as before when the block ends.
@@ -121,6 +148,7 @@ def compressed_reading(surveyed: Survey, old: CSKVAdapter | OldTokens, *, checkp
     Args:
         surveyed: a decoder model.
         old: an adapter made for it, on its device; or what else is read in place of old tokens.
+        prefilled: how many of the first tokens come in one forward, which reads all of them exactly.
         checkpointed: keep only the layers' inputs for the backward pass, and run every layer again in it.
 
     Raises:
@@ -129,7 +157,7 @@ def compressed_reading(surveyed: Survey, old: CSKVAdapter | OldTokens, *, checkp
     """
     check_readable(surveyed)
     old = RebuiltTokens(old) if isinstance(old, CSKVAdapter) else old
-    mask = lru_cache(maxsize=1)(partial(_mask, old.config))  # one for all layers: the backward pass keeps it
+    mask = lru_cache(maxsize=1)(partial(_mask, old.config, prefilled))  # one for all layers: the backward pass keeps it
     with ExitStack() as stack:
         for site in surveyed.sites:
             hook = _ReadingHook(site, surveyed.recipes[site.layer_idx], old, mask)
@@ -137,14 +165,15 @@ def compressed_reading(surveyed: Survey, old: CSKVAdapter | OldTokens, *, checkp
             stack.callback(site.module.register_forward_hook(hook.check).remove)
         stack.callback(Switch((site.module for site in surveyed.sites), NAME, _attend).back)
         if checkpointed:
-            stack.enter_context(checkpointed_layers(surveyed.model, surveyed.sites, partial(_again, surveyed, old)))
+            again = partial(_again, surveyed, old, prefilled)
+            stack.enter_context(checkpointed_layers(surveyed.model, surveyed.sites, again))
         yield
 
 
 @contextmanager
-def _again(surveyed: Survey, old: OldTokens) -> Iterator[None]:
+def _again(surveyed: Survey, old: OldTokens, prefilled: int) -> Iterator[None]:
     """Set up a layer's second forward."""
-    with evaluation_mode(surveyed.model), compressed_reading(surveyed, old):
+    with evaluation_mode(surveyed.model), compressed_reading(surveyed, old, prefilled=prefilled):
         yield
 
 
@@ -196,11 +225,12 @@ def _attend(
     return original(module, query, key, value, mask, **kwargs)
 
 
-def _mask(config: CSKVConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _mask(config: CSKVConfig, prefilled: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Make the (1, 1, tokens, 2 tokens) mask of logits: 0 where a query reads a key, the least number elsewhere."""
     position = torch.arange(tokens, device=device)
     behind = position - config.sinks  # groups are counted from the first token after the sinks
     sealed = (behind >= 0) & (behind < sealed_tokens(behind, config.window, config.group)[:, None])
+    sealed &= (position >= prefilled)[:, None]
     exact = ~sealed & (position <= position[:, None])
     reads = torch.cat([sealed, exact], dim=1)
     return torch.zeros(reads.shape, dtype=dtype, device=device).masked_fill_(~reads, torch.finfo(dtype).min)[None, None]

@@ -14,6 +14,7 @@ from typing import Any
 
 from cskv import plots
 from cskv.evaluation.pooling import Pooled
+from cskv.evaluation.settings import CONTINUATION
 from cskv.evaluation.spectra import Spectrum
 from cskv.plots.series import method_names
 from cskv.report.text import budget_text, sizes_text, task_text
@@ -66,7 +67,9 @@ def draw_sections(points: Sequence[Pooled], spectra: Sequence[Spectrum], folder:
         CSKVError: the folder cannot be written.
     """
     drawing = Drawing(folder, points)
+    points = sorted(points, key=lambda point: point.task == CONTINUATION)  # texts read from their beginning come first
     sections = {
+        "divergence": _divergence(points, drawing),
         "accuracy": _accuracy(points, drawing),
         "perplexity": _perplexity(points, drawing),
         "agreement": _agreement(points, drawing),
@@ -90,28 +93,41 @@ def _accuracy(points: Sequence[Pooled], drawing: Drawing) -> Iterator[Figure]:
 def _perplexity(points: Sequence[Pooled], drawing: Drawing) -> Iterator[Figure]:
     known = [point for point in points if point.perplexity is not None and point.ratio]
     for (task, size), own in _by(known, "task", "size").items():
-        title = task_text(task, [size])
-        heading = f"Perplexity over cache bytes: {title}"
+        title = _texts(task, size)
+        heading = f"Perplexity over cache bytes\n{title}"
         alt = f"Line chart: perplexity over allocated cache bytes, {title}. {_methods(own)}"
         yield drawing.add(f"{task} perplexity {size}", title, alt, plots.plot_perplexity, own, heading, drawing.looks)
 
 
+def _divergence(points: Sequence[Pooled], drawing: Drawing) -> Iterator[Figure]:
+    apart = [point for point in points if point.kl is not None and point.kl.mean > 0 and point.ratio]
+    for (task, size), own in _by(apart, "task", "size").items():
+        title = _texts(task, size)
+        heading = f"KL divergence from the uncompressed model over cache bytes\n{title}"
+        alt = f"Line chart: KL divergence over allocated cache bytes, {title}. {_methods(own)}"
+        yield drawing.add(f"{task} kl {size}", title, alt, plots.plot_divergence, own, heading, drawing.looks)
+
+
 def _agreement(points: Sequence[Pooled], drawing: Drawing) -> Iterator[Figure]:
     looks = drawing.looks
-    charts = "Line charts: equal first choices and KL divergence over"
-    for (task, size), own in _by([point for point in points if point.kl is not None], "task", "size").items():
+    for (task, size), own in _by([point for point in points if point.top1 is not None], "task", "size").items():
         if any(point.ratio for point in own):
-            title = f"{task} over bytes, {sizes_text(task, [size])}"
-            heading = f"Agreement over cache bytes: {task_text(task, [size])}"
-            alt = f"{charts} allocated cache bytes. {_methods(own)}"
+            title = _texts(task, size)
+            heading = f"Same first choice as the uncompressed model over cache bytes\n{title}"
+            alt = f"Line chart: equal first choices over allocated cache bytes. {_methods(own)}"
             yield drawing.add(f"{task} over bytes {size}", title, alt, plots.plot_agreement, own, heading, looks)
         budgets = _by([point for point in own if point.positions and point.budget is not None], "budget")
         if budgets:  # the one that most methods share, the smallest of those
             budget, chosen = min(budgets.items(), key=lambda group: (-len(group[1]), group[0]))
-            title = f"{task} along the text, {sizes_text(task, [size])}, budget {budget_text(budget)}"
-            heading = f"Agreement: {title}"
-            alt = f"{charts} the position in the text. {_methods(chosen)}"
+            title = f"{_texts(task, size)}: along the text, at {budget_text(budget)}"
+            heading = f"Agreement with the uncompressed model\n{title}"
+            alt = f"Line charts: equal first choices and KL divergence along the text. {_methods(chosen)}"
             yield drawing.add(f"{task} positions {size}", title, alt, plots.plot_positions, chosen, heading, looks)
+
+
+def _texts(task: str, size: int) -> str:
+    read = "continued after a prefill" if task == CONTINUATION else "read from their beginning"
+    return f"Texts of {sizes_text(task, [size])}, {read}"
 
 
 def _needles(points: Sequence[Pooled], drawing: Drawing) -> Iterator[Figure]:

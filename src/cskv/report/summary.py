@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from cskv.evaluation.pooling import Pooled, Value, pool_scores
-from cskv.evaluation.settings import CONTINUATION
+from cskv.evaluation.settings import CONTINUATION, DEPARTURE
 from cskv.plots.series import method_names
 from cskv.report.text import count_text, kl_text, percent_text, perplexity_text, range_text, sizes_text, whole_text
 
 COLUMNS = (
     "method", "budget", "task", "size", "protocol", "seeds", "bytes_per_token", "ratio", "n", "score", "low", "high",
-    "perplexity", "perplexity_least", "perplexity_most", "top1", "kl", "best",
+    "perplexity", "perplexity_least", "perplexity_most", "top1", "kl", "kl_least", "kl_most", "generated",
+    "equal_tokens", "equal_low", "equal_high", "median_equal", "still_equal", "best",
 )  # fmt: skip
 
 
@@ -81,6 +82,11 @@ def _columns(points: Sequence[Pooled]) -> list[Column]:
     for task, size in sorted({(p.task, p.size) for p in points if p.perplexity is not None}, reverse=True):
         own, note = _of_text(points, task, size)
         columns.append(Column("perplexity", note, own, _figure("perplexity"), perplexity_text, perplexity_text, False))
+    for size, made in sorted({(p.size, p.generated) for p in points if p.generated is not None}):
+        own = [p for p in points if (p.size, p.generated) == (size, made)]
+        note = f"of {count_text(made)}, after {count_text(size)}"
+        columns.append(Column("equal tokens", note, own, _figure("equal_tokens"), count_text, count_text, True))
+        columns.append(Column("equal to the end, %", note, own, _figure("still_equal"), percent_text, whole_text, True))
     for task, size in sorted({(p.task, p.size) for p in points if p.kl is not None}):
         own, note = _of_text(points, task, size)
         columns.append(Column("same choice, %", note, own, _figure("top1"), percent_text, percent_text, True))
@@ -89,10 +95,10 @@ def _columns(points: Sequence[Pooled]) -> list[Column]:
 
 
 def _of_text(points: Sequence[Pooled], task: str, size: int) -> tuple[list[Pooled], str]:
-    """Return the points of a text task, and a note on the text's size and on whether it was continued."""
+    """Return the points of a text task, and a note on the text's size and on how it was read."""
     note = sizes_text(task, [size])
     own = [point for point in points if (point.task, point.size) == (task, size)]
-    return own, f"{task} of {note}" if task == CONTINUATION else note
+    return own, {CONTINUATION: f"{task} of {note}", DEPARTURE: f"generated after {note}"}.get(task, note)
 
 
 def _pooled_score(points: Sequence[Pooled]) -> Value:
@@ -157,7 +163,8 @@ def write_csv(points: Sequence[Pooled]) -> str:
     kind = attrgetter("budget", "task", "size", "protocol")
     for point in points:
         names = [point.method, point.budget, point.task, point.size, point.protocol, " ".join(map(str, point.seeds))]
-        figures = [*_three(point.score), *_three(point.perplexity), _three(point.top1)[0], _three(point.kl)[0]]
+        figures = [*_three(point.score), *_three(point.perplexity), _three(point.top1)[0], *_three(point.kl)]
+        figures += [point.generated, *_three(point.equal_tokens), point.median_equal, _three(point.still_equal)[0]]
         numbers = [point.bytes_per_token, point.ratio, point.n, *figures]
         merits = {_merit(other) for other in points if kind(other) == kind(point)}
         best = len(merits) > 1 and _merit(point) == max(merits)
@@ -170,7 +177,7 @@ def _three(value: Value | None) -> tuple[float | None, float | None, float | Non
 
 
 def _merit(point: Pooled) -> float:
-    if point.score is not None:
-        return point.score.mean
+    if more_is_better := point.score or point.equal_tokens:
+        return more_is_better.mean
     less_is_better = point.perplexity or point.kl
     return -less_is_better.mean if less_is_better is not None else 0.0

@@ -1,0 +1,1 @@
+"""What caches lose: every method on real models, by the tasks of `cskv evaluate`."""

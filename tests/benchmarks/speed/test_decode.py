@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.speed import decode, methods
+
+
+def test_every_method_is_checked_and_timed(decoded):
+    assert set(decoded["rows"]) == {"2 x 96", "2 x 160"}
+    for row in decoded["rows"].values():
+        assert set(row["methods"]) == set(methods.methods())
+        for name, own in row["methods"].items():
+            if "skipped" in own or name == methods.POSITIONS:
+                continue
+            assert own["error"] < 0.02
+            assert 0 < own["seconds"]["p10"] <= own["seconds"]["median"] <= own["seconds"]["p90"]
+            assert own["nbytes"] > 0
+    assert {"cpu", "threads", "torch", "transformers", "date"} <= set(decoded["environment"])
+
+
+def test_what_was_measured_is_kept_and_other_settings_are_refused(tmp_path, decoded, run_decode, capsys):
+    path = tmp_path / "decode.json"
+    path.write_text(json.dumps(decoded))
+    assert run_decode(path) == 0
+    assert json.loads(path.read_text()) == decoded
+    assert run_decode(path, "--dtype", "float32") == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_wrong_output_is_refused_and_not_stored(tmp_path, monkeypatch, run_decode, capsys, bits):
+    honest = methods.attention
+    monkeypatch.setattr(methods, "attention", lambda *a, **k: 1.1 * honest(*a, **k))
+    path, name = tmp_path / "decode.json", "commuting" + (", 4 bits" if bits == 4 else "")
+    assert run_decode(path, "--methods", name) == 1
+    assert f"wrong output, refused: {name}" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_garbage_that_a_method_also_claims_to_read_is_refused(tmp_path, monkeypatch, run_decode):
+    def lying(problem, **_):
+        zeros = torch.zeros(1, 4, 5, 32)
+        return methods.Method(lambda: torch.zeros_like(problem.query), int, int, lambda: (zeros, zeros))
+
+    monkeypatch.setattr(methods, "ours", lying)
+    assert run_decode(tmp_path / "decode.json", "--methods", "joint") == 1
+
+
+def test_a_missing_package_is_a_skipped_row(tmp_path, monkeypatch, run_decode):
+    def missing(*args, **kwargs):
+        raise methods.CSKVError("it needs hqq")
+
+    monkeypatch.setattr(methods, "quantized_cache", missing)
+    path = tmp_path / "decode.json"
+    assert run_decode(path, "--methods", methods.QUANTIZED) == 0
+    row = json.loads(path.read_text())["rows"]["2 x 96"]["methods"][methods.QUANTIZED]
+    assert row == {"skipped": "it needs hqq; it needs hqq"}
+
+
+def test_a_row_that_does_not_fit_is_skipped_with_its_reason(tmp_path, monkeypatch, run_decode):
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 1000)
+    path = tmp_path / "decode.json"
+    assert run_decode(path) == 0
+    assert "GiB of memory" in json.loads(path.read_text())["rows"]["2 x 96"]["skipped"]
