@@ -289,6 +289,7 @@ def test_progress_says_what_is_done() -> None:
     ]
     assert [done for stage, done, total in said if stage == "measuring widths" and total == 4] == 2 * [1, 2, 3, 4]
     assert all(0 <= done <= total for _, done, total in said)
+    assert said[-1] == ("measuring the divergence", 1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

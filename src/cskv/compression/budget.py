@@ -135,6 +135,7 @@ def allocate(
         adapter, predicted = _smallest(table, kl, budget.max_kl, say)
     say("measuring the divergence", 0, 1)
     measured = divergence.mean(adapter, aside)
+    say("measuring the divergence", 1, 1)
     return Allocation(adapter, ratio_of(adapter), predicted, measured)
 
 
