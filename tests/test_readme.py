@@ -25,7 +25,7 @@ def test_the_readmes_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     config = cskv.CSKVConfig(k_density=0.5, v_density=0.5, window=8, group=4, init="svd")
     initialise(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    code = block.replace("models/smollm2", str(base)).replace("outputs/demo/adapters/10", str(tmp_path / "adapter"))
+    code = block.replace("models/smollm2", str(base)).replace("outputs/demo/adapters/20", str(tmp_path / "adapter"))
     assert code.count(str(tmp_path)) == 3
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("def main():")

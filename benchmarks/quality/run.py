@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="hold a rerun against the committed results")
     check.add_argument("folder", type=Path, help="of the rerun's files")
     commands.add_parser("report", help="write the pages")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_args((sys.argv[1:] if arguments is None else list(arguments)) or ["--help"])
     try:
         if asked.command == "check":
             from benchmarks.quality.check import check_folder
