@@ -36,7 +36,7 @@ class DemoSettings:
     samples: int = 16
     aside: int = 4
     sample_len: int = 512
-    answer_tokens: int = 80
+    answer_tokens: int = 60
     timed_steps: int = 16
 
     @classmethod
@@ -45,13 +45,13 @@ class DemoSettings:
         is_bundled = Path(path).resolve() == BUNDLED
         evaluation = EvaluationSettings(
             tasks=(NEEDLES, PERPLEXITY),
-            tokens=(1024,),
+            tokens=(768,),
             cases=cases,
             protocols=(CONTEXT_FIRST,),
             seeds=(seed,),
             wording="lines" if is_bundled else "ruler",  # the bundled model has learnt no other
             texts=4,
-            text_tokens=(1024,),
+            text_tokens=(768,),
             max_new_tokens=12,
         )
         return cls(evaluation, RECORDS if is_bundled else "offline")
