@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.pages import Table
+from cskv.errors import DataError
 from cskv.evaluation.results import KEY, Row, read_run
 
 INTERVALS = {
@@ -20,7 +21,11 @@ INTERVALS = {
 
 
 def check_folder(rerun: Path, committed: Path) -> int:
-    """Compare the files that both folders have, and print a table; 1 if a figure is outside, or none was compared."""
+    """Compare the files that both folders have, and print a table; 1 if a figure is outside.
+
+    Raises:
+        DataError: there is no figure to compare.
+    """
     cells = []
     total = wrong = 0
     for path in sorted(rerun.glob("*.json")):
@@ -29,9 +34,11 @@ def check_folder(rerun: Path, committed: Path) -> int:
             total, wrong = total + compared, wrong + len(outside)
             what = "; ".join(f"{' '.join(map(str, key_of(row)))}: {text}" for row, text in outside)
             cells.append([path.stem, str(compared), str(missing), what or "none"])
+    if not total:
+        raise DataError(f"{rerun} has no figure that {committed} has as well; expected files of the same names and rows")
     headings = ("file", "compared", "rows of one side", "outside the interval")
     Table(f"{rerun} against the committed results", headings, cells).print()
-    return int(bool(wrong) or not total)
+    return int(bool(wrong))
 
 
 def key_of(row: Row) -> tuple[object, ...]:

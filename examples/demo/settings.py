@@ -18,7 +18,7 @@ RECORDS = "records"  # a name for the text that the bundled model was trained on
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Amounts of calibration, generation and measurement. The defaults take some five minutes on two CPU cores.
+    """Amounts of calibration, generation and measurement. The defaults take five to seven minutes on two CPU cores.
 
     Attributes:
         evaluation: needles and held-out text.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.quality.check import departures
+from benchmarks.quality.check import check_folder, departures
 from benchmarks.quality.report import verdict
 from benchmarks.quality.tables import Points
+from cskv.errors import DataError
 from cskv.evaluation.pooling import Value, pool
 
 
@@ -63,3 +64,8 @@ def test_a_row_pools_seeds_and_a_column_that_nobody_has_is_left_out():
     table = Points(pool(rows)).table(("bytes", "KL", "perplexity", "needles", "lines"))
     assert table.headings == ("cache", "bytes", "KL", "needles")
     assert table.rows == [["A, 20 %", "–", "–", "95 % (89-98)"], ["B, 20 %", "25.0%", "0.0300 (0.0200-0.0400)", "–"]]
+
+
+def test_nothing_to_compare_is_said(tmp_path):
+    with pytest.raises(DataError, match="has no figure that .* has as well"):
+        check_folder(tmp_path, tmp_path)
