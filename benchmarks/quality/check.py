@@ -35,7 +35,7 @@ def check_folder(rerun: Path, committed: Path) -> int:
             what = "; ".join(f"{' '.join(map(str, key_of(row)))}: {text}" for row, text in outside)
             cells.append([path.stem, str(compared), str(missing), what or "none"])
     if not total:
-        raise DataError(f"{rerun} has no figure that {committed} has as well; expected files of the same names and rows")
+        raise DataError(f"{rerun} has no figure that {committed} has as well; expected files of the same names")
     headings = ("file", "compared", "rows of one side", "outside the interval")
     Table(f"{rerun} against the committed results", headings, cells).print()
     return int(bool(wrong))
