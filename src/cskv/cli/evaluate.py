@@ -17,7 +17,7 @@ from cskv.cli.groups import LoadingOptions
 from cskv.cli.outputs import check_writable
 from cskv.cli.settings import MOST_LINES, model_name, numbers, words
 from cskv.cli.stages import Stages
-from cskv.cli.tables import results_table
+from cskv.cli.tables import results_tables
 
 if TYPE_CHECKING:
     from cskv.evaluation.results import Run
@@ -132,7 +132,7 @@ def evaluate(
         say("code: what the model writes is run, confined; see docs/evaluation.md for what that holds and what not")
     contestants = replace(contestants, model_path=loading.optional_name(contestants.model_path))
     run = _measure(contestants, settings, loading, output, outputs)
-    console().print(results_table(run))
+    console().print(*results_tables(run, console()), sep="\n")
     say(f"results: {run.path}; `cskv report {run.path}` makes a page of them")
     emit({"command": "evaluate", "results": str(run.path), "rows": len(run.rows), "methods": sorted(run.methods)})
 
