@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.calibration.calibrate import calibrate
 from cskv.calibration.statistics import Statistics
-from cskv.compression.budget import Budget, allocate
+from cskv.compression.budget import Budget, allocate_each
 from cskv.config import CSKVConfig
 from cskv.data.samples import TokenSamples
 from cskv.errors import CSKVError, DataError
@@ -75,9 +75,8 @@ class Demo:
         with stage(self.console, "generate") as shown:
             panels = side_by_side(self.model, self.tokenizer, small, self._prompt[:1], self.settings, shown.advance)
         self.console.print(*panels, sep="\n")
-        for method in methods:
-            with stage(self.console, f"measure {method.label}") as shown:
-                self._measure(method, run, shown)
+        with stage(self.console, f"measure {len(methods)} caches") as shown:
+            self._measure(methods, run, shown)
         lines, seconds = summary(run), time.perf_counter() - began
         figure = plot_divergence([p for p in pool(run.rows) if p.task == AGREEMENT], self.out / FIGURE)
         self.console.print(results_table(run, lines, seconds))
@@ -127,14 +126,16 @@ class Demo:
                 ).save(path)
                 shown.note = f"{settings.samples} samples of {settings.sample_len} tokens"
         statistics = Statistics.load(path)
-        for ratio in settings.budgets:
-            if (self._folder(ratio) / "config.json").exists():  # written last: the folder is complete
-                continue
-            with stage(self.console, f"choose {100 * ratio:g} % of the bytes") as shown:
-                found = allocate(self.model, CSKVConfig(), statistics, samples[settings.samples :], Budget(ratio))
-                found.adapter.metrics |= {"predicted_kl": found.predicted_kl, "measured_kl": found.measured_kl}
-                found.adapter.save_pretrained(self._folder(ratio))
-                shown.note = f"KL {found.measured_kl:.4f} nats on text kept aside"
+        lacking = [ratio for ratio in settings.budgets if not (self._folder(ratio) / "config.json").exists()]
+        if lacking:
+            names = " and ".join(f"{100 * ratio:g}" for ratio in lacking)
+            with stage(self.console, f"choose {names} % of the bytes") as shown:
+                given = self.model, CSKVConfig(), statistics, samples[settings.samples :], [*map(Budget, lacking)]
+                for ratio, found in zip(lacking, allocate_each(*given), strict=True):
+                    found.adapter.metrics |= {"predicted_kl": found.predicted_kl, "measured_kl": found.measured_kl}
+                    found.adapter.save_pretrained(self._folder(ratio))
+                    shown.note += f"{', ' if shown.note else 'KL '}{found.measured_kl:.4f}"
+                shown.note += " nats on text kept aside"
 
     def _methods(self) -> list[Method]:
         """Return what is compared; adapters are those of the folders."""
@@ -146,16 +147,19 @@ class Demo:
             self._say(f"no row of transformers' quantised cache: {error}")
             return methods
 
-    def _measure(self, method: Method, run: Run, shown: Stage) -> None:
+    def _measure(self, methods: list[Method], run: Run, shown: Stage) -> None:
+        """Measure all methods, so that what they are compared with is made once, and then time them."""
         evaluation = self.settings.evaluation
-        jobs = len(list(evaluation.jobs())) + 1
-        given = self.model, self.tokenizer, [method], evaluation, run
-        evaluate(*given, on_work=lambda _what, share: shown.advance(share / jobs))
-        own = method.name, method.budget
-        (row,) = (row for row in run.rows if row["task"] == NEEDLES and (row["method"], row["budget"]) == own)
-        if DECODING not in row:
-            with method.on(self.model) as new_cache:
-                steps = self.settings.timed_steps
-                speed = measure_decode(self.model, self._prompt[:1], steps=steps, repeats=1, new_cache=new_cache)
-            row[DECODING] = speed.to_dict()
-            run.save()
+        steps = (len(list(evaluation.jobs())) + 1) * len(methods)
+        given = self.model, self.tokenizer, methods, evaluation, run
+        evaluate(*given, on_work=lambda _what, share: shown.advance(share / steps))
+        needles = {(row["method"], row["budget"]): row for row in run.rows if row["task"] == NEEDLES}
+        for method in methods:
+            row = needles[method.name, method.budget]
+            if DECODING not in row:
+                with method.on(self.model) as new_cache:
+                    timed = self.settings.timed_steps
+                    speed = measure_decode(self.model, self._prompt[:1], steps=timed, repeats=1, new_cache=new_cache)
+                row[DECODING] = speed.to_dict()
+                run.save()
+            shown.advance(1 / steps)

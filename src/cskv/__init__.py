@@ -23,7 +23,7 @@ _MODULES = {
     "attachment.cache_bytes": ("CacheReport", "cache_report"),
     "calibration.calibrate": ("calibrate",),
     "calibration.statistics": ("Statistics",),
-    "compression.budget": ("Budget", "allocate"),
+    "compression.budget": ("Budget", "allocate", "allocate_each"),
     "compression.initialise": ("initialise",),
     "config": ("CSKVConfig",),
     "data.samples": ("TokenSamples",),
@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # "as" is how type checkers know names that are public
     from cskv.calibration.statistics import Statistics as Statistics
     from cskv.compression.budget import Budget as Budget
     from cskv.compression.budget import allocate as allocate
+    from cskv.compression.budget import allocate_each as allocate_each
     from cskv.compression.initialise import initialise as initialise
     from cskv.config import CSKVConfig as CSKVConfig
     from cskv.data.samples import TokenSamples as TokenSamples

@@ -19,7 +19,7 @@ import cskv.models.probe as probe_module
 import cskv.models.survey as survey_module
 from cskv import CSKVAdapter, CSKVConfig
 from cskv.calibration.statistics import Statistics
-from cskv.compression.budget import Allocation, Budget, allocate, bytes_per_token, ratio_of
+from cskv.compression.budget import Allocation, Budget, allocate, allocate_each, bytes_per_token, ratio_of
 from cskv.compression.initialise import initialise
 from cskv.compression.losses import observe_latents
 from cskv.models.compat import output_cache
@@ -60,6 +60,18 @@ def statistics(model: nn.Module) -> Statistics:
 @pytest.fixture(scope="module")
 def found(model: nn.Module, statistics: Statistics) -> Allocation:
     return allocate(model, CONFIG, statistics, samples(), Budget(ratio=0.1))
+
+
+def test_several_budgets_are_spent_like_one(model: nn.Module, statistics: Statistics, found: Allocation) -> None:
+    budgets = [Budget(ratio=0.3), Budget(ratio=0.1), Budget(max_kl=2 * found.predicted_kl)]
+    for budget, ours in zip(budgets, allocate_each(model, CONFIG, statistics, samples(), budgets), strict=True):
+        alone = allocate(model, CONFIG, statistics, samples(), budget)
+        assert same(ours.adapter, alone.adapter)
+        assert (ours.ratio, ours.predicted_kl, ours.measured_kl) == (
+            alone.ratio,
+            alone.predicted_kl,
+            alone.measured_kl,
+        )
 
 
 def ranks_of(adapter: CSKVAdapter) -> dict[int, tuple[int, int]]:

@@ -85,7 +85,6 @@ class Allocation:
     measured_kl: float
 
 
-@torch.no_grad()
 def allocate(
     model: nn.Module,
     config: CSKVConfig,
@@ -113,30 +112,56 @@ def allocate(
         ConfigError: the settings have another init or widths of their own, or the budget is too small.
         DataError: fewer than two samples, one too short to have old tokens, or statistics without Fisher information.
     """
+    given = model, config, statistics, samples, [budget]
+    (found,) = allocate_each(*given, ranks_only=ranks_only, progress=progress)
+    return found
+
+
+@torch.no_grad()
+def allocate_each(
+    model: nn.Module,
+    config: CSKVConfig,
+    statistics: Statistics,
+    samples: Sequence[Int[Tensor, " tokens"]],
+    budgets: Sequence[Budget],
+    *,
+    ranks_only: bool = False,
+    progress: OnProgress | None = None,
+) -> list[Allocation]:
+    """Spend several budgets on their own, as `allocate` does with one; what latents lose is measured once for all.
+
+    Raises:
+        ConfigError, DataError: as for `allocate`.
+    """
     _check(config, samples)
     middle = (len(samples) + 1) // 2  # whole halves, since sources may alternate between kinds of text
     seen, aside = samples[:middle], samples[middle:]
     say = progress or (lambda stage, done, total: None)
     surveyed = survey(model)
     divergence = Divergence(surveyed)
-    exact = divergence.exact(seen)
+    exact, exact_aside = divergence.exact(seen), divergence.exact(aside)
 
     def kl(adapter: CSKVAdapter) -> float:
         return divergence.mean(adapter, seen, exact=exact)
 
-    found = []
-    for shrinkage in SHRINKAGES:
-        table = LossTable(surveyed, config, statistics, ranks_only, shrinkage)
+    tables = [LossTable(surveyed, config, statistics, ranks_only, shrinkage) for shrinkage in SHRINKAGES]
+    for table in tables:
         table.measure(seen, say)
-        adapter = table.adapter(budget.ratio_of(table.uncompressed_bytes))
-        found.append((kl(adapter), table, adapter))
-    predicted, table, adapter = min(found, key=lambda one: one[0])
-    if budget.max_kl is not None:
-        adapter, predicted = _smallest(table, kl, budget.max_kl, say)
-    say("measuring the divergence", 0, 1)
-    measured = divergence.mean(adapter, aside)
-    say("measuring the divergence", 1, 1)
-    return Allocation(adapter, ratio_of(adapter), predicted, measured)
+
+    def spend(budget: Budget) -> Allocation:
+        found = []
+        for table in tables:
+            adapter = table.adapter(budget.ratio_of(table.uncompressed_bytes))
+            found.append((kl(adapter), table, adapter))
+        predicted, table, adapter = min(found, key=lambda one: one[0])
+        if budget.max_kl is not None:
+            adapter, predicted = _smallest(table, kl, budget.max_kl, say)
+        say("measuring the divergence", 0, 1)
+        measured = divergence.mean(adapter, aside, exact=exact_aside)
+        say("measuring the divergence", 1, 1)
+        return Allocation(adapter, ratio_of(adapter), predicted, measured)
+
+    return [spend(budget) for budget in budgets]
 
 
 def _smallest(
