@@ -88,6 +88,8 @@ def test_a_real_generation_is_the_same_alone_and_left_padded():
 
 
 def test_left_padding():
+    assert left_pad([[5, 6, 7], [8]], pad=0, multiple=4)[0].tolist() == [[0, 5, 6, 7], [0, 0, 0, 8]]
+    assert left_pad([[5, 6, 7, 8], [9]], pad=0, multiple=4)[0].shape == (2, 4)
     padded, mask = left_pad([[5, 6, 7], [8]], pad=0)
     assert torch.equal(padded, torch.tensor([[5, 6, 7], [0, 0, 8]]))
     assert torch.equal(mask, torch.tensor([[1, 1, 1], [0, 0, 1]]))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import cskv
 from cskv.attachment.cache_bytes import allocated_bytes
@@ -19,6 +19,9 @@ from cskv.errors import CacheError, CSKVError
 from cskv.evaluation.cache_size import cache_after_prefill
 from cskv.evaluation.forward import forward
 from cskv.evaluation.perplexity import perplexity
+from cskv.evaluation.results import open_run
+from cskv.evaluation.runner import evaluate
+from cskv.evaluation.settings import EvaluationSettings
 from cskv.evaluation.tasks import evaluate_cases
 from cskv.methods import quantized as peers
 from cskv.methods.quantized import BACKENDS, quantized_cache
@@ -51,6 +54,25 @@ def test_allocated_bytes_are_payload_scales_and_zero_points(backend, nbits, dtyp
     assert (report.tokens, report.batch) == (64, 2)
     assert report.uncompressed_bytes == numbers * dtype.itemsize
     assert report.total_bytes == numbers * nbits // 8 + 2 * (numbers // GROUP) * dtype.itemsize
+
+
+@pytest.mark.parametrize("protocol", ["in-prefill", "context-first"])
+@pytest.mark.parametrize("nbits", [4, 2])
+def test_questions_of_any_length_are_answered(nbits, protocol, tmp_path):
+    """Of 192 numbers a token, as SmolLM2 has, an odd number of tokens makes groups whose codes fill no whole bytes."""
+    pytest.importorskip("hqq")
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 48}
+    tokenizer = character_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, bos_token_id=None, eos_token_id=None, **sizes)
+    model = LlamaForCausalLM(config).eval()
+    settings = EvaluationSettings(("passkey",), tokens=(301,), cases=3, protocols=(protocol,), max_new_tokens=2)
+    run = open_run(tmp_path / "run.json", {}, {"name": "tiny", "type": "llama"}, {})
+    evaluate(model, tokenizer, [peers.quantized(nbits)], settings, run)
+    (row,) = run.rows
+    assert row["n"] == 3
+    per_token = 192 * 2 * (nbits / 8 + 2 * 4 / 64)  # keys and values: codes, and an fp32 scale and zero point of 64
+    assert row["cache"]["bytes_per_token"] == per_token
+    assert row["cache"]["tokens"] % 8 == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -56,6 +56,7 @@ def answer(
     *,
     protocol: str = IN_PREFILL,
     endings: Sequence[Callable[[str], bool]] | None = None,
+    multiple: int = 1,
 ) -> Answers:
     """Continue contexts, each with its question, greedily; what is prefilled is left-padded to one length.
 
@@ -68,6 +69,7 @@ def answer(
         protocol: "in-prefill" or "context-first"; the latter encodes questions on their own, without special tokens.
         endings: for each row, what tells whether the text so far is a whole answer; None where only the end-of-sequence
             token ends one.
+        multiple: what is prefilled is padded to a multiple of so many tokens.
 
     Raises:
         DataError: with "context-first" the questions differ in their number of tokens (see `question_tokens`).
@@ -79,7 +81,7 @@ def answer(
     if len(set(map(len, tails))) != 1:
         raise DataError(f"questions have {sorted(set(map(len, tails)))} tokens; expected batches of equal length")
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    input_ids, mask = left_pad(heads, pad)
+    input_ids, mask = left_pad(heads, pad, multiple)
     question_ids = torch.tensor(tails, dtype=torch.long)
     device, eos = device_of(model), end_ids(model)
     ends = _AnswerEnd(tokenizer, input_ids.shape[1] + question_ids.shape[1], eos, device, endings)
@@ -133,10 +135,10 @@ def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> list[i
 
 
 def left_pad(
-    rows: Sequence[Sequence[int]], pad: int
+    rows: Sequence[Sequence[int]], pad: int, multiple: int = 1
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
-    """Return token ids of equal length, padded on the left, and the mask that marks the real ones with 1."""
-    length = max(map(len, rows))
+    """Return token ids of one length, a multiple, padded on the left, and the mask that marks the real ones with 1."""
+    length = -(-max(map(len, rows)) // multiple) * multiple
     ids = torch.full((len(rows), length), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):

@@ -139,6 +139,7 @@ class _Measure:
                 cases,
                 protocol=str(job.protocol),
                 batch_size=self.settings.batch_size if method.pads else 1,
+                multiple=method.multiple,
                 max_new_tokens=self.settings.longest_answer(job.task),
                 new_cache=new_cache,
                 on_case=lambda done: self.on_work(what, done / len(cases)),
@@ -216,11 +217,10 @@ class _Measure:
         if job not in self.plain:
             self.plain[job] = cache_after_prefill(self.model, prompt)
         report = plain = self.plain[job]
+        tokens = plain.tokens // method.multiple * method.multiple
         if method.budget is not None:
             with method.on(self.model) as new_cache:
-                report = cache_after_prefill(self.model, prompt, new_cache=new_cache, own=plain)
-        facts = report.to_dict() | {"tokens": plain.tokens, "uncompressed_bytes": plain.total_bytes}
-        return facts | {
-            "ratio": report.total_bytes / plain.total_bytes,
-            "bytes_per_token": report.total_bytes / plain.tokens,
-        }
+                report = cache_after_prefill(self.model, prompt[:, :tokens], new_cache=new_cache, own=plain)
+        uncompressed = plain.total_bytes * tokens // plain.tokens
+        facts = report.to_dict() | {"tokens": tokens, "uncompressed_bytes": uncompressed}
+        return facts | {"ratio": report.total_bytes / uncompressed, "bytes_per_token": report.total_bytes / tokens}

@@ -72,6 +72,7 @@ def evaluate_cases(
     *,
     protocol: str = IN_PREFILL,
     batch_size: int = 1,
+    multiple: int = 1,
     max_new_tokens: int = 64,
     new_cache: NewCache | None = None,
     on_case: Callable[[int], None] | None = None,
@@ -84,6 +85,7 @@ def evaluate_cases(
         protocol: "in-prefill" or "context-first" (`cskv.evaluation.decoding`).
         batch_size: cases answered together, left-padded. With "context-first" those of a batch have questions of equal
             length, so batches may be smaller.
+        multiple: prompts are padded to a multiple of so many tokens.
         max_new_tokens: the longest answer. A row also stops at end-of-sequence and where `Case.is_over` says so.
         new_cache: makes the empty cache of each batch; the model's own when None.
         on_case: called with the number of cases just finished, for a progress bar.
@@ -110,6 +112,7 @@ def evaluate_cases(
                 new_cache,
                 protocol=protocol,
                 endings=[case.is_over for case in batch],
+                multiple=multiple,
             )
             texts.update(zip(indices, made.texts, strict=True))
             batches.append(made)

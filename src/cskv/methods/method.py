@@ -32,6 +32,7 @@ class Method:
         on: puts it on a model, as a context that gives what makes its empty caches, or None for the model's own.
         facts: what it is, JSON-ready.
         pads: rows of different lengths can be read together, padded on the left.
+        multiple: prompts are padded to a multiple of so many tokens, for a cache that packs no other number of them.
         streams: it compresses a text as it grows, and not only the prompt.
         first_piece, piece: tokens per forward in which a text is read, so that it is compressed as in decoding.
         whole: puts it on a surveyed model for forwards of whole texts without a cache, whose first tokens, as many as
@@ -43,6 +44,7 @@ class Method:
     on: Callable[[PreTrainedModel], Scope]
     facts: dict[str, Any] = field(default_factory=dict)
     pads: bool = True
+    multiple: int = 1
     streams: bool = True
     first_piece: int = 2 * PIECE
     piece: int = PIECE

@@ -21,6 +21,8 @@ from cskv.errors import CacheError, CSKVError
 from cskv.methods.method import Method, NewCache
 from cskv.models.placement import device_of
 
+PACKED_TOKENS = 8  # of any kv_dim that is a multiple of 32, so many make whole groups of 64 to pack in 2 bits
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -49,7 +51,7 @@ def quantized_cache(
         backend: "hqq", or "quanto", which compiles a C++ kernel when it is first used.
         nbits: bits per number: 2 or 4, and with hqq also 1, 3 or 8.
         q_group_size: numbers that share a scale and a zero point. The cached keys have to make whole groups, and with
-            hqq a multiple of 8 / nbits groups; any number of tokens does so if kv_heads * head_dim numbers do.
+            hqq a multiple of 8 / nbits groups, which is why `quantized` pads prompts: kv_heads * head_dim may be 192.
         residual_length: tokens after the prompt that are kept exactly before they are quantised.
 
     Raises:
@@ -86,7 +88,7 @@ def quantized(nbits: int, backend: str = "hqq", **settings: Any) -> Method:
         yield functools.partial(quantized_cache, model, backend, nbits=nbits, **settings)
 
     facts = {"kind": "quantised", "backend": backend, "bits": nbits, **settings}
-    return Method(f"QuantizedCache ({backend})", nbits / 16, on, facts)
+    return Method(f"QuantizedCache ({backend})", nbits / 16, on, facts, multiple=PACKED_TOKENS)
 
 
 def _backend(name: str) -> Backend:
