@@ -49,7 +49,7 @@ def model():
 def _no_peer():
     """Whether hqq is installed is another matter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(quantized.BACKENDS, "hqq", quantized.Backend("no_such_module", "hqq", 1))
+        patch.setitem(quantized.BACKENDS, "hqq", quantized.Backend("no_such_module", "hqq", 1, (4,)))
         yield
 
 

@@ -56,6 +56,14 @@ def test_allocated_bytes_are_payload_scales_and_zero_points(backend, nbits, dtyp
     assert report.total_bytes == numbers * nbits // 8 + 2 * (numbers // GROUP) * dtype.itemsize
 
 
+def test_three_bits_are_refused_since_hqq_unpacks_them_in_matrices_alone():
+    pytest.importorskip("hqq")
+    with pytest.raises(CSKVError, match="the hqq cache is asked for 3 bits; expected one of 1, 2, 4, 8"):
+        peers.quantized(3)
+    with pytest.raises(CSKVError, match="expected one of 1, 2, 4, 8"):
+        quantized_cache(tiny_llama(), nbits=3)
+
+
 @pytest.mark.parametrize("protocol", ["in-prefill", "context-first"])
 @pytest.mark.parametrize("nbits", [4, 2])
 def test_questions_of_any_length_are_answered(nbits, protocol, tmp_path):
@@ -194,6 +202,10 @@ def test_an_unknown_backend_is_refused():
         quantized_cache(tiny_llama(), "gptq")
 
 
-def test_settings_that_transformers_refuses_give_its_reason(backend):
-    with pytest.raises(CacheError, match=f"no {backend} cache for this model: .*nbits"):
-        quantized_cache(tiny_llama(), backend, nbits=5)
+def test_what_transformers_refuses_gives_its_reason(backend, monkeypatch):
+    def refuses(**_):
+        raise ValueError("its layers\nhave no keys")
+
+    monkeypatch.setattr(peers, "QuantizedCache", refuses)
+    with pytest.raises(CacheError, match=f"no {backend} cache for this model: its layers have no keys"):
+        quantized_cache(tiny_llama(), backend)

@@ -32,7 +32,8 @@ def test_names_and_budgets(text, expected):
         ("svd@half", "has no budget"),
         ("svd@0", r"has budget 0; expected a share in \(0, 1\]"),
         ("streaming@20", "has budget 20; expected a share"),
-        ("quantized@0.25", "has budget 0.25; expected 1, 2, 3, 4 or 8 bits"),
+        ("quantized@0.25", "has budget 0.25; expected 1, 2, 4 or 8 bits"),
+        ("quantized@3", "has budget 3; expected 1, 2, 4 or 8 bits"),
         ("", "there is no baseline ''"),
     ],
 )

@@ -31,9 +31,13 @@ class Backend:
     module: str
     package: str  # its name in a package index
     axis: int  # makes groups of consecutive channels of a token, as transformers advises
+    bits: tuple[int, ...]  # hqq's 3 bits unpack matrices alone
 
 
-BACKENDS = {"hqq": Backend("hqq", "hqq", 1), "quanto": Backend("optimum.quanto", "optimum-quanto", 0)}
+BACKENDS = {
+    "hqq": Backend("hqq", "hqq", 1, (1, 2, 4, 8)),
+    "quanto": Backend("optimum.quanto", "optimum-quanto", 0, (2, 4)),
+}
 
 
 def quantized_cache(
@@ -49,16 +53,16 @@ def quantized_cache(
     Args:
         model: a decoder, not attached, whose layers all cache every token.
         backend: "hqq", or "quanto", which compiles a C++ kernel when it is first used.
-        nbits: bits per number: 2 or 4, and with hqq also 1, 3 or 8.
+        nbits: bits per number: 2 or 4, and with hqq also 1 or 8 (its 3 bits unpack matrices, and no cache).
         q_group_size: numbers that share a scale and a zero point. The cached keys have to make whole groups, and with
             hqq a multiple of 8 / nbits groups, which is why `quantized` pads prompts: kv_heads * head_dim may be 192.
         residual_length: tokens after the prompt that are kept exactly before they are quantised.
 
     Raises:
-        CSKVError: the backend is unknown, its package is missing, or its kernel cannot be built.
+        CSKVError: the backend is unknown or has no such bits, its package is missing, or its kernel cannot be built.
         CacheError: transformers refuses the settings or the model.
     """
-    known = _backend(backend)
+    known = _backend(backend, nbits)
     if backend == "quanto":
         _build_kernel(device_of(model))
     try:
@@ -79,9 +83,9 @@ def quantized(nbits: int, backend: str = "hqq", **settings: Any) -> Method:
     """Return the quantised cache as a method; `settings` are those of `quantized_cache`.
 
     Raises:
-        CSKVError: the backend is unknown, its package is missing, or its kernel cannot be built.
+        CSKVError: the backend is unknown or has no such bits, its package is missing, or its kernel cannot be built.
     """
-    _backend(backend)
+    _backend(backend, nbits)
 
     @contextmanager
     def on(model: PreTrainedModel) -> Iterator[NewCache]:
@@ -91,8 +95,8 @@ def quantized(nbits: int, backend: str = "hqq", **settings: Any) -> Method:
     return Method(f"QuantizedCache ({backend})", nbits / 16, on, facts, multiple=PACKED_TOKENS)
 
 
-def _backend(name: str) -> Backend:
-    """Return the backend of this name, known to be installed."""
+def _backend(name: str, nbits: int) -> Backend:
+    """Return the backend of this name, known to be installed and to have a cache of these bits."""
     if name not in BACKENDS:
         raise CSKVError(f"backend is {name!r}; expected one of {', '.join(sorted(BACKENDS))}")
     backend = BACKENDS[name]
@@ -102,6 +106,9 @@ def _backend(name: str) -> Backend:
         found = False
     if not found:
         raise CSKVError(f"the {name} cache needs {backend.package}: pip install 'cskv[peers]'")
+    if nbits not in backend.bits:
+        wanted = ", ".join(map(str, backend.bits))
+        raise CSKVError(f"the {name} cache is asked for {nbits} bits; expected one of {wanted}")
     return backend
 
 

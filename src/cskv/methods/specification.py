@@ -40,8 +40,8 @@ def split(text: str) -> tuple[str, float | None]:
         budget = float(number)
     except ValueError:
         raise CSKVError(f"baseline {text!r} has no budget; expected NAME@SHARE, or NAME@BITS for quantized") from None
-    wanted = "1, 2, 3, 4 or 8 bits" if name in QUANTISED else "a share in (0, 1]"
-    if not (budget in (1, 2, 3, 4, 8) if name in QUANTISED else 0.0 < budget <= 1.0):
+    wanted = "1, 2, 4 or 8 bits" if name in QUANTISED else "a share in (0, 1]"
+    if not (budget in (1, 2, 4, 8) if name in QUANTISED else 0.0 < budget <= 1.0):
         raise CSKVError(f"baseline {text!r} has budget {number}; expected {wanted}")
     return name, budget
 
