@@ -7,8 +7,9 @@
 #   make check   install, then lint, format, types and import layers
 #   make bench   install, then measure decoding speed (a quarter of an hour on two cores, on a quiet machine), and fill
 #                docs/decode-speed.md; what is measured already is kept. PEERS=1 installs hqq and quanto to compare with
-#   make results every cache method on the bundled model at 50 to 95 % (about two hours on two cores; what is measured
-#                already is kept), then hold it against docs/results and draw its page
+#   make results what docs/results lacks of every suite of benchmarks/quality on SmolLM2-135M and Qwen2.5-Coder-1.5B (a day
+#                on two cores, row by row: it can be interrupted), then the tables and figures of the pages.
+#                MODELS=smollm2 SUITES=texts picks; RESULTS=outputs/results measures anew, and holds that against docs/results
 #   make test-kvpress   the tests that need kvpress, in an environment of its own with an older transformers
 #   make test-vllm   the tests that need vLLM, in an environment of its own with an older transformers: vLLM's CPU build, or
 #                on a machine with an NVIDIA GPU the usual one. VLLM_PYTEST_ARGS="-k export" picks some of them; under
@@ -25,7 +26,9 @@ PEERS ?=
 KVPRESS ?= .venv-kvpress
 VLLM ?= .venv-vllm
 VLLM_PYTEST_ARGS ?=
-RESULTS ?= outputs/results
+RESULTS ?= docs/results
+MODELS ?= smollm2 qwen2.5-coder-1.5b
+SUITES ?= caches tokens generation factors widths blocks texts texts-other paper
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.cskv-installed
@@ -83,13 +86,25 @@ $(VLLM)/ready: pyproject.toml constraints.txt constraints-vllm.txt scripts/insta
 test-vllm: $(VLLM)/ready
 	$(VLLM)/bin/python -m pytest tests/vllm $(VLLM_PYTEST_ARGS)
 
-results: venv $(KVPRESS)/ready
+# WikiText-2's validation text to calibrate on, and its test text to measure on.
+WIKITEXT := models/wikitext-2/valid.txt models/wikitext-2/test.txt
+
+models/wikitext-2/%.txt:
+	curl -fsSL --create-dirs -o $@ https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/$*.txt
+
+models/%/config.json: | venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf]'
+	$(BIN)/python scripts/fetch_model.py $* models/$*
+
+# `tokens` needs kvpress, whose environment cannot hold the other peers.
+results: venv $(KVPRESS)/ready $(MODELS:%=models/%/config.json) $(WIKITEXT)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]'
-	$(BIN)/python benchmarks/results.py channels --out $(RESULTS)
-	$(KVPRESS)/bin/python benchmarks/results.py tokens --out $(RESULTS)
-	$(BIN)/python benchmarks/results.py ablations --out $(RESULTS)
-	$(BIN)/cskv report $(RESULTS)/evaluation.json $(RESULTS)/evaluation-tokens.json --out $(RESULTS)/report
-	$(BIN)/python benchmarks/results_check.py $(RESULTS)
+	set -e; for model in $(MODELS); do for suite in $(SUITES); do \
+		python=$(BIN)/python; if test $$suite = tokens; then python=$(KVPRESS)/bin/python; fi; \
+		$$python -m benchmarks.quality $$suite --model $$model --out $(RESULTS) \
+			--calibration $(word 1,$(WIKITEXT)) --heldout $(word 2,$(WIKITEXT)); \
+	done; done
+	$(BIN)/python -m benchmarks.quality $(if $(filter docs/results,$(RESULTS)),report,check $(RESULTS))
 
 clean:
 	rm -rf $(VENV) $(KVPRESS) $(VLLM) build dist outputs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -6,13 +6,14 @@ are counted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.pages import Table
 from cskv.errors import DataError
 from cskv.evaluation.results import KEY, Row, read_run
 
-INTERVALS = {
+INTERVALS: Mapping[str, str | tuple[str, str]] = {
     "score": ("low", "high"),
     "perplexity": "perplexity_interval",
     "kl": "kl_interval",
@@ -53,7 +54,7 @@ def departures(new: list[Row], old: list[Row]) -> tuple[int, int, list[tuple[Row
     for key in rerun.keys() & committed.keys():
         row, before = rerun[key], committed[key]
         for name, where in INTERVALS.items():
-            interval = [before.get(bound) for bound in where] if isinstance(where, tuple) else before.get(where)
+            interval = before.get(where) if isinstance(where, str) else [before.get(bound) for bound in where]
             if name in row and interval and None not in interval:
                 compared += 1
                 if not interval[0] <= row[name] <= interval[1]:

@@ -13,10 +13,14 @@ from pathlib import Path
 from benchmarks.common import ROOT
 from benchmarks.pages import DOCS, Table, fill_page, machine
 from benchmarks.quality.subjects import SUBJECTS
-from benchmarks.quality.suites import BUDGETS, OURS, PAPER, WINDOWS, splits
+from benchmarks.quality.suites import OURS, PAPER, WINDOWS, splits
 from benchmarks.quality.tables import COLUMNS, NOTHING, Points, Results, number, percent
+from benchmarks.quality.workshop import BUDGETS
 from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL
 from cskv.evaluation.pooling import Value
+from cskv.evaluation.results import Run
+from cskv.evaluation.settings import CONTINUATION, DEPARTURE, TEXT_TASKS
+from cskv.methods.method import label
 from cskv.plots import plot_divergence
 
 SCRIPT = "quality/report"
@@ -33,6 +37,9 @@ SHOWN: dict[str, Sequence[float | None]] = {  # in the README
     OURS: BUDGETS,
 }
 TEXT = ("bytes", "KL", "perplexity", "same token")
+WRITTEN = ("bytes", "tokens until it departs", "never departs", "KL along the text", "code")
+READ = [name for name in COLUMNS if name not in WRITTEN[1:]]
+MAIN = [name for name in READ if name not in ("KL", "perplexity")]  # what methods that drop tokens can do as well
 PAPER_80 = {"StreamingLLM": 6, "H2O-like": 18, "ASVD": 26, PAPER: 92}  # lines, LongChat-7B, 200 lines
 Block = Callable[[Results, str], list[Table]]
 
@@ -68,16 +75,21 @@ def measured_on(results: Results, subject: str, suites: Sequence[str]) -> str:
     runs = [run for suite in suites if (run := results.run(subject, suite)) is not None]
     run, settings = runs[0], runs[0].settings
     seeds = sorted({row["seed"] for row in run.rows})
-    said = (
-        f"{SUBJECTS[subject].title} in {run.model['dtype']}; {settings['texts'] * len(seeds)} texts of "
-        f"{settings['text_tokens'][0]} tokens of {settings['text']}; made from {settings['calibration']}; seeds "
-        f"{', '.join(map(str, seeds))}"
-    )
-    if len(settings["tasks"]) > 1:
-        said += (
-            f", {settings['cases'] * len(seeds)} questions a cell, 95 % intervals; needles and words in "
-            f"{max(settings['tokens'])} tokens"
-        )
+    parts = [f"{SUBJECTS[subject].title} in {run.model['dtype']}"]
+    if any(task in TEXT_TASKS for task in settings["tasks"]):
+        texts = f"{settings['texts'] * len(seeds)} texts of {settings['text_tokens'][0]} tokens of {settings['text']}"
+        if CONTINUATION in settings["tasks"]:
+            texts += f", continuation: the last {settings['continued']}"
+        if DEPARTURE in settings["tasks"]:
+            texts += f", and {settings['generated']} generated after each"
+        parts.append(texts)
+    parts += [f"calibrated on {settings['calibration']}", f"seed{'s'[: len(seeds) - 1]} {', '.join(map(str, seeds))}"]
+    partly = [name for name, own in _seeds(run).items() if own != seeds]
+    if partly:
+        parts[-1] += f" (of {', '.join(partly)} fewer)"
+    if any(row["protocol"] is not None for row in run.rows):
+        parts.append(f"{settings['cases']} questions a cell and seed, 95 % intervals")
+    said = "; ".join(parts)
     versions = (f"{name} {run.environment[name]}" for name in ("torch", "transformers"))
     said += f". {machine(run.environment, *versions)}."
     for other in runs[1:]:
@@ -88,19 +100,27 @@ def measured_on(results: Results, subject: str, suites: Sequence[str]) -> str:
     return f"{said} `python -m benchmarks.quality {suites[0]} --model {subject}`."
 
 
+def _seeds(run: Run) -> dict[str, list[int]]:
+    """Return the seeds of every method."""
+    found: dict[str, set[int]] = {}
+    for row in run.rows:
+        found.setdefault(label(row["method"], row["budget"]), set()).add(row["seed"])
+    return {name: sorted(seeds) for name, seeds in found.items()}
+
+
 def _main(results: Results, subject: str) -> list[Table]:
     points = results.points(subject, "caches", "tokens")
     wanted = [(method, budget) for method, budgets in SHOWN.items() for budget in budgets]
     pairs = [pair for pair in points.pairs() if pair in wanted]
-    return [points.table(tuple(COLUMNS), sorted(pairs, key=wanted.index), f"{SUBJECTS[subject].title}")]
+    return [points.table(MAIN, sorted(pairs, key=wanted.index), SUBJECTS[subject].title)]
 
 
 def _all(results: Results, subject: str) -> list[Table]:
-    return [results.points(subject, "caches", "tokens").table(tuple(COLUMNS), title=SUBJECTS[subject].title)]
+    return [results.points(subject, "caches", "tokens").table(READ, title=SUBJECTS[subject].title)]
 
 
-def _of_texts(suite: str) -> Block:
-    return lambda results, subject: [results.points(subject, suite).table(TEXT, title=SUBJECTS[subject].title)]
+def _table(suite: str, columns: Sequence[str]) -> Block:
+    return lambda results, subject: [results.points(subject, suite).table(columns, title=SUBJECTS[subject].title)]
 
 
 def _texts(results: Results, subject: str) -> list[Table]:
@@ -175,8 +195,10 @@ BLOCKS: Mapping[str, tuple[Sequence[str], Block]] = {
     "main": (("caches", "tokens"), _main),
     "all": (("caches", "tokens"), _all),
     "orders": (("caches", "tokens"), _orders),
-    "factors": (("factors",), _of_texts("factors")),
-    "widths": (("widths",), _of_texts("widths")),
+    "factors": (("factors",), _table("factors", TEXT)),
+    "generation": (("generation",), _table("generation", WRITTEN)),
+    "blocks": (("blocks",), _table("blocks", TEXT)),
+    "widths": (("widths",), _table("widths", TEXT)),
     "texts": (("texts", "texts-other"), _texts),
     "paper": (("paper",), _paper),
 }
@@ -186,7 +208,7 @@ def draw(results: Results) -> None:
     """Draw KL over bytes of every model."""
     for subject in SUBJECTS.values():
         points = results.points(subject.name, "caches", "tokens").points
-        found = [point for point in points if point.task == "agreement"]
+        found = [point for point in points if point.task == CONTINUATION]  # which all methods can do
         if found:
             plot_divergence(
                 found, DOCS / "figures" / f"quality-{subject.name}.png", f"{subject.title}: what caches lose"

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from benchmarks.quality.workshop import BOTH, OTHER, OWN, Recipe, Workshop
+from benchmarks.quality.subjects import GENERATION, QUESTIONS, TEXTS
+from benchmarks.quality.workshop import BOTH, BUDGETS, OTHER, OWN, Recipe, Workshop
 from cskv.methods.fp8 import fp8
 from cskv.methods.method import Method, compressed, uncompressed
 from cskv.methods.press import press
@@ -20,15 +21,21 @@ from cskv.training.settings import TrainingSettings
 # Made when it is wanted, since this may train an adapter. Keys are the method's name and budget.
 Methods = dict[tuple[str, float | None], Callable[[], Method]]
 
-BUDGETS = (0.2, 0.1, 0.05)
 DENSITIES = (0.5, 0.2)
 OURS, PAPER = "CSKV", "CSKV, the paper's"
 WINDOWS = (0, 2, 8, 32, 128)
 SPLITS = (0.25, 0.375, 0.5, 0.625, 0.75)  # of a budget's channels that are keys'
+Block = tuple[int, int] | None
+BLOCK_SHAPES: dict[str, tuple[Block, Block]] = {  # tokens x channels, of keys and values
+    "of KIVI: K 32x1, V 1x32": (None, None),
+    "32x1": ((32, 1), (32, 1)),
+    "32x4": ((32, 4), (32, 4)),
+    "K 8x4, V 4x8": ((8, 4), (4, 8)),
+}
 QAT_DENSITIES = (0.5, 0.2)
 LAYER_WISE = TrainingSettings(learning_rate=2e-3, warmup_steps=10, schedule="cosine", batch_size=2)
 DISTILLED = TrainingSettings(learning_rate=1e-4, warmup_steps=4, schedule="cosine", objective="distillation")
-ASVD, EXACT = {"init": "asvd"}, {"sinks": 4}
+ASVD = {"init": "asvd"}
 AS_PUBLISHED = {"init": "asvd", "sinks": 0}
 
 
@@ -39,14 +46,15 @@ class Suite:
     Attributes:
         about: for a person.
         methods: of a workshop.
-        questions: all tasks of the model are measured; otherwise perplexity and agreement alone.
+        kind: what is measured: "texts" are perplexity and agreement alone, "questions" and "generation" are a
+            subject's tasks.
         heldout: the text that is read: "own" or "other".
         presses: drops tokens by kvpress, which takes an environment of its own.
     """
 
     about: str
     methods: Callable[[Workshop], Methods]
-    questions: bool = False
+    kind: str = TEXTS
     heldout: str = OWN
     presses: bool = False
 
@@ -54,13 +62,15 @@ class Suite:
 def caches(workshop: Workshop) -> Methods:
     """Return every cache that shrinks channels or bits, at its budgets."""
     found: Methods = {("uncompressed", None): uncompressed, ("fp8", 0.5): fp8}
-    found |= {("QuantizedCache (hqq)", bits / 16): partial(quantized, bits) for bits in (4, 3, 2)}
+    found |= {("QuantizedCache (hqq)", bits / 16): partial(quantized, bits) for bits in (4, 2)}
     for ratio in BUDGETS:
         _add(found, workshop, OURS, ratio, Recipe(ratio=ratio))
-    for density in DENSITIES:
-        _add(found, workshop, "SVD", density, Recipe({"init": "svd"} | EXACT).at(density))
-        _add(found, workshop, "ASVD", density, Recipe(ASVD | EXACT).at(density))
-        _add(found, workshop, PAPER, density, Recipe(ASVD | EXACT, training=LAYER_WISE).at(density))
+    for name, recipe in {
+        "SVD": Recipe({"init": "svd"}),
+        "ASVD": Recipe(ASVD),
+        PAPER: Recipe(ASVD, training=LAYER_WISE),
+    }.items():
+        _add(found, workshop, name, 0.2, recipe.at(0.2))
     _add(found, workshop, f"{PAPER}, 0 sinks", 0.2, Recipe(AS_PUBLISHED, training=LAYER_WISE).at(0.2))
     return found
 
@@ -68,9 +78,21 @@ def caches(workshop: Workshop) -> Methods:
 def tokens(_workshop: Workshop) -> Methods:
     """Return what drops tokens, and the uncompressed cache again, since another transformers runs here."""
     found: Methods = {("uncompressed", None): uncompressed}
-    for budget in (0.5, 0.2, 0.1):
+    for budget in (0.5, 0.2):
         for name, title in (("streaming", "StreamingLLM"), ("h2o", "H2O-like"), ("SnapKVPress", "SnapKV")):
             found[title, budget] = partial(press, name, budget)
+    return found
+
+
+def generation(workshop: Workshop) -> Methods:
+    """Return caches of few bits, transformers' and ours: what they write, and not only what they read."""
+    found: Methods = {("uncompressed", None): uncompressed}
+    found |= {("QuantizedCache (hqq)", bits / 16): partial(quantized, bits) for bits in (4, 2)}
+    for ratio in BUDGETS:
+        _add(found, workshop, OURS, ratio, Recipe(ratio=ratio))
+    for bits in (4, 3):
+        recipe = Recipe({"k_bits": bits, "v_bits": bits}).at(0.2)
+        _add(found, workshop, f"20 % of the channels in {bits} bits", 0.2 * bits / 16, recipe)
     return found
 
 
@@ -117,6 +139,21 @@ def widths(workshop: Workshop) -> Methods:
     return found
 
 
+def blocks(workshop: Workshop) -> Methods:
+    """Return shapes of the blocks that share a minimum and a scale: of one width throughout, and of mixed widths."""
+    found: Methods = {}
+    for bits in (4, 2):
+        for name, (k, v) in BLOCK_SHAPES.items():
+            few = {"k_bits": bits, "v_bits": bits, "k_block": k, "v_block": v}
+            title = f"20 % of the channels in {bits} bits, blocks {name}"
+            _add(found, workshop, title, 0.2 * bits / 16, Recipe(few).at(0.2))
+    for ratio in (0.1, 0.05):
+        for channels in (1, 2, 4, 8):
+            shape = {"k_block": (32, channels), "v_block": (32, channels)}
+            _add(found, workshop, f"{OURS}, blocks 32x{channels}", ratio, Recipe(shape, ratio=ratio))
+    return found
+
+
 def texts(workshop: Workshop) -> Methods:
     """Return budgets spent by the right kind of text, the wrong one and a mixture."""
     found: Methods = {}
@@ -155,9 +192,11 @@ def splits() -> dict[tuple[str, float], tuple[float, float]]:
 
 
 SUITES: Mapping[str, Suite] = {
-    "caches": Suite("every cache at its budgets, on all tasks", caches, questions=True),
-    "tokens": Suite("caches that drop tokens, on all tasks (kvpress)", tokens, questions=True, presses=True),
+    "caches": Suite("every cache at its budgets: texts and questions", caches, QUESTIONS),
+    "tokens": Suite("the same of caches that drop tokens (kvpress)", tokens, QUESTIONS, presses=True),
+    "generation": Suite("long texts or code, written from caches of few bits", generation, GENERATION),
     "factors": Suite("ways to make the factors", factors),
+    "blocks": Suite("shapes of the blocks that share a minimum and a scale", blocks),
     "widths": Suite("latents in few bits, with and without training", widths),
     "texts": Suite("calibrated on the right text, the wrong one and both, read on the right one", texts),
     "texts-other": Suite("the same, read on the other text", texts, heldout=OTHER),

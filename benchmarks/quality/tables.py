@@ -8,7 +8,8 @@ from pathlib import Path
 from benchmarks.pages import Table
 from cskv.evaluation.decoding import CONTEXT_FIRST, IN_PREFILL
 from cskv.evaluation.pooling import Pooled, Value, pool
-from cskv.evaluation.results import Run, read_run
+from cskv.evaluation.results import Row, Run, read_run
+from cskv.evaluation.settings import AGREEMENT, CONTINUATION, DEPARTURE, PERPLEXITY
 
 NOTHING = "–"
 Pair = tuple[str, float | None]
@@ -26,14 +27,16 @@ class Results:
         return read_run(path) if path.exists() else None
 
     def points(self, subject: str, *suites: str) -> Points:
-        """Pool suites. What a later one has as well, the uncompressed cache, is taken from the first that has it."""
-        rows, seen = [], set()
+        """Pool suites; what several have, like the uncompressed cache, is the first one's."""
+        rows: list[Row] = []
         for suite in suites:
-            run = self.run(subject, suite)
-            fresh = [] if run is None else [row for row in run.rows if (row["method"], row["budget"]) not in seen]
-            seen |= {(row["method"], row["budget"]) for row in fresh}
-            rows += fresh
+            run, seen = self.run(subject, suite), {_of(row) for row in rows}
+            rows += [] if run is None else [row for row in run.rows if _of(row) not in seen]
         return Points(pool(rows))
+
+
+def _of(row: Row) -> tuple[object, ...]:
+    return row["method"], row["budget"], row["task"], row["protocol"]
 
 
 class Points:
@@ -99,30 +102,41 @@ def _score(task: str, protocol: str | None) -> Callable[[Points, Pair], str]:
 
 
 def _share(points: Points, pair: Pair) -> str:
-    """Format the allocated bytes, means over what was prefilled for the text tasks."""
-    point = points.find(pair, "agreement") or points.find(pair, "continuation")
+    """Format the allocated bytes, means over what was prefilled for the tasks."""
+    found = (points.find(pair, *of) for of in ((AGREEMENT,), (CONTINUATION,), (DEPARTURE,), ("code", CONTEXT_FIRST)))
+    point = next((point for point in found if point is not None), None)
     return NOTHING if point is None or point.ratio is None else f"{point.ratio:.1%}"
+
+
+def _equal(points: Points, pair: Pair) -> str:
+    """Format how many generated tokens are the uncompressed model's before the first that is not."""
+    point = points.find(pair, DEPARTURE)
+    return NOTHING if point is None else f"{number(point.equal_tokens, 0)} of {point.generated}"
+
+
+def _never(points: Points, pair: Pair) -> str:
+    point = points.find(pair, DEPARTURE)
+    return NOTHING if point is None else percent(point.still_equal)
 
 
 COLUMNS: dict[str, Callable[[Points, Pair], str]] = {
     "bytes": _share,
-    "KL": _of_text(lambda p: p.kl, 4, "agreement"),
-    "perplexity": _of_text(lambda p: p.perplexity, 2, "perplexity"),
+    "KL": _of_text(lambda p: p.kl, 4, AGREEMENT),
+    "perplexity": _of_text(lambda p: p.perplexity, 2, PERPLEXITY),
     "same token": lambda points, pair: _same(points, pair),
-    "KL, continuation": _of_text(lambda p: p.kl, 4, "continuation"),
-    "perplexity, continuation": _of_text(lambda p: p.perplexity, 2, "continuation"),
+    "KL, continuation": _of_text(lambda p: p.kl, 4, CONTINUATION),
+    "perplexity, continuation": _of_text(lambda p: p.perplexity, 2, CONTINUATION),
     "lines": _score("lines", IN_PREFILL),
     "lines, context first": _score("lines", CONTEXT_FIRST),
-    "needles": _score("niah-single", IN_PREFILL),
     "needles, context first": _score("niah-single", CONTEXT_FIRST),
-    "four keys, context first": _score("niah-multikey", CONTEXT_FIRST),
-    "variables": _score("vt", CONTEXT_FIRST),
-    "common words": _score("cwe", CONTEXT_FIRST),
-    "frequent words": _score("fwe", CONTEXT_FIRST),
+    "frequent words, context first": _score("fwe", CONTEXT_FIRST),
+    "tokens until it departs": _equal,
+    "never departs": _never,
+    "KL along the text": _of_text(lambda p: p.kl, 4, DEPARTURE),
     "code": _score("code", CONTEXT_FIRST),
 }
 
 
 def _same(points: Points, pair: Pair) -> str:
-    point = points.find(pair, "agreement")
+    point = points.find(pair, AGREEMENT) or points.find(pair, CONTINUATION)
     return NOTHING if point is None or point.top1 is None else f"{point.top1.mean:.1%}"

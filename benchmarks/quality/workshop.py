@@ -23,6 +23,7 @@ from cskv.training.settings import TrainingSettings
 
 CALIBRATION, SAMPLE_TOKENS = 24, 1024  # the command line's defaults
 TRAINING_TOKENS = 512
+BUDGETS = (0.2, 0.1, 0.05)
 OWN, OTHER, BOTH = "own", "other", "both"
 
 
@@ -82,29 +83,38 @@ class Workshop:
 
     def adapter(self, recipe: Recipe) -> cskv.CSKVAdapter:
         """Return a recipe's adapter, made if it is not in the folder."""
-        path = self.folder / recipe.key
+        path = self._path(recipe)
         if not (path / "config.json").exists():  # a folder is whole or absent
-            adapter = self._trained(recipe, path) if recipe.training is not None else self._untrained(recipe)
-            if recipe.bits is not None:
-                config = replace(adapter.config, k_bits=recipe.bits, v_bits=recipe.bits)
-                adapter = in_few_bits(adapter, config, self.statistics(recipe.text))
-            adapter.save_pretrained(path)
+            if recipe.training is not None or recipe.bits is not None:
+                self._changed(recipe).save_pretrained(path)
+            elif recipe.ratio is not None:
+                self._spend(recipe)
+            else:
+                cskv.initialise(self.model, recipe.config, self.statistics(recipe.text)).save_pretrained(path)
         return cskv.CSKVAdapter.from_pretrained(path)
 
-    def _untrained(self, recipe: Recipe) -> cskv.CSKVAdapter:
-        config, statistics = recipe.config, self.statistics(recipe.text)
-        if recipe.ratio is None:
-            return cskv.initialise(self.model, config, statistics)
-        samples = self._samples(recipe.text, BUDGET_SAMPLES, SAMPLE_TOKENS, after=CALIBRATION)
-        found = cskv.allocate(
-            self.model, config, statistics, samples, cskv.Budget(recipe.ratio), ranks_only=recipe.ranks_only
-        )
-        found.adapter.metrics |= {"predicted_kl": found.predicted_kl, "measured_kl": found.measured_kl}
-        return found.adapter
+    def _path(self, recipe: Recipe) -> Path:
+        return self.folder / recipe.key
 
-    def _trained(self, recipe: Recipe, path: Path) -> cskv.CSKVAdapter:
-        adapter = self.adapter(replace(recipe, training=None, bits=None))
-        samples = self._samples(recipe.text, self._training, TRAINING_TOKENS)
+    def _spend(self, recipe: Recipe) -> None:
+        """Spend a budget, and the other usual ones with it, since that costs little more."""
+        assert recipe.ratio is not None
+        ratios = BUDGETS if recipe.ratio in BUDGETS else (recipe.ratio,)
+        samples = self._samples(recipe.text, BUDGET_SAMPLES, SAMPLE_TOKENS, after=CALIBRATION)
+        budgets = [cskv.Budget(ratio) for ratio in ratios]
+        given = self.model, recipe.config, self.statistics(recipe.text), samples, budgets
+        for ratio, found in zip(ratios, cskv.allocate_each(*given, ranks_only=recipe.ranks_only), strict=True):
+            found.adapter.metrics |= {"predicted_kl": found.predicted_kl, "measured_kl": found.measured_kl}
+            found.adapter.save_pretrained(self._path(replace(recipe, ratio=ratio)))
+
+    def _changed(self, recipe: Recipe) -> cskv.CSKVAdapter:
+        """Return an adapter after what follows its making: few bits, or before that training."""
+        if recipe.bits is not None:
+            adapter = self.adapter(replace(recipe, bits=None))
+            config = replace(adapter.config, k_bits=recipe.bits, v_bits=recipe.bits)
+            return in_few_bits(adapter, config, self.statistics(recipe.text))
+        adapter = self.adapter(replace(recipe, training=None))
+        path, samples = self._path(recipe), self._samples(recipe.text, self._training, TRAINING_TOKENS)
         cskv.train(self.model, adapter, samples, recipe.training, output=path.with_name(f"{path.name}-training"))
         return adapter
 

@@ -36,7 +36,7 @@ class DemoSettings:
     samples: int = 16
     aside: int = 4
     sample_len: int = 512
-    answer_tokens: int = 60
+    answer_tokens: int = 48
     timed_steps: int = 16
 
     @classmethod

@@ -1,7 +1,7 @@
 """The same factors in another basis of their latents: (U R^-1, R D) rebuilds what (U, D) does, for any invertible R.
 
 In full precision nothing changes. In few bits it does: a grid suits latents that are centred, and one width for all
-suits latents that vary alike, without outliers, which a rotation makes of them (docs/quantisation.md).
+suits latents that vary alike, without outliers, which a rotation makes of them.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from torch import Tensor
 from cskv.factorization.commuting import RopePairs
 
 LEAST_FISHER = 1e-4  # as a share of the largest: what no gradient was seen for is not free
-COHERENT = 0.25  # from 0.25 to 0.5 all is alike on real models: docs/closed-form.md
+COHERENT = 0.25  # from 0.25 to 0.5 all is alike on real models
 
 
 def key_gain(

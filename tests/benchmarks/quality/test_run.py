@@ -31,7 +31,9 @@ def measured(tmp_path, monkeypatch, text):
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     small = {"texts": 2, "text_tokens": (160,), "continued": 32, "cases": 1, "tokens": (700,), "max_new_tokens": 2}
-    subject = replace(subjects.SUBJECTS["smollm2"], settings=small, tasks=("perplexity", "niah-single"), training=2)
+    small["generated"] = 3
+    tasks = {subjects.QUESTIONS: ("perplexity", "niah-single"), subjects.GENERATION: ("departure",)}
+    subject = replace(subjects.SUBJECTS["smollm2"], settings=small, asked={}, tasks=tasks, training=2)
     monkeypatch.setattr(subjects, "MODELS", tmp_path / "models")
     monkeypatch.setitem(subjects.SUBJECTS, "smollm2", subject)
     monkeypatch.setattr(run, "ADAPTERS", tmp_path / "adapters")
@@ -69,8 +71,16 @@ def test_a_suite_with_questions_and_a_budget(measured, tmp_path):
     assert rows["CSKV", "agreement"]["cache"]["ratio"] < 1
     block = "\n".join(paragraphs("main", Results(tmp_path)))
     assert "| CSKV, 20 % |" in block
-    assert "SmolLM2-135M in float32; 2 texts of 160 tokens of book.txt" in block
+    assert "SmolLM2-135M in float32; 2 texts of 160 tokens of book.txt, SHA-256 " in block
     assert "`python -m benchmarks.quality caches --model smollm2`" in block
+
+
+def test_a_suite_of_generation(measured, tmp_path):
+    assert measured("generation", "--only", "uncompressed", "--seed", "0") == 0
+    (row,) = read_run(tmp_path / "smollm2-generation.json").rows
+    assert (row["task"], row["generated"], row["mean_equal"]) == ("departure", 3, 3.0)
+    block = "\n".join(paragraphs("generation", Results(tmp_path)))
+    assert "| uncompressed | 100.0% | 3 (3-3) of 3 | 100 % (34-100) |" in block
 
 
 def test_training_is_kept_with_its_adapter(measured, tmp_path):
@@ -103,5 +113,5 @@ def test_methods_of_a_suite_have_names_of_their_own(name):
         model = Model
 
     found = suites.SUITES[name].methods(Workshop())
-    assert len(found) >= 9
+    assert len(found) >= 7
     assert all(budget is None or 0 < budget <= 1 for _, budget in found)

@@ -17,7 +17,7 @@ def row(method: str, score: float, **changes: object) -> dict:
         "budget": 0.2,
         "task": "niah-single",
         "size": 1024,
-        "protocol": "in-prefill",
+        "protocol": "context-first",
         "seed": 0,
         "n": 50,
         "score": score,
@@ -61,8 +61,8 @@ def test_a_row_pools_seeds_and_a_column_that_nobody_has_is_left_out():
         row("B", 0.0, **text, kl=0.02),
         row("B", 0.0, **text, kl=0.04, seed=1),
     ]
-    table = Points(pool(rows)).table(("bytes", "KL", "perplexity", "needles", "lines"))
-    assert table.headings == ("cache", "bytes", "KL", "needles")
+    table = Points(pool(rows)).table(("bytes", "KL", "perplexity", "needles, context first", "lines"))
+    assert table.headings == ("cache", "bytes", "KL", "needles, context first")
     assert table.rows == [["A, 20 %", "–", "–", "95 % (89-98)"], ["B, 20 %", "25.0%", "0.0300 (0.0200-0.0400)", "–"]]
 
 
