@@ -1,7 +1,7 @@
 # One command for each thing a person does with the repository; .ci/run calls the same ones.
 #
 #   make demo    install, fetch SmolLM2-135M into models/ (without a network: the bundled model), then compress it, generate
-#                side by side and print one table: five to seven minutes on two cores
+#                side by side and print one table: four to six minutes on two cores
 #   make test    install, then run the tests
 #   make test-lm-eval   install lm-evaluation-harness as well, then run the tests of docs/lm-eval.md
 #   make check   install, then lint, format, types and import layers

@@ -23,7 +23,7 @@ def main(
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub id. [default: SmolLM2-135M, fetched into models/smollm2]")
     ] = None,
-    cases: Annotated[int, typer.Option(help="Needles to find for each row of the table.")] = 10,
+    cases: Annotated[int, typer.Option(help="Needles to find for each row of the table.")] = 8,
     seed: Annotated[int, typer.Option(help="Of calibration text, needles and held-out text.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for adapters, results and the figure.")] = ROOT / "outputs" / "demo",
 ) -> None:

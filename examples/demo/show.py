@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,9 @@ def side_by_side(
             (text,) = answer(model, tokenizer, *given).texts
         words = text.split()
         first = first or words
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words, first)))
+        same = sum(match.size for match in SequenceMatcher(None, first, words, autojunk=False).get_matching_blocks())
         held = f"{size.total_bytes / 1e6:.2f} MB for {size.tokens} tokens"
-        alike = f"; the first {same} of {len(words)} words are the same" if panels else ""
+        alike = f"; {same} of {len(words)} words are the same" if panels else ""
         panels.append(
             Panel(escape(text.strip()), title=f"{method.label}: {held}{alike}", title_align="left", width=WIDTH)
         )
