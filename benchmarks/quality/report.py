@@ -22,6 +22,7 @@ from cskv.evaluation.results import Run
 from cskv.evaluation.settings import CONTINUATION, DEPARTURE, TEXT_TASKS
 from cskv.methods.method import label
 from cskv.plots import plot_divergence
+from cskv.plots.series import method_looks
 
 SCRIPT = "quality/report"
 PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
@@ -205,11 +206,13 @@ BLOCKS: Mapping[str, tuple[Sequence[str], Block]] = {
 
 
 def draw(results: Results) -> None:
-    """Draw KL over bytes of every model."""
-    for subject in SUBJECTS.values():
-        points = results.points(subject.name, "caches", "tokens").points
-        found = [point for point in points if point.task == CONTINUATION]  # which all methods can do
-        if found:
-            plot_divergence(
-                found, DOCS / "figures" / f"quality-{subject.name}.png", f"{subject.title}: what caches lose"
-            )
+    """Draw KL over bytes of every model, on what all methods can do; a method looks the same in all figures."""
+    found = {
+        name: [point for point in results.points(name, "caches", "tokens").points if point.task == CONTINUATION]
+        for name in SUBJECTS
+    }
+    looks = method_looks(point for points in found.values() for point in points)
+    for name, points in found.items():
+        if points:
+            title = f"{SUBJECTS[name].title}: what caches lose"
+            plot_divergence(points, DOCS / "figures" / f"quality-{name}.png", title, looks)

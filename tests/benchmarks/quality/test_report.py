@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from benchmarks.quality import report
 from benchmarks.quality.report import BLOCKS, PAGES, SCRIPT, blocks_of
 from benchmarks.quality.run import RESULTS
 from benchmarks.quality.subjects import SUBJECTS
@@ -31,3 +32,12 @@ def test_committed_results_are_of_suites_and_of_one_text():
     runs = {path.stem: read_run(path) for path in RESULTS.glob("*.json")}
     assert set(runs) <= {f"{subject}-{suite}" for subject in SUBJECTS for suite in SUITES}
     assert len({run.settings["calibration"] for run in runs.values()}) <= 1
+
+
+def test_a_figure_is_drawn_of_every_model_that_was_measured(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    report.draw(Results(RESULTS))
+    drawn = {path.name for path in tmp_path.glob("figures/*.png")}
+    assert drawn == {f"quality-{path.stem.removesuffix('-caches')}.png" for path in RESULTS.glob("*-caches.json")}
+    assert drawn <= {path.name for path in (RESULTS.parent / "figures").glob("*.png")}
