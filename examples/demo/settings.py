@@ -24,8 +24,7 @@ class DemoSettings:
         evaluation: needles and held-out text.
         text: that is calibrated on, a name of `cskv.data.sources`, or "records".
         budgets: shares of the bytes, an adapter each.
-        samples: to calibrate on, and `aside` more to choose ranks and widths by. With half as many a twentieth of the
-            bytes does not copy a text any more.
+        samples: to calibrate on, and `aside` more to choose ranks and widths by.
         sample_len: tokens of a sample.
         answer_tokens: to generate side by side.
         timed_steps: decoded tokens by which the speed is told.
@@ -33,9 +32,9 @@ class DemoSettings:
 
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     text: str = "offline"
-    budgets: tuple[float, ...] = (0.2, 0.05)
-    samples: int = 32
-    aside: int = 12
+    budgets: tuple[float, ...] = (0.2, 0.1, 0.05)
+    samples: int = 16
+    aside: int = 4
     sample_len: int = 512
     answer_tokens: int = 48
     timed_steps: int = 16
