@@ -128,7 +128,7 @@ class Demo:
         statistics = Statistics.load(path)
         lacking = [ratio for ratio in settings.budgets if not (self._folder(ratio) / "config.json").exists()]
         if lacking:
-            names = " and ".join(f"{100 * ratio:g}" for ratio in lacking)
+            names = ", ".join(f"{100 * ratio:g}" for ratio in lacking)
             with stage(self.console, f"choose {names} % of the bytes") as shown:
                 given = self.model, CSKVConfig(), statistics, samples[settings.samples :], [*map(Budget, lacking)]
                 for ratio, found in zip(lacking, allocate_each(*given), strict=True):

@@ -86,7 +86,7 @@ def test_the_demo_compresses_and_measures_a_model(finished):
 def test_without_a_terminal_every_stage_is_a_line_with_its_seconds(finished):
     text = printed(finished[0])
     found = re.findall(r"^(\w.*\S) +\d+\.\d s\b", text, re.MULTILINE)
-    assert found == ["calibrate", "choose 50 and 30 % of the bytes", "generate", "measure 3 caches"]
+    assert found == ["calibrate", "choose 50, 30 % of the bytes", "generate", "measure 3 caches"]
     assert "no row of transformers' quantised cache: the hqq cache needs hqq: pip install 'cskv[peers]'\n" in text
     panels = re.findall(r"^╭─ (.*?): [\d.]+ MB for 90 tokens(?:; \d+ of \d+ words are the same)? ─", text, re.MULTILINE)
     assert panels == NAMES
