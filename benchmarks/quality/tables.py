@@ -51,10 +51,14 @@ class Points:
         return max(found, key=lambda p: p.size, default=None)
 
     def pairs(self, *methods: str) -> list[Pair]:
-        """Return (method, budget) of these methods, or of all in order of first appearance, most bytes first."""
+        """Return (method, budget) of these methods, or of all in order of first appearance, most bytes first.
+
+        The uncompressed cache comes before all others.
+        """
         pairs = dict.fromkeys((p.method, p.budget) for p in self.points)
         names = methods or tuple(dict.fromkeys(method for method, _ in pairs))
-        return sorted((pair for pair in pairs if pair[0] in names), key=lambda p: (names.index(p[0]), -(p[1] or 1.0)))
+        chosen = (pair for pair in pairs if pair[0] in names)
+        return sorted(chosen, key=lambda p: (p[1] is not None, names.index(p[0]), -(p[1] or 1.0)))
 
     def table(self, columns: Sequence[str], pairs: Sequence[Pair] | None = None, title: str = "") -> Table:
         """Make a row for every pair, and a column of each name in `COLUMNS` that somebody has a figure for."""
