@@ -92,6 +92,17 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
         assert list(checkpoints.folder.iterdir()) == []
 
 
+def test_an_older_checkpoint_that_a_killed_run_had_yet_to_remove_is_removed(tmp_path: Path) -> None:
+    """The last step's checkpoint may be whole by then, so that no other one is ever written."""
+    checkpoints = Checkpoints(tmp_path, {}, BASE)
+    with checkpoints.prepared():
+        checkpoints.save(*trained(), STATE)
+    (checkpoints.folder / "step-00000002").mkdir()
+    with checkpoints.prepared():
+        assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000003"]
+        assert checkpoints.restore(*fresh()) == STATE
+
+
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     first, second = Checkpoints(tmp_path, {}, BASE), Checkpoints(tmp_path, {}, BASE)
     with first.prepared():

@@ -89,6 +89,7 @@ class Checkpoints:
                 for leftover in self.folder.glob(".step-*"):
                     shutil.rmtree(leftover)
                 tempfile.TemporaryFile(dir=self.folder).close()
+            self._remove_older()
             yield
 
     def _lock(self, handle: int) -> None:
@@ -122,9 +123,12 @@ class Checkpoints:
             text_writer(json.dumps(described, indent=2))(folder / STATE_FILE)
 
         write_folder(target, fill)
-        for older in self.folder.glob("step-*"):
-            if older != target:
-                shutil.rmtree(older, ignore_errors=True)
+        self._remove_older()
+
+    def _remove_older(self) -> None:
+        """Remove all but the newest checkpoint."""
+        for older in sorted(self.folder.glob("step-*"))[:-1]:
+            shutil.rmtree(older, ignore_errors=True)
 
     def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Load the newest checkpoint into a run, or nothing where there is none.
