@@ -90,7 +90,8 @@ test-vllm: $(VLLM)/ready
 WIKITEXT := models/wikitext-2/valid.txt models/wikitext-2/test.txt
 
 models/wikitext-2/%.txt:
-	curl -fsSL --create-dirs -o $@ https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/$*.txt
+	curl -fsSL --create-dirs -o $@.part https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/$*.txt
+	mv $@.part $@
 
 models/%/config.json: | venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf]'

@@ -217,7 +217,7 @@ class _Measure:
         if job not in self.plain:
             self.plain[job] = cache_after_prefill(self.model, prompt)
         report = plain = self.plain[job]
-        tokens = plain.tokens // method.multiple * method.multiple
+        tokens = plain.tokens // method.multiple * method.multiple or plain.tokens
         if method.budget is not None:
             with method.on(self.model) as new_cache:
                 report = cache_after_prefill(self.model, prompt[:, :tokens], new_cache=new_cache, own=plain)
