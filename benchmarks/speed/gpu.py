@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,15 +23,17 @@ from benchmarks.speed.problem import Shape
 from benchmarks.speed.registry import Benchmark, Unavailable
 from benchmarks.speed.timing import Stopwatch, summary
 from cskv.attention.triton import launch
-from cskv.attention.triton.plan import Plan, Shapes, split
+from cskv.attention.triton.plan import LEAST, Plan, Shapes, ranges
 from cskv.files import write_text
 
 TINY, TOKENS = Shape(8, 4, 32), 65_536
 AS_PLANNED, PROFILE = "as planned", "profile.txt"
+PLANNERS = ("plan_scores", "plan_partials")
 # Other plans for the Triton kernels than those that `cskv.attention.triton.plan` reasons out; `splits` multiplies.
-WARPS = ({"warps": 4}, {"warps": 8}, {"tile": 128, "warps": 8})
-TILES = ({"tile": 32}, {"tile": 128}, {"value_block": 128})
-VARIANTS: tuple[dict[str, int], ...] = ({}, *WARPS, *TILES, {"stages": 3}, {"stages": 1}, {"splits": 2})
+VARIANTS: tuple[dict[str, int], ...] = (
+    {}, {"warps": 4}, {"warps": 8}, {"stages": 3}, {"stages": 1}, {"heads": 1}, {"splits": 2},
+    {"tile": 128, "warps": 8},
+)  # fmt: skip
 
 
 def tuning(tokens: int, asked: Any) -> Row:
@@ -48,26 +50,34 @@ def tuning(tokens: int, asked: Any) -> Row:
                 call()
                 took = summary([stopwatch.seconds(call) for _ in range(10)])
             label = ", ".join(f"{key} {value}" for key, value in variant.items()) or AS_PLANNED
-            found.setdefault(name, {})[label] = took | {"plan": repr(used[-1])}
+            found.setdefault(name, {})[label] = took | {"plans": [repr(plan) for plan in dict.fromkeys(used)]}
     return {"plans": found}
 
 
 @contextmanager
 def plans(variant: dict[str, int]) -> Iterator[list[Plan]]:
-    """Change every plan that is made in the block. The list takes what was planned."""
-    planned, used = launch.plan, []
+    """Change every plan that is made in the block, where it has what is changed. The list takes what was planned."""
+    planned, used = {name: getattr(launch, name) for name in PLANNERS}, []
 
-    def changed(shapes: Shapes, multiprocessors: int) -> Plan:
-        plan = planned(shapes, multiprocessors)
+    def changed(planner: Callable[[Shapes, int], Plan], shapes: Shapes, multiprocessors: int) -> Plan:
+        plan = planner(shapes, multiprocessors)
         direct = {key: value for key, value in variant.items() if key != "splits"}
-        used.append(split(replace(plan, **direct), shapes.tokens, plan.splits * variant.get("splits", 1)))
+        if plan.heads == 1:  # of `partials`, or as few as there can be
+            direct.pop("heads", None)
+        made = replace(plan, **direct)
+        if made.heads < plan.heads:
+            made = replace(made, rows=max(LEAST, plan.rows * made.heads // plan.heads))
+        most = made.splits * variant.get("splits", 1) * plan.heads // made.heads
+        used.append(replace(made, splits=ranges(shapes.tokens, made.tile, most)))
         return used[-1]
 
-    launch.plan = changed
+    for name, planner in planned.items():
+        setattr(launch, name, partial(changed, planner))
     try:
         yield used
     finally:
-        launch.plan = planned
+        for name, planner in planned.items():
+            setattr(launch, name, planner)
 
 
 def profile(tokens: int, asked: Any) -> Row:

@@ -110,7 +110,9 @@ class Problem:
 
     def rotation(self, sealed: int) -> Rotation:
         """Return the rotation of keys that were rebuilt from latents."""
-        return Rotation(self.cos[:, :sealed], self.sin[:, :sealed], self._rotated_heads, is_plain=True)
+        return Rotation(
+            self.cos[:, :sealed], self.sin[:, :sealed], self._rotated_heads, is_plain=True, is_symmetric=True
+        )
 
     @property
     def exact_nbytes(self) -> int:

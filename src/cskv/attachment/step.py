@@ -249,7 +249,7 @@ class Step:
         if recipe.rope is not None and table is not None and view.sealed:
             cos, sin = self._cos_sin(table, recipe.rope, view)
         if not compressor.is_linear:
-            rotation = Rotation(cos, sin, recipe.keys.heads, recipe.plain_rope, placed.norm)
+            rotation = Rotation(cos, sin, recipe.keys.heads, recipe.plain_rope, placed.norm, recipe.equal_halves)
         elif cos is not None:
             offset = compressor.key_offset(placed, cos, sin)
         return AttentionInputs(view, placed.factors, rotation, logits, compressor.value_heads, offset)

@@ -34,6 +34,7 @@ class Rotation:
         is_plain: whether `heads` is x * cos + rotate_half(x) * sin on the first rotary_dim channels of every head,
             after `norm` if there is one, and nothing else, so that a kernel can do it.
         norm: the norm of each head that `is_plain` refers to.
+        is_symmetric: whether the halves of cos are equal, and those of sin, so that one of them is enough.
     """
 
     cos: Float[Tensor, "#batch sealed rotary_dim"] | None
@@ -41,6 +42,7 @@ class Rotation:
     heads: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
     is_plain: bool = False
     norm: RMSNorm | None = None
+    is_symmetric: bool = False
 
     def to(self, dtype: torch.dtype) -> Rotation:
         """Return the same in another dtype."""

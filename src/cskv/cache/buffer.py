@@ -21,7 +21,7 @@ class TokenBuffer:
     Args:
         capacity: tokens to preallocate at the first append, so that nothing is copied before there are more.
         gpu_row_bytes: on a GPU, tokens start at multiples of so many bytes, which loads of that width need. The bytes
-            between them are slack.
+            between them are zeros, and slack.
     """
 
     def __init__(self, capacity: int = 0, gpu_row_bytes: int = 1) -> None:
@@ -37,6 +37,11 @@ class TokenBuffer:
         if self._storage is None:
             raise RuntimeError("the buffer is empty")
         return self._storage[:, : self.length, : self._channels]
+
+    @property
+    def padding(self) -> int:
+        """Zeros in memory behind the channels of every token."""
+        return 0 if self._storage is None else self._storage.shape[2] - self._channels
 
     def append(self, rows: Tensor) -> None:
         """Append (batch, new tokens, channels)."""
@@ -89,6 +94,7 @@ class TokenBuffer:
         larger = allocate((like.shape[0], capacity, row), like.dtype, like.device)
         if not torch.compiler.is_compiling():  # or torch.compile would make a graph for every capacity
             torch._dynamo.maybe_mark_dynamic(larger, 1)
+        larger[:, :, self._channels :] = 0
         if self._storage is not None:
             larger[:, : self.length] = self._storage[:, : self.length]
         self._storage = larger

@@ -20,6 +20,7 @@ from cskv.quantization.dispatch import quantise
 from cskv.quantization.grid import PARAMETER_DTYPE, Grid
 
 GPU_ROW_BYTES = 32  # a sector of memory: rows of any rank are loaded 16 bytes at a time, and in whole sectors
+GPU_CODES_BYTES = 16  # of packed ones and of their parameters, which are shorter: whole sectors would cost too much
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class PlainStore:
         self._tokens.put(row, start, latents, batch)
 
     def view(self, length: int) -> PlainLatents:
-        return PlainLatents(self._tokens.tokens[:, :length])
+        return PlainLatents(self._tokens.tokens[:, :length], self._tokens.padding)
 
     def crop(self, length: int) -> None:
         self._tokens.crop(length)
@@ -132,7 +133,8 @@ class PackedStore:
     def __init__(self, grid: Grid, capacity: int = 0) -> None:
         self.grid = grid
         blocks = -(-capacity // grid.block_tokens)
-        self._payload, self._scales, self._minima = TokenBuffer(capacity), TokenBuffer(blocks), TokenBuffer(blocks)
+        self._payload = TokenBuffer(capacity, GPU_CODES_BYTES)
+        self._scales, self._minima = TokenBuffer(blocks, GPU_CODES_BYTES), TokenBuffer(blocks, GPU_CODES_BYTES)
         self._cuts: list[int] = []  # tokens that begin a block in the middle of one that a crop has cut short
         self._rows: Tensor | None = None
         self._dtype = torch.float32

@@ -24,9 +24,11 @@ class PlainLatents:
 
     Attributes:
         tokens: the latents. Rows of a batch may be further apart in memory, with spare capacity between.
+        padding: how many zeros lie behind the latents of every token, which a kernel may read with them.
     """
 
     tokens: Float[Tensor, "batch tokens rank"]
+    padding: int = 0
     lengths: None = field(default=None, init=False)
     granularity: int = field(default=1, init=False)
 

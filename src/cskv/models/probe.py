@@ -55,6 +55,7 @@ class SiteRecipe:
         rope: how to recover cos and sin of sealed tokens; None where the keys are not rotated.
         pairs: the channels of a head that RoPE rotates together; None where the keys are not rotated.
         plain_rope: whether keys are rotated by halves of their first channels, after a norm over each head or none.
+        equal_halves: whether the halves of cos are equal, and those of sin, as where angles are repeated.
         key_norm: that norm, as a kernel can do it.
         attention: what is known of the layer's attention function.
     """
@@ -65,6 +66,7 @@ class SiteRecipe:
     rope: CosSin | None
     pairs: RopePairs | None
     plain_rope: bool
+    equal_halves: bool
     key_norm: RMSNorm | None
     attention: Understanding
 
@@ -139,6 +141,7 @@ def _recipe(site: AttentionSite, forward: _Forward, attention: Understanding) ->
         rope=_rope(forward.positions, site, call) if rotated else None,
         pairs=find_pairs(keys, call.cos) if rotated else None,  # type: ignore[arg-type]
         plain_rope=rotated and not odd_norm and _rotates_plainly(keys, layer.keys, call),
+        equal_halves=rotated and all(_halves_are_equal(part) for part in (call.cos, call.sin)),  # type: ignore[arg-type]
         key_norm=norm,
         attention=attention,
     )
@@ -155,6 +158,11 @@ def _rotates_plainly(recipe: Recipe, heads: Tensor, call: AttentionCall) -> bool
     plain = rotate(heads, call.cos, call.sin, torch.empty_like(heads))
     expected = recipe.rotated(heads, call.cos, call.sin)
     return bool((plain - expected).abs().max() <= TOLERANCE.get(heads.dtype, 3e-2) * expected.abs().max())
+
+
+def _halves_are_equal(part: Tensor) -> bool:
+    first, second = part.chunk(2, dim=-1)
+    return torch.equal(first, second)
 
 
 def _queries(site: AttentionSite, keys: Recipe) -> Recipe:

@@ -79,7 +79,7 @@ def find_rope(
     plain = bool(getattr(parent.rotary_emb, "is_neox_style", False))
     norm = kernel_norm(found, split_heads(k[None], head_dim))
     is_plain = plain and (found.norm_style is NormStyle.NONE or norm is not None)
-    return Rotation(cos[None], sin[None], found.heads, is_plain, norm)
+    return Rotation(cos[None], sin[None], found.heads, is_plain, norm, is_symmetric=plain)
 
 
 def _record(parent: Any, forward: Any, child: str, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cskv.attention.inputs import AttentionInputs, Logits, RMSNorm, Rotation
-from cskv.attention.triton import kernels as attention_kernels
-from cskv.attention.triton import launch
+from cskv.attention.triton import launch, outputs, partials, scores
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.pages import PagedLatents, PageLayout
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
@@ -77,8 +76,8 @@ def step(rank: int, packed: bool, rotated: bool, normalised: bool = False, page:
 
 
 if __name__ == "__main__":
-    attention_kernels.partials, attention_kernels.join = (
-        Compiled(kernel) for kernel in (attention_kernels.partials, attention_kernels.join)
+    scores.scores, partials.partials, outputs.outputs = (
+        Compiled(kernel) for kernel in (scores.scores, partials.partials, outputs.outputs)
     )
     quantization_kernels.parameters, quantization_kernels.codes = (
         Compiled(kernel) for kernel in (quantization_kernels.parameters, quantization_kernels.codes)

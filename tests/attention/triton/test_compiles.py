@@ -22,5 +22,5 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert {name for name, _ in lines} == {"partials", "join", "parameters", "codes"}
+    assert {name for name, _ in lines} == {"scores", "partials", "outputs", "parameters", "codes"}
     assert all(int(shared) <= H100_SHARED for _, shared in lines), done.stdout

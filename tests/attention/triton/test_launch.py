@@ -6,6 +6,7 @@ Memory that the launcher allocates is filled with NaN first, so that a number th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -24,7 +25,7 @@ from tests.interpreter import mend_interpreter
 pytest.importorskip("triton")
 mend_interpreter()
 
-from cskv.attention.triton import arguments, launch  # noqa: E402
+from cskv.attention.triton import arguments, launch, refusal  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of the largest output, which is about 1. In 16 bits, absorbed queries, rebuilt keys and weights are each rounded once.
@@ -245,7 +246,7 @@ def test_a_step_can_be_captured() -> None:
 def test_factors_with_rows_further_apart_are_taken_as_they_are() -> None:
     made = make(Case(rotary_dim=16, ranks=(13, 20)))
     k = made.inputs.factors.k.aligned(16)
-    assert arguments.keys_arguments(made.query, k, made.inputs.rotation)["up"].data_ptr() == k.up.data_ptr()
+    assert arguments.rebuild_arguments(made.query, k, made.inputs.rotation)["up"].data_ptr() == k.up.data_ptr()
     apart = made.told(factors=LayerFactors(k, made.inputs.factors.v))
     assert torch.equal(apart.by(launch.attention), made.by(launch.attention))
 
@@ -254,7 +255,7 @@ def test_nothing_sealed() -> None:
     made = make(Case(softcap=2.0, sinks=True))
     made = made.told(view=View(made.inputs.view.keys, made.inputs.view.values))
     assert made.by(launch.refusal) is None
-    assert torch.equal(made.by(launch.attention), by_torch(made))
+    assert torch.allclose(made.by(launch.attention), by_torch(made), atol=1e-6)
 
 
 REFUSED = {
@@ -296,7 +297,7 @@ def test_as_many_new_tokens_attend_to_latents_as_the_kernels_take(shared: int, m
 
 
 def test_a_missing_triton_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "installed", lambda: False)
+    monkeypatch.setattr(refusal, "installed", lambda: False)
     made = make(Case())
     launch._say_once.cache_clear()
     with pytest.warns(UserWarning, match="by torch, not triton: triton is not installed"):
@@ -312,20 +313,102 @@ def test_the_dispatch_takes_the_kernels() -> None:
     assert torch.equal(out, made.by(launch.attention))
 
 
-def test_a_plan_that_does_not_fit_is_made_smaller_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rotary_dim", "kernel"), [(None, "plan_partials"), (16, "plan_scores")])
+def test_a_plan_that_does_not_fit_is_made_smaller_once(
+    rotary_dim: int | None, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from triton.runtime.errors import OutOfResources
 
-    tried, partials = [], launch._partials
+    planned, fitted = getattr(launch, kernel), launch._fitted
+    tried: list[tuple[int, int, int]] = []
 
-    def small_device(chosen: Plan, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        tried.append((chosen.stages, chosen.tile))
-        if chosen.tile > 16:
-            raise OutOfResources(2, 1, "shared memory")
-        return partials(chosen, *arguments)
+    def small_device(name: str, chosen: Plan, launched: Callable[[Plan], object]) -> object:
+        def attempt(made: Plan) -> object:
+            if f"plan_{name}" == kernel:
+                tried.append((made.stages, made.heads, made.tile))
+                if made.tile > 16:
+                    raise OutOfResources(2, 1, "shared memory")
+            return launched(made)
 
-    monkeypatch.setattr(launch, "_partials", small_device)
+        return fitted(name, chosen, attempt)
+
+    monkeypatch.setattr(launch, kernel, lambda *sizes: replace(planned(*sizes), tile=32))
+    monkeypatch.setattr(launch, "_fitted", small_device)
     monkeypatch.setattr(launch, "_fitting", {})
-    check(Case(sealed=100))
-    assert tried == [(2, 32), (1, 32), (1, 16)]
-    check(Case(sealed=100))
-    assert tried[3:] == [(1, 16)]
+    case = Case(sealed=100, rotary_dim=rotary_dim, dtype=torch.bfloat16)
+    check(case)
+    heads = [(1, 2, 32), (1, 1, 32)] if rotary_dim else [(1, 1, 32)]
+    assert tried == [(2, heads[0][1], 32), *heads, (1, 1, 16)]
+    check(case)
+    assert tried[len(heads) + 2 :] == [(1, 1, 16)]
+
+
+def test_products_are_made_for_as_many_tokens_as_they_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(sealed=500, rotary_dim=16, batch=2, mask="bool")
+    whole = make(case).by(launch.attention)
+    pieces, products = [], launch._Sealed._products
+
+    def kept(self, begin: int, end: int, rebuild: dict) -> Tensor:
+        pieces.append((begin, end))
+        return products(self, begin, end, rebuild)
+
+    monkeypatch.setattr(launch._Sealed, "_products", kept)
+    monkeypatch.setattr(launch, "PRODUCTS", 2 * 4 * 200)
+    assert torch.allclose(make(case).by(launch.attention), whole, atol=1e-6)
+    assert pieces == [(0, 192), (192, 384), (384, 500)]
+    check(case)
+
+
+def test_zeros_behind_the_latents_are_read_with_them() -> None:
+    """Rows of 14 and 20 latents, as a buffer of a GPU keeps them; NaN behind would show."""
+    made = make(Case(sealed=100))
+    wide = []
+    for part in (made.inputs.view.k, made.inputs.view.v):
+        assert isinstance(part, PlainLatents)
+        room = torch.nn.functional.pad(part.tokens, (0, 32 - part.rank))
+        wide.append(PlainLatents(room[..., : part.rank], padding=32 - part.rank))
+    assert [arguments.Store.of(part, 1).readable for part in wide] == [32, 32]
+    padded = made.told(view=replace(made.inputs.view, k=wide[0], v=wide[1]))
+    assert torch.equal(padded.by(launch.attention), made.by(launch.attention))
+
+
+def test_halves_that_are_equal_are_read_once() -> None:
+    made = make(Case(sealed=100, rotary_dim=16))
+    rope = made.inputs.rotation
+    assert rope is not None
+    cos, sin = (part[..., :8].repeat(1, 1, 2) for part in (rope.cos, rope.sin))  # type: ignore[index]
+    both = made.told(rotation=plain_rope(cos, sin, 16))
+    one = made.told(rotation=replace(plain_rope(cos, sin, 16), is_symmetric=True))
+    assert torch.equal(one.by(launch.attention), both.by(launch.attention))
+
+
+# Width and rank of keys, blocks of channels of values, and whether codes are found by arithmetic.
+WIDTHS = {
+    "planes": (4, 64, 32, True),
+    "planes that begin within a block": (4, 40, 32, True),
+    "8 bits": (8, 40, 32, True),
+    "2 bits": (2, 64, 16, True),
+    "1 bit": (1, 64, 32, False),
+    "3 bits": (3, 40, 32, False),
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_of_one_width(name: str, dtype: torch.dtype) -> None:
+    bits, rank, block, by_arithmetic = WIDTHS[name]
+    packed = {"k": grid(rank, bits, 16, 1), "v": grid(rank, bits, 1, block)}
+    case = Case(sealed=150, batch=2, ranks=(rank, rank), rotary_dim=16, dtype=dtype, **packed)
+    store = arguments.Store.of(make(case).inputs.view.k, 1)  # type: ignore[arg-type]
+    assert (store.bits > 0) == store.by_planes == by_arithmetic
+    check(case)
+    check(replace(case, rotary_dim=None))
+
+
+@pytest.mark.parametrize("rotary_dim", [None, 16])
+def test_groups_whose_codes_lie_in_one_plane(rotary_dim: int | None) -> None:
+    packed = {"k": grid(32, 4, 16, 1), "v": grid(48, 2, 1, 8)}
+    case = Case(sealed=150, heads=(8, 4), groups=4, ranks=(8, 12), rotary_dim=rotary_dim, **packed)
+    stores = [arguments.Store.of(part, 4) for part in (make(case).inputs.view.k, make(case).inputs.view.v)]  # type: ignore[arg-type]
+    assert [(store.bits, store.by_planes) for store in stores] == [(4, False), (2, False)]
+    check(case)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cskv.attention import reference
-from cskv.attention.attend import Partial, attention
+from cskv.attention.attend import attention
 from cskv.attention.inputs import Logits
 from cskv.attention.triton import launch
 from cskv.latents.pages import PagedLatents, PageLayout
@@ -93,37 +93,30 @@ def test_16_bits(dtype: torch.dtype, block_size: int, packed: bool) -> None:
     check(replace(ROTATED, block_size=block_size, lengths=(0, 65, 300), **KIVI if packed else {}), dtype)
 
 
-def sealed(problem: PagedProblem) -> Partial:
+def sealed(problem: PagedProblem) -> launch.Ranges:
     inputs = problem.inputs()
     assert inputs.view.k is not None
     assert inputs.view.v is not None
-    return launch._sealed(problem.query(), inputs.view.k, inputs.view.v, inputs)
+    return launch.sealed_ranges(problem.query(), inputs.view.k, inputs.view.v, inputs)
 
 
 @pytest.mark.parametrize("lengths", [(0, 5, 300), (0, 0, 0)])
 def test_a_request_without_tokens_is_an_empty_part(lengths: tuple[int, ...]) -> None:
-    part = sealed(replace(ROTATED, lengths=lengths, above=64))
+    ranges = sealed(replace(ROTATED, lengths=lengths, above=64))
+    most, total, sums = (part.unflatten(1, (len(lengths), -1)) for part in ranges)
     for row, length in enumerate(lengths):
         if not length:
-            assert (part.most[row] == -float("inf")).all()
-            assert not part.total[row].any()
-            assert not part.sums[row].any()
-    assert torch.isfinite(part.total).all()
-    assert torch.isfinite(part.sums).all()
+            assert (most[:, row] == -float("inf")).all()
+            assert not total[:, row].any()
+            assert not sums[:, row].any()
+    assert torch.isfinite(total).all()
+    assert torch.isfinite(sums).all()
 
 
 def test_every_request_is_cut_by_its_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound far above leaves no program with all tokens: 4 ranges of 128 tokens are 32 each."""
-    parts, partials = [], launch._partials
-
-    def kept(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-        parts.append(partials(*arguments))
-        return parts[-1]
-
-    monkeypatch.setattr(launch, "_partials", kept)
     monkeypatch.setattr(launch, "_multiprocessors", lambda _device: 2)
-    sealed(replace(ABSORBED, lengths=(128,), above=2000))
-    most, _, _ = parts[0]
+    most = sealed(replace(ABSORBED, lengths=(128,), above=2000)).most
     assert most.shape[0] == 4
     assert torch.isfinite(most).all()
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from benchmarks.speed import gpu
 from benchmarks.speed.run import main
-from cskv.attention.triton.plan import Shapes
+from cskv.attention.triton.plan import Shapes, cut, whole
 
 
 def test_the_profile_needs_no_gpu_to_be_tried(tmp_path, capsys):
@@ -20,9 +20,14 @@ def test_the_best_plan_is_shown_with_what_it_saves():
 
 
 def test_plans_are_changed_in_the_block_alone():
-    shapes = Shapes(1, 1, 4, 4, 4096, 64, 64, rotated=False, packed=False)
-    planned = gpu.launch.plan(shapes, 8)
-    with gpu.plans({"tile": 2 * planned.tile}) as used:
-        assert gpu.launch.plan(shapes, 8).tile == 2 * planned.tile
-    assert [plan.tile for plan in used] == [2 * planned.tile]
-    assert gpu.launch.plan(shapes, 8) == planned
+    shapes = Shapes(1, 1, 8, 4, 4096, cut(64), whole(64), 128, rotated=True, packed=False)
+    planned = [gpu.launch.plan_scores(shapes, 8), gpu.launch.plan_partials(shapes, 8)]
+    assert planned[0].heads == 2
+    with gpu.plans({"tile": 128}) as used:
+        assert [gpu.launch.plan_scores(shapes, 8).tile, gpu.launch.plan_partials(shapes, 8).tile] == [128, 128]
+    assert [plan.tile for plan in used] == [128, 128]
+    with gpu.plans({"heads": 1}):  # twice the programs for the same tokens: as many ranges make as many tokens of each
+        changed = gpu.launch.plan_scores(shapes, 8)
+        assert (changed.heads, changed.splits) == (1, 2 * planned[0].splits)
+        assert gpu.launch.plan_partials(shapes, 8) == planned[1]
+    assert [gpu.launch.plan_scores(shapes, 8), gpu.launch.plan_partials(shapes, 8)] == planned

@@ -1,10 +1,12 @@
-"""Attention on the compressed cache with Triton kernels: its compressed branch, in one pass over the latents.
+"""Attention on the compressed cache with Triton kernels: three launches, or two where nothing is rebuilt.
 
-The kernels give every range of tokens as a partial in latents, and join those. U_v, the exact branch and the sinks
-follow with torch, as in `cskv.attention.attend`: they are small. Nothing here waits for the device, and sizes follow
-from shapes alone (of latents in pages, from the bound on their lengths that the host knows), so a step can be captured
-in a CUDA graph after a first call outside of it (kernels are compiled, and tables of grids copied, when they are first
-used).
+    scores     products of queries and rebuilt keys, where keys are rotated after rebuilding
+    partials   every range of tokens as a partial in latents
+    outputs    ranges joined, U_v, the exact branch and the sinks
+
+Nothing here waits for the device, and sizes follow from shapes alone (of latents in pages, from the bound on their
+lengths that the host knows), so a step can be captured in a CUDA graph after a first call outside of it (kernels are
+compiled, and tables of grids copied, when they are first used).
 
 There is no autotuning: it would time kernels in the middle of a step. The choices of `plan` are fixed, and a plan that
 a device has too little shared memory for is made smaller once and remembered.
@@ -13,33 +15,42 @@ a device has too little shared memory for is made smaller once and remembered.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cskv.attention.attend import Partial, attends_to_latents, exact, expanded
 from cskv.attention.inputs import AttentionInputs
 from cskv.attention.triton.arguments import (
+    Store,
     arithmetic_arguments,
-    keys_arguments,
+    exact_arguments,
     mask_arguments,
     page_arguments,
-    store_arguments,
+    query_arguments,
+    rebuild_arguments,
 )
-from cskv.attention.triton.plan import Plan, Shapes, padded, plan, smaller
-from cskv.factorization.factors import LayerFactors
-from cskv.latents.pages import PagedLatents
-from cskv.latents.view import Latents, PackedLatents
-from cskv.quantization.dispatch import installed
+from cskv.attention.triton.plan import PRODUCTS, TILE, Plan, Shapes, padded, plan_partials, plan_scores, smaller
+from cskv.attention.triton.refusal import refusal
+from cskv.latents.view import Latents
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-JOIN_STEP, JOIN_BLOCK = 64, 64
+Found = TypeVar("Found")
+JOIN_STEP, JOIN_LATENTS, EXACT_TILE = 32, 256, 32  # ranges, latents and exact tokens at a time, of `outputs`
 INTERPRETED_MULTIPROCESSORS = 2
 
-_fitting: dict[Plan, Plan] = {}  # of plans that needed too much shared memory, the ones that did not
+_fitting: dict[tuple[str, Plan], Plan] = {}  # of plans that needed too much shared memory, the ones that did not
+
+
+class Ranges(NamedTuple):
+    """Attention to every range of sealed tokens, in fp32 and in latents; lines are query rows of the whole batch."""
+
+    most: Float[Tensor, "splits lines"]
+    total: Float[Tensor, "splits lines"]
+    sums: Float[Tensor, "splits lines value_rank"]
 
 
 def attempt(
@@ -65,101 +76,187 @@ def attention(
 
     `refusal` has to be None for the same arguments.
     """
-    view = inputs.view
-    part = exact(query, view, inputs.logits)
+    from cskv.attention.triton import outputs as kernels
+
+    view, up, bias, sealed = inputs.view, inputs.factors.v.up, inputs.factors.v.bias, None
     if view.k is not None and view.v is not None and view.sealed:
-        sealed = _sealed(query, view.k, view.v, inputs)
-        part = part.joined(expanded(sealed, inputs.factors.v, query.shape[3]))
-    return part.result(inputs.logits.sinks).to(query.dtype)
-
-
-def refusal(query: Float[Tensor, "batch q_heads new head_dim"], inputs: AttentionInputs) -> str | None:
-    """Return why the kernels cannot do this; None where they can."""
-    view, factors, rope = inputs.view, inputs.factors, inputs.rotation
-    if not installed():
-        return "triton is not installed"
-    reason = _device_refusal(query.device)
-    if reason is not None or view.k is None or view.v is None:
-        return reason
-    if inputs.value_heads is not None:
-        return "its kernels do not normalise values"
-    if rope is not None and (not rope.is_plain or rope.cos is None or rope.sin is None):
-        return "its kernels normalise keys by head and rotate them by halves, and do nothing else to them"
-    if rope is not None and rope.cos is not None and (query.shape[3] % 2 or rope.cos.shape[-1] % 2):
-        return f"its kernels rotate pairs of channels, and got {rope.cos.shape[-1]} of {query.shape[3]}"
-    if not attends_to_latents(query.shape[2], query.shape[1], view.keys.shape[1]):
-        return f"{query.shape[2]} new tokens are too many, as in a prefill: rebuild keys and values for them"
-    if inputs.key_offset is not None and inputs.logits.softcap is not None:
-        return "its kernels cap logits before they add what keys leave out"
-    if factors.k.groups != factors.v.groups:
-        return f"its kernels share a tile of tokens: {factors.k.groups} groups of keys, {factors.v.groups} of values"
-    if not _same_pages(view.k, view.v):
-        return "its kernels find keys and values by one table of pages"
-    return _dtype_refusal(query, view.k, view.v, factors)
-
-
-def _device_refusal(device: torch.device) -> str | None:
-    from cskv.attention.triton import kernels
-
-    if kernels.INTERPRETED:
-        return None
-    if device.type != "cuda":
-        return f"its kernels need a GPU, and the query is on {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "its kernels need a GPU of compute capability 8.0 or newer"
-    return None
-
-
-def _dtype_refusal(query: Tensor, k: Latents, v: Latents, factors: LayerFactors) -> str | None:
-    if query.dtype not in DTYPES:
-        return f"its kernels compute in 16 or 32 bits, and the query is {query.dtype}"
-    for latents, up in ((k, factors.k.up), (v, factors.v.up)):
-        if not latents.dtype == up.dtype == query.dtype:
-            return f"queries, factors and latents differ in dtype: {query.dtype}, {up.dtype} and {latents.dtype}"
-    return None
-
-
-def _same_pages(k: Latents, v: Latents) -> bool:
-    """Return whether a token's keys and values are found by the same entry of a table, or neither by any."""
-    if not isinstance(k, PagedLatents) or not isinstance(v, PagedLatents):
-        return not isinstance(k, PagedLatents) and not isinstance(v, PagedLatents)
-    return k.table is v.table and k.lengths is v.lengths and k.pages.block_size == v.pages.block_size
-
-
-def _is_packed(latents: Latents) -> bool:
-    return latents.pages.grid is not None if isinstance(latents, PagedLatents) else isinstance(latents, PackedLatents)
-
-
-def _sealed(query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> Partial:
-    """Attend to the compressed branch, with sums in latents."""
-    factors, rope, logits = inputs.factors, inputs.rotation, inputs.logits
-    batch, q_heads, new, head_dim = query.shape
-    groups, kv_heads = factors.k.groups, factors.k.kv_dim // head_dim
-    shapes = Shapes(
-        batch=batch,
-        groups=groups,
-        rows=q_heads // groups * new,
-        head_rows=q_heads // kv_heads * new,
-        tokens=k.length,
-        key_rank=k.rank // groups,
-        value_rank=v.rank // groups,
-        rotated=rope is not None,
-        packed=_is_packed(k) or _is_packed(v),
-        itemsize=query.element_size(),
+        sealed = sealed_ranges(query, view.k, view.v, inputs)
+    up = up if up.stride(1) == 1 else up.contiguous()
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    rank = up.shape[1]
+    latents = min(padded(rank), JOIN_LATENTS)
+    kernels.outputs[(query.shape[:3].numel(),)](
+        **exact_arguments(query, view, inputs.logits, inputs.logits.mask),
+        most_in=None if sealed is None else sealed.most,
+        total_in=None if sealed is None else sealed.total,
+        sums_in=None if sealed is None else sealed.sums,
+        up=up,
+        value_bias=None if bias is None else bias.contiguous(),
+        out=out,
+        splits=0 if sealed is None else sealed.most.shape[0],
+        lines=query.shape[:3].numel(),
+        value_rank=rank,
+        up_row=up.stride(0),
+        HAS_SEALED=sealed is not None,
+        HAS_BIAS=bias is not None,
+        TILE=EXACT_TILE,
+        STEP=JOIN_STEP,
+        LATENTS=latents,
+        BLOCKS=-(-rank // latents),
+        num_warps=8,
     )
-    chosen = plan(shapes, _multiprocessors(query.device))
-    arguments = {
-        **keys_arguments(query, factors.k, rope),
-        **mask_arguments(_mask(query, inputs, k.length), query, k.length),
-        **page_arguments(k),
-        **store_arguments("k", k),
-        **store_arguments("v", v),
-        "scaling": logits.scaling,
-        "softcap": logits.softcap or 1.0,
-        "HAS_SOFTCAP": logits.softcap is not None,
-    }
-    parts = _fitted(chosen, shapes, query, arguments)
-    return Partial(*(part.view(batch, q_heads, new, -1) for part in _joined(*parts)))
+    return out
+
+
+def sealed_ranges(query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> Ranges:
+    """Attend to the compressed branch: every range of its tokens by itself, with sums in latents."""
+    return _Sealed.of(query, k, v, inputs).ranges()
+
+
+@dataclass(frozen=True)
+class _Sealed:
+    """A launch on the compressed branch.
+
+    Attributes:
+        query, inputs: of attention.
+        shapes: problem sizes.
+        keys, values: how latents are read.
+        shared: arguments of both kernels.
+    """
+
+    query: Tensor
+    inputs: AttentionInputs
+    shapes: Shapes
+    keys: Store
+    values: Store
+    shared: dict[str, Any]
+
+    @classmethod
+    def of(cls, query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> _Sealed:
+        factors, rotated = inputs.factors, inputs.rotation is not None
+        batch, q_heads, new, head_dim = query.shape
+        groups = factors.k.groups
+        keys, values = Store.of(k, groups), Store.of(v, groups)
+        shapes = Shapes(
+            batch=batch,
+            groups=groups,
+            rows=q_heads // groups * new,
+            head_rows=q_heads // inputs.view.keys.shape[1] * new,
+            tokens=k.length,
+            keys=keys.pieces("k"),
+            values=values.pieces("v"),
+            columns=2 * padded(head_dim // 2),
+            rotated=rotated,
+            packed=keys.packed is not None or values.packed is not None,
+            itemsize=query.element_size(),
+        )
+        shared = {**page_arguments(k), **arithmetic_arguments(query.dtype)}
+        shared |= {"lines": shapes.lines, "groups": groups, "key_rank": keys.rank, "K_BLOCKS": shapes.keys.blocks}
+        return cls(query, inputs, shapes, keys, values, shared | shapes.keys.arguments("K"))
+
+    def ranges(self) -> Ranges:
+        """Launch the kernels: once, or for as many tokens at a time as the products of queries and keys may take."""
+        tokens, shapes = self.shapes.tokens, self.shapes
+        if self.inputs.rotation is None:
+            return self._partials(0, tokens, query_arguments(self.query, self.inputs.factors.k), None)
+        rebuild = rebuild_arguments(self.query, self.inputs.factors.k, self.inputs.rotation)
+        query = {name: rebuild[name] for name in ("query", "query_batch", "query_row")}
+        query |= {"query_scale": None, "query_bias": None, "HAS_SCALE": False, "HAS_BIAS": False}
+        most = max(TILE, PRODUCTS // (shapes.batch * shapes.lines) // TILE * TILE)
+        found = []
+        for begin in range(0, tokens, most):
+            end = min(tokens, begin + most)
+            found.append(self._partials(begin, end, query, self._products(begin, end, rebuild)))
+        return found[0] if len(found) == 1 else Ranges(*map(torch.cat, zip(*found, strict=True)))
+
+    def _products(self, begin: int, end: int, rebuild: dict[str, Any]) -> Tensor:
+        """Return the products of queries and keys that are rebuilt, (batch, tokens, lines)."""
+        from cskv.attention.triton import scores as kernels
+
+        shapes = self.shapes
+        products = self.query.new_empty(shapes.batch, end - begin, shapes.lines, dtype=torch.float32)
+        group_heads = shapes.rows // shapes.head_rows
+
+        def launch(plan: Plan) -> Tensor:
+            head_blocks = shapes.groups * group_heads // plan.heads
+            kernels.scores[(head_blocks * plan.row_blocks, plan.splits, shapes.batch)](
+                **self.shared,
+                **self.keys.arguments("k", plan.tile),
+                **rebuild,
+                products=products,
+                tokens=end,
+                begin=begin,
+                group_heads=group_heads,
+                head_rows=shapes.head_rows,
+                row_blocks=plan.row_blocks,
+                products_batch=products.stride(0),
+                HEADS=plan.heads,
+                ROWS=plan.rows,
+                TILE=plan.tile,
+                STAGES=plan.stages,
+                num_warps=plan.warps,
+            )
+            return products
+
+        return _fitted("scores", plan_scores(shapes, _multiprocessors(self.query.device)), launch)
+
+    def _partials(self, begin: int, end: int, query: dict[str, Any], products: Tensor | None) -> Ranges:
+        """Return the ranges of some tokens, given the products with their keys, or queries that have absorbed U_k."""
+        from cskv.attention.triton import partials as kernels
+
+        shapes, logits, rank = self.shapes, self.inputs.logits, self.values.rank
+        lines = shapes.batch * shapes.lines
+
+        def launch(plan: Plan) -> Ranges:
+            most, total = (self.query.new_empty(plan.splits, lines, dtype=torch.float32) for _ in range(2))
+            sums = self.query.new_empty(plan.splits, lines, rank, dtype=torch.float32)
+            grid = (plan.row_blocks * shapes.values.blocks, plan.splits, shapes.batch * shapes.groups)
+            kernels.partials[grid](
+                **self.shared,
+                **query,
+                **self.keys.arguments("k", plan.tile),
+                **self.values.arguments("v", plan.tile),
+                **shapes.values.arguments("V"),
+                **mask_arguments(_mask(self.query, self.inputs, shapes.tokens), self.query, shapes.tokens),
+                products=products,
+                most_out=most,
+                total_out=total,
+                sums_out=sums,
+                tokens=end,
+                begin=begin,
+                rows=shapes.rows,
+                new=self.query.shape[2],
+                block_rows=plan.rows,
+                row_blocks=plan.row_blocks,
+                value_rank=rank,
+                scaling=logits.scaling,
+                softcap=logits.softcap or 1.0,
+                products_batch=0 if products is None else products.stride(0),
+                HAS_PRODUCTS=products is not None,
+                HAS_SOFTCAP=logits.softcap is not None,
+                ROWS=padded(plan.rows),
+                TILE=plan.tile,
+                STAGES=plan.stages,
+                num_warps=plan.warps,
+            )
+            return Ranges(most, total, sums)
+
+        return _fitted("partials", plan_partials(shapes, _multiprocessors(self.query.device)), launch)
+
+
+def _fitted(name: str, chosen: Plan, launch: Callable[[Plan], Found]) -> Found:
+    """Launch by the first plan whose programs fit in shared memory."""
+    from triton.runtime.errors import OutOfResources
+
+    current = _fitting.get((name, chosen), chosen)
+    while True:
+        try:
+            return launch(current)
+        except OutOfResources:
+            less = smaller(current)
+            if less is None:
+                raise
+            current = _fitting[name, chosen] = less
 
 
 def _mask(query: Tensor, inputs: AttentionInputs, sealed: int) -> Tensor | None:
@@ -172,69 +269,6 @@ def _mask(query: Tensor, inputs: AttentionInputs, sealed: int) -> Tensor | None:
         return added
     mask = mask[..., :sealed]
     return added.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else added + mask
-
-
-def _fitted(chosen: Plan, shapes: Shapes, query: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the partials of all splits, by the first plan whose programs fit in shared memory."""
-    from triton.runtime.errors import OutOfResources
-
-    current = _fitting.get(chosen, chosen)
-    while True:
-        try:
-            return _partials(current, shapes, query, arguments)
-        except OutOfResources:
-            less = smaller(current, shapes.tokens)
-            if less is None:
-                raise
-            current = _fitting[chosen] = less
-
-
-def _partials(chosen: Plan, shapes: Shapes, query: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    from cskv.attention.triton import kernels
-
-    lines = shapes.batch * shapes.groups * shapes.rows
-    most, total = (query.new_empty(chosen.splits, lines, dtype=torch.float32) for _ in range(2))
-    sums = query.new_empty(chosen.splits, lines, shapes.value_rank, dtype=torch.float32)
-    value_blocks = -(-shapes.value_rank // chosen.value_block)
-    kernels.partials[(chosen.row_blocks * value_blocks, chosen.splits, shapes.batch * shapes.groups)](
-        **arguments,
-        most_out=most,
-        total_out=total,
-        sums_out=sums,
-        tokens=shapes.tokens,
-        split_tokens=chosen.split_tokens,
-        lines=lines,
-        groups=shapes.groups,
-        rows=shapes.rows,
-        new=query.shape[2],
-        head_rows=shapes.head_rows,
-        block_rows=chosen.block_rows,
-        row_blocks=chosen.row_blocks,
-        key_rank=shapes.key_rank,
-        value_rank=shapes.value_rank,
-        ROWS=padded(chosen.block_rows),
-        TILE=chosen.tile,
-        KEY_BLOCK=chosen.key_block,
-        KEY_BLOCKS=-(-shapes.key_rank // chosen.key_block),
-        VALUE_BLOCK=chosen.value_block,
-        num_warps=chosen.warps,
-        num_stages=chosen.stages,
-        **arithmetic_arguments(query.dtype),
-    )
-    return most, total, sums
-
-
-def _joined(most: Tensor, total: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Join the partials of all splits, (splits, lines[, rank])."""
-    from cskv.attention.triton import kernels
-
-    splits, lines, rank = sums.shape
-    if splits == 1:
-        return most, total, sums
-    out = torch.empty_like(most[0]), torch.empty_like(total[0]), torch.empty_like(sums[0])
-    grid = (lines, -(-rank // JOIN_BLOCK))
-    kernels.join[grid](most, total, sums, *out, splits, lines, rank, STEP=JOIN_STEP, BLOCK=JOIN_BLOCK)
-    return out
 
 
 @lru_cache

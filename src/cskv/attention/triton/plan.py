@@ -1,20 +1,73 @@
 """Launch configurations of the Triton kernels, from shapes alone, so that a step can be captured in a CUDA graph.
 
-The numbers are reasoned, not measured: enough programs for every multiprocessor to hold two, tiles that fit in shared
-memory twice (one is loaded as the other is used), accumulators of at most 64 registers a thread.
+The numbers are reasoned, and held against what the compiler makes of them (`python -m benchmarks.speed resources`), not
+measured: tiles of 64 tokens, as Hopper's products have 64 rows; no kernel spills registers; enough programs for every
+multiprocessor.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-MOST_ROWS = 64  # of a program
-MOST_KEY_BLOCK = 256
-MOST_VALUE_BLOCK = 512
+MOST_ROWS = 64  # query rows of a program
+MOST_COLUMNS = 256  # channels of the keys that a program rebuilds at a time
+WIDEST = 256  # latents in a block, where they are too many to be kept
+MOST_KEPT = 512  # latents of which a program keeps its part of U, or its sums
 ACCUMULATOR = 2**14  # numbers in the sums of a program
-WIDE_TILE = 2**13  # numbers in a tile of latents from which on 8 warps share it
-PROGRAMS = 2  # per multiprocessor
+PROGRAMS = 2  # per multiprocessor, of kernels that wait for memory
+TILE, NARROW_TILE = 64, 16  # tokens, of numbers of 16 and of more bits
 LEAST = 16  # rows, tokens or channels of a product on tensor cores
+LEAST_SUMS = 64  # rows of Hopper's
+PIECES = 4
+PRODUCTS = 2**25  # numbers of the products that wait in memory between two kernels
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a group's latents are cut for the kernels.
+
+    Attributes:
+        sizes: powers of two, one after the other; as many as `PIECES` at most.
+        blocks: how many blocks of the first size there are instead, where it is more than 1.
+    """
+
+    sizes: tuple[int, ...]
+    blocks: int = 1
+
+    @property
+    def total(self) -> int:
+        """Latents, padding included, that are in use at a time."""
+        return sum(self.sizes)
+
+    def arguments(self, letter: str) -> dict[str, int]:
+        """Return the kernels' constants of these."""
+        return {f"{letter}{index}": size for index, size in enumerate((*self.sizes, 0, 0, 0, 0)[:PIECES])}
+
+
+def cut(rank: int) -> Pieces:
+    """Cut channels into powers of two with as little padding as three of them allow, or into blocks."""
+    if rank > MOST_KEPT:
+        return Pieces((WIDEST // 2,), -(-rank // (WIDEST // 2)))
+    sizes, rest = list[int](), rank
+    while rest > LEAST and len(sizes) < 2:
+        sizes.append(1 << (rest.bit_length() - 1))
+        rest -= sizes[-1]
+    if rest:
+        sizes.append(padded(rest))
+    whole = padded(rank)
+    return Pieces((whole,)) if sum(sizes) >= whole else Pieces(tuple(sizes))
+
+
+def whole(rank: int) -> Pieces:
+    """Take channels in one piece, or in blocks."""
+    if rank > MOST_KEPT:
+        return Pieces((WIDEST,), -(-rank // WIDEST))
+    return Pieces((padded(rank, LEAST_SUMS),))
+
+
+def by_planes(plane_bytes: int, planes: int) -> Pieces:
+    """Make a piece of every plane of packed codes."""
+    return Pieces((padded(plane_bytes, LEAST_SUMS if plane_bytes > LEAST else LEAST),) * planes)
 
 
 @dataclass(frozen=True)
@@ -24,8 +77,9 @@ class Shapes:
     Attributes:
         batch, groups: sequences, and head groups of the factors.
         rows: query rows of a group, heads times new tokens; those of a kv head are `head_rows`.
-        tokens: of the compressed branch.
-        key_rank, value_rank: of one group.
+        tokens: of the compressed branch, a bound where the device knows the lengths.
+        keys, values: how the latents of a group are cut.
+        columns: padded channels of a head.
         rotated: whether keys are rebuilt.
         packed: whether any latents are.
         itemsize: bytes of a number.
@@ -36,78 +90,91 @@ class Shapes:
     rows: int
     head_rows: int
     tokens: int
-    key_rank: int
-    value_rank: int
+    keys: Pieces
+    values: Pieces
+    columns: int
     rotated: bool
     packed: bool
     itemsize: int = 2
 
+    @property
+    def lines(self) -> int:
+        """Query rows of a sequence."""
+        return self.groups * self.rows
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Launch configuration.
+    """Launch configuration of one kernel.
 
     Attributes:
-        block_rows: query rows of a program, of which there are `row_blocks` per group.
+        rows: query rows of a program, of which there are `row_blocks`: per group in `partials`, in `scores` per block
+            of `heads` kv heads.
         tile: tokens at a time.
-        key_block, value_block: latents at a time.
-        splits: ranges of tokens, of `split_tokens` each.
-        warps, stages: Triton's `num_warps` and `num_stages`.
+        splits: ranges of tokens.
+        warps, stages: Triton's `num_warps`, and how many tiles are in shared memory at a time.
+        heads: kv heads of a program of `scores`.
     """
 
-    block_rows: int
+    rows: int
     row_blocks: int
     tile: int
-    key_block: int
-    value_block: int
     splits: int
-    split_tokens: int
     warps: int
     stages: int
+    heads: int = 1
 
 
-def plan(shapes: Shapes, multiprocessors: int) -> Plan:
-    """Return a plan for a device with as many multiprocessors."""
-    tile = 32 if (shapes.packed and not shapes.rotated) or shapes.itemsize > 2 else 64
-    tiles = -(-shapes.tokens // tile)
-    block_rows = _block_rows(shapes)
-    if shapes.rotated:  # short contexts: heads, which are rebuilt one after another, to programs of their own
-        while block_rows > shapes.head_rows and (
-            shapes.batch * shapes.groups * -(-shapes.rows // block_rows) * tiles < multiprocessors
-        ):
-            block_rows = -(-block_rows // shapes.head_rows // 2) * shapes.head_rows
-    value_block = min(padded(shapes.value_rank), MOST_VALUE_BLOCK, ACCUMULATOR // padded(block_rows))
-    key_block = min(padded(shapes.key_rank), MOST_KEY_BLOCK)
-    row_blocks = -(-shapes.rows // block_rows)
-    wide = shapes.rotated or tile * max(key_block, value_block) >= WIDE_TILE
-    of_a_split = shapes.batch * shapes.groups * row_blocks * -(-shapes.value_rank // value_block)
-    whole = Plan(block_rows, row_blocks, tile, key_block, value_block, 1, tiles * tile, 8 if wide else 4, 2)
-    return split(whole, shapes.tokens, -(-PROGRAMS * multiprocessors // of_a_split))
+def plan_scores(shapes: Shapes, multiprocessors: int) -> Plan:
+    """Plan the products with rebuilt keys: each program keeps U of its heads, so there are few, with many tokens."""
+    heads, kv_heads = 1, shapes.lines // shapes.head_rows
+    of_group = kv_heads // shapes.groups
+    most = MOST_COLUMNS // 2 if shapes.packed else MOST_COLUMNS  # unpacking takes registers
+    if shapes.itemsize <= 2 and shapes.keys.blocks == 1:
+        heads = max(
+            count
+            for count in range(1, of_group + 1)
+            if of_group % count == 0
+            and count & (count - 1) == 0
+            and (count == 1 or (count * shapes.columns <= most and count * shapes.head_rows <= MOST_ROWS))
+        )
+    rows = min(padded(heads * shapes.head_rows), MOST_ROWS)
+    row_blocks = -(-heads * shapes.head_rows // rows)
+    tile = TILE if shapes.itemsize <= 2 else NARROW_TILE
+    programs = shapes.batch * kv_heads // heads * row_blocks
+    splits = ranges(shapes.tokens, tile, multiprocessors // programs)
+    return Plan(rows, row_blocks, tile, splits, 8 if heads * shapes.columns > 128 else 4, 2, heads)
 
 
-def smaller(plan: Plan, tokens: int) -> Plan | None:
+def plan_partials(shapes: Shapes, multiprocessors: int) -> Plan:
+    """Plan the sums of value latents."""
+    row_blocks = -(-shapes.rows // min(MOST_ROWS, max(LEAST, ACCUMULATOR // shapes.values.total)))
+    rows = -(-shapes.rows // row_blocks)
+    wide = padded(rows) * shapes.values.total > ACCUMULATOR // 2 or (shapes.packed and shapes.values.total > 64)
+    tile = TILE if shapes.itemsize <= 2 else NARROW_TILE
+    programs = shapes.batch * shapes.groups * row_blocks * shapes.values.blocks
+    splits = ranges(shapes.tokens, tile, PROGRAMS * multiprocessors // programs)
+    return Plan(rows, row_blocks, tile, splits, 8 if wide else 4, 2)
+
+
+def smaller(plan: Plan) -> Plan | None:
     """Return a plan that needs less shared memory; None where there is none."""
     if plan.stages > 1:
         return replace(plan, stages=plan.stages - 1)
+    if plan.heads > 1:
+        heads = plan.heads // 2
+        return replace(plan, heads=heads, rows=max(LEAST, plan.rows // 2))
     if plan.tile > LEAST:
-        return split(replace(plan, tile=plan.tile // 2), tokens, plan.splits)
+        return replace(plan, tile=plan.tile // 2)
     return None
 
 
-def split(plan: Plan, tokens: int, splits: int) -> Plan:
-    """Split the tokens into at most `splits` ranges of whole tiles, none of them empty."""
-    tiles = -(-tokens // plan.tile)
-    of_each = -(-tiles // max(1, min(splits, tiles)))
-    return replace(plan, splits=-(-tiles // of_each), split_tokens=of_each * plan.tile)
+def ranges(tokens: int, tile: int, most: int) -> int:
+    """Count ranges of whole tiles: at most so many, and none of them empty."""
+    tiles = -(-tokens // tile)
+    return -(-tiles // -(-tiles // max(1, min(most, tiles))))
 
 
-def padded(size: int) -> int:
+def padded(size: int, least: int = LEAST) -> int:
     """Return the power of two that a block of a kernel needs for so many."""
-    return max(LEAST, 1 << (size - 1).bit_length())
-
-
-def _block_rows(shapes: Shapes) -> int:
-    """Count the rows of a program: even blocks, and whole kv heads where keys are rebuilt and one fits."""
-    unit = shapes.head_rows if shapes.rotated and shapes.head_rows <= MOST_ROWS else 1
-    units, most = shapes.rows // unit, MOST_ROWS // unit
-    return -(-units // -(-units // most)) * unit
+    return max(least, 1 << (size - 1).bit_length())
