@@ -16,7 +16,7 @@ from cskv.attachment.static_layer import StaticCSKVLayer
 from cskv.attachment.step import Step
 from cskv.attention.attend import AUTO, attention
 from cskv.attention.inputs import Logits
-from cskv.cache.clock import Clock, is_traced
+from cskv.cache.clock import Clock, is_captured
 from cskv.errors import CacheError
 from cskv.latents.view import View
 from cskv.scratch import Scratch
@@ -86,7 +86,9 @@ class StaticStep(Step):
         return self.state.orders.made(mask, (id(clock), clock.steps), lambda: _by_place(mask, clock))
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
-        scratch = Scratch() if is_traced() else self.state.scratch  # what a graph writes to must not be given up
+        scratch = self.state.scratch
+        if not torch.compiler.is_compiling() and is_captured():
+            scratch = Scratch()  # of the graph: it goes on writing there
         inputs = self._inputs(logits, self.view)  # type: ignore[arg-type]
         return attention(query, inputs, backend=self.compressor.setup.backend or AUTO, scratch=scratch)
 

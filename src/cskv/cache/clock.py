@@ -93,7 +93,7 @@ class Clock:
         Raises:
             CacheError: the cache is full. A compiled or captured step cannot say so: there the index is out of range.
         """
-        if not is_traced():
+        if not torch.compiler.is_compiling() and not is_captured():
             self._fits(self._held + 1)
             self._held += 1
             self.steps += 1
@@ -168,6 +168,6 @@ def fixed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return zeros
 
 
-def is_traced() -> bool:
-    """Return whether Python runs once for steps that are to be repeated without it."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+def is_captured() -> bool:
+    """Return whether the operations under way are being captured in a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
