@@ -78,6 +78,11 @@ class StaticCSKVLayer(StaticLayer):
         """Return the columns that fit, under its name in older releases."""
         return self.clock.capacity
 
+    def position_nbytes(self) -> int:
+        """Count the bytes of the angles and of the lengths that this layer keeps."""
+        angles = self.table.nbytes() if self.owns_table and self.table is not None else 0
+        return angles + (self.clock.nbytes() if self.owns_clock else 0)
+
     def crop(self, *_args: Any) -> None:
         """Refuse: what was sealed has no exact keys any more, and the window would be short.
 

@@ -77,7 +77,7 @@ class StaticStep(Step):
         if view.exists is None:
             return super().mask(mask)
         clock = self._layer.clock
-        if mask is None:
+        if mask is None or not clock.heeds_mask:
             return None
         if mask.shape[-1] < clock.capacity:
             raise CacheError(

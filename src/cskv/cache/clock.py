@@ -32,6 +32,9 @@ class Clock:
         steps: counts forwards, but for those of compiled and replayed steps.
         packs: whether a step packs the blocks of latents that are under way. Whoever knows that no row completes one
             may turn it off for a step.
+        heeds_mask: whether a step reads the model's mask. It hides nothing that these numbers do not hide, unless
+            somebody has masked tokens of the prompt; whoever knows that nobody has may turn it off.
+        row: (batch,): the rows' numbers.
         columns: (): columns cached.
         padding: (batch,): of each row.
         place: (batch,): of the step's token among the latents, which begin behind the sinks. Sinks go to the first
@@ -42,6 +45,7 @@ class Clock:
         exists: (batch, slots): whether there is one, the step's own included.
     """
 
+    row: Int[Tensor, " batch"]
     columns: Int[Tensor, ""]
     padding: Int[Tensor, " batch"]
     place: Int[Tensor, " batch"]
@@ -56,7 +60,7 @@ class Clock:
         self.batch, self.padded = 0, False
         self.before = self.steps = 0
         self.leading: tuple[int, ...] = ()
-        self.packs = True
+        self.packs = self.heeds_mask = True
         self._held = 0  # columns that are held at least: compiled and replayed steps are not counted
 
     @property
@@ -81,11 +85,16 @@ class Clock:
     def allocate(self, batch: int, device: torch.device) -> None:
         """Allocate what is on the device, for an empty cache."""
         self.columns = fixed((), torch.int64, device)
-        for name in ("padding", "place", "slot", "sealed"):
+        for name in ("row", "padding", "place", "slot", "sealed"):
             setattr(self, name, fixed((batch,), torch.int64, device))
         self.token = fixed((batch, self.slots), torch.int64, device)
         self.exists = fixed((batch, self.slots), torch.bool, device)
+        self.row.copy_(torch.arange(batch, device=device))
         self.batch = batch
+
+    def lengths(self) -> list[int]:
+        """Count the tokens of every row. It waits for the device."""
+        return (self.columns - self.padding).tolist() if self.batch else []
 
     def tick(self) -> None:
         """Begin a step of one token per row.
@@ -149,7 +158,7 @@ class Clock:
 
     def nbytes(self) -> int:
         """Count the bytes allocated."""
-        parts = (self.columns, self.padding, self.place, self.slot, self.sealed, self.token, self.exists)
+        parts = (self.row, self.columns, self.padding, self.place, self.slot, self.sealed, self.token, self.exists)
         return sum(part.untyped_storage().nbytes() for part in parts) if self.batch else 0
 
     def _fits(self, columns: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from cskv.cache.clock import Clock, fixed
@@ -60,20 +60,14 @@ class StaticLatents:
         """Whether tokens are packed together."""
         return self._block > 1
 
-    def write(self, place: Int[Tensor, " batch"], latents: Float[Tensor, "batch rank"], packs: bool) -> None:
-        """Write one token of every row, at its place.
-
-        Args:
-            place: of each row's token; the one before it is written.
-            latents: of the tokens.
-            packs: whether to pack the block that they are in. It has to be, once it is complete.
-        """
-        row = torch.arange(place.shape[0], device=place.device)
+    def write(self, clock: Clock, latents: Float[Tensor, "batch rank"]) -> None:
+        """Write one token of every row, at its place, and pack the block that it is in if the clock says so."""
+        row, place = clock.row, clock.place
         if self._waiting is None:
             self._put(row, place[:, None], latents[:, None])
             return
         self._waiting[row, place % self._block] = latents
-        if packs:
+        if clock.packs:
             first = (place // self._block * self._block)[:, None]
             self._put(row, first + torch.arange(self._block, device=place.device), self._waiting)
 
@@ -116,13 +110,15 @@ class StaticLatents:
         """List everything held."""
         return tuple(part for part in (self._data, self._scales, self._minima, self._waiting) if part is not None)
 
-    def nbytes(self) -> LatentBytes:
-        """Count the bytes allocated."""
-        payload, scales, minima, waiting = (
-            0 if part is None else part.untyped_storage().nbytes()
-            for part in (self._data, self._scales, self._minima, self._waiting)
-        )
-        return LatentBytes(payload, scales, minima, waiting)
+    def nbytes(self, tokens: int) -> LatentBytes:
+        """Count the bytes allocated, of which so many tokens of all rows are read; the others are slack."""
+        total = sum(part.untyped_storage().nbytes() for part in self.tensors())
+        if self.grid is None:
+            payload, parameters = tokens * self.rank * self.dtype.itemsize, 0
+        else:
+            payload = tokens * self.grid.row_bytes
+            parameters = tokens // self._block * self.grid.channel_blocks * PARAMETER_DTYPE.itemsize
+        return LatentBytes(payload, parameters, parameters, total - payload - 2 * parameters)
 
     def _put(self, row: Tensor, places: Tensor, latents: Tensor) -> None:
         """Write tokens that are a block, or one token each: (batch, tokens) of places."""
@@ -188,14 +184,13 @@ class StaticStore:
     ) -> View:
         """Append one token to every row and return what its query reads, without waiting for the device."""
         clock = self.clock
-        row = torch.arange(keys.shape[0], device=keys.device)
-        self._keys[row, :, clock.slot] = keys[:, :, 0]
-        self._values[row, :, clock.slot] = values[:, :, 0]
+        self._keys[clock.row, :, clock.slot] = keys[:, :, 0]
+        self._values[clock.row, :, clock.slot] = values[:, :, 0]
         view = View(self._keys, self._values, exists=clock.exists, sinks=clock.sinks)
         if not clock.most:
             return view
-        self._k.write(clock.place, k_latents[:, 0], clock.packs)
-        self._v.write(clock.place, v_latents[:, 0], clock.packs)
+        self._k.write(clock, k_latents[:, 0])
+        self._v.write(clock, v_latents[:, 0])
         k, v = (part.pages(self._table, clock.sealed, clock.most) for part in (self._k, self._v))
         return View(self._keys, self._values, k, v, clock.exists, clock.sinks)
 
@@ -224,9 +219,22 @@ class StaticStore:
         """List everything held that belongs to rows."""
         return (self._keys, self._values, *self._k.tensors(), *self._v.tensors()) if self.is_allocated else ()
 
+    @property
+    def length(self) -> int:
+        """Columns held. It waits for the device."""
+        return int(self.clock.columns) if self.clock.batch else 0
+
+    @property
+    def batch(self) -> int:
+        """Sequences held; 0 before the first forward."""
+        return self.clock.batch
+
     def latent_nbytes(self) -> LatentBytes:
-        """Count the bytes of latents; those that wait to be packed are slack."""
-        return self._k.nbytes() + self._v.nbytes() if self.is_allocated else LatentBytes()
+        """Count the bytes of latents: those of sealed tokens, and slack."""
+        if not self.is_allocated:
+            return LatentBytes()
+        sealed = sum(map(self.clock.due, self.clock.lengths()))
+        return self._k.nbytes(sealed) + self._v.nbytes(sealed)
 
     def window_nbytes(self) -> int:
         """Count the bytes of exact keys and values."""
