@@ -111,7 +111,15 @@ def test_no_tensor_moves_and_no_shape_changes(grids: str) -> None:
     append(store, part(everything, slice(None), 0, 9))
 
     def held(view: View) -> list[tuple[int, torch.Size]]:
-        parts = [view.keys, view.values, view.exists, view.k.table, view.k.lengths, view.k.pages.data, view.v.pages.data]
+        parts = [
+            view.keys,
+            view.values,
+            view.exists,
+            view.k.table,
+            view.k.lengths,
+            view.k.pages.data,
+            view.v.pages.data,
+        ]
         return [(tensor.data_ptr(), tensor.shape) for tensor in (*parts, *store.tensors())]
 
     views = [held(append(store, part(everything, slice(None), token, token + 1))) for token in range(9, CAPACITY)]

@@ -139,6 +139,6 @@ def _check_layers(cache: Cache) -> None:
     for layer in cache.layers:
         if type(layer) is not StaticLayer and not isinstance(layer, StaticCSKVLayer):
             raise CacheError(
-                f"steps on {type(layer).__name__} layers are not all alike, so that none can be captured for all; use a "
-                "StaticCache, of a model without sliding windows"
+                f"steps on {type(layer).__name__} layers are not all alike, so that none can be captured for all; use "
+                "a StaticCache, of a model without sliding windows"
             )

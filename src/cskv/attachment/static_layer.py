@@ -40,6 +40,7 @@ class StaticCSKVLayer(StaticLayer):
         self, clock: Clock, owns_clock: bool, grids: Grids, table: AngleTable | None, owns_table: bool, fingerprint: str
     ) -> None:
         super().__init__(max_cache_len=clock.capacity)
+        self.__dict__.pop("cumulative_length", None)  # the clock has one for all layers
         self.clock, self.owns_clock = clock, owns_clock
         self.store = StaticStore(clock, grids)
         self.table, self.owns_table = table, owns_table

@@ -234,7 +234,8 @@ class StaticStore:
         if not self.is_allocated:
             return LatentBytes()
         sealed = sum(map(self.clock.due, self.clock.lengths()))
-        return self._k.nbytes(sealed) + self._v.nbytes(sealed)
+        table = LatentBytes(slack=self._table.untyped_storage().nbytes())
+        return self._k.nbytes(sealed) + self._v.nbytes(sealed) + table
 
     def window_nbytes(self) -> int:
         """Count the bytes of exact keys and values."""
