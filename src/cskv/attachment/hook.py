@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class SiteHook:
     """Sees a layer's input, position embeddings and cache, and makes the step that both the cache and attention get.
 
-    It puts our layer into an ordinary cache at first.
+    It puts our layer into an ordinary or a static cache at first.
 
     Attributes:
         attachment: to which it belongs; so a model that carries hooks leads to what can take them off.
