@@ -12,8 +12,8 @@ from transformers import DynamicCache, StaticCache
 
 import cskv
 from cskv import CacheError
-from cskv.cache.static import StaticLatents
 from cskv.models.compat import cache_kwarg
+from cskv.quantization.dispatch import quantise
 from tests.attachment.test_static_cache import GROUP, PADDED, PROMPT, ROOT, SETTINGS, attached
 from tests.models.families import tiny_model
 
@@ -76,25 +76,24 @@ def test_the_logits_are_those_of_the_tokens_that_were_given() -> None:
 
 
 def test_blocks_are_packed_once_and_the_cache_goes_on_without_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed: list[bool] = []
-    write = StaticLatents.write
+    packed: list[int] = []
 
-    def noted(self: StaticLatents, clock: Any, latents: Tensor) -> None:
-        packed.append(clock.packs)
-        write(self, clock, latents)
+    def noted(latents: Tensor, grid: Any) -> Any:
+        packed.append(latents.shape[1])
+        return quantise(latents, grid)
 
-    monkeypatch.setattr(StaticLatents, "write", noted)
+    monkeypatch.setattr("cskv.cache.static.quantise", noted)
     everything = torch.ones_like(PROMPT)
     with attached("llama", "packed") as model, torch.no_grad():
         cache, token = prefilled(model.cpu(), everything)
         dynamic = DynamicCache(config=model.config)
         model(PROMPT, **{cache_kwarg(model): dynamic})
         graph = cskv.DecodeGraph(model, cache)
+        packed.clear()
         for _ in range(2 * GROUP):
             graph.step(token)
             model(token, **{cache_kwarg(model): dynamic})
-        assert sum(packed) == 2 * 4  # twice, keys and values of two layers
-        assert len(packed) == 2 * GROUP * 4
+        assert packed == [GROUP] * 2 * 4  # twice, keys and values of two layers
         for _ in range(2 * GROUP):
             ours, theirs = (model(token, **{cache_kwarg(model): each}).logits for each in (cache, dynamic))
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

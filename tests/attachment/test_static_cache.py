@@ -255,3 +255,8 @@ def test_all_steps_are_one_graph(outcomes: dict[str, Any], name: str, backend: s
 def test_generate_compiles_once(outcomes: dict[str, Any]) -> None:
     """Two answers, over three groups each."""
     assert outcomes["generate"] == {"graphs": 1, "breaks": 0, "same": True}
+
+
+def test_packing_is_not_fused(outcomes: dict[str, Any]) -> None:
+    """A compiler that fused it would leave out its roundings to 16 bits: other codes."""
+    assert outcomes["operations"] == ["cskv.quantise.default"]
