@@ -21,6 +21,7 @@ _MODULES = {
     "adapter.base_model": ("BaseModelInfo",),
     "attachment.attach": ("Attachment", "attach", "detach"),
     "attachment.cache_bytes": ("CacheReport", "cache_report"),
+    "attachment.decode_graph": ("DecodeGraph",),
     "calibration.calibrate": ("calibrate",),
     "calibration.statistics": ("Statistics",),
     "compression.budget": ("Budget", "allocate", "allocate_each"),
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # "as" is how type checkers know names that are public
     from cskv.attachment.attach import detach as detach
     from cskv.attachment.cache_bytes import CacheReport as CacheReport
     from cskv.attachment.cache_bytes import cache_report as cache_report
+    from cskv.attachment.decode_graph import DecodeGraph as DecodeGraph
     from cskv.calibration.calibrate import calibrate as calibrate
     from cskv.calibration.statistics import Statistics as Statistics
     from cskv.compression.budget import Budget as Budget

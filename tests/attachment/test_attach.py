@@ -75,7 +75,7 @@ def test_a_lossy_cache_does_change_the_answer() -> None:
     assert (lossy - exact).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("implementation", ["static", "offloaded"])
+@pytest.mark.parametrize("implementation", ["offloaded_static", "offloaded"])
 def test_a_cache_that_cannot_hold_latents_is_refused(implementation: str) -> None:
     model = tiny_model("llama")
     config = GenerationConfig(max_new_tokens=3, cache_implementation=implementation, pad_token_id=0)

@@ -26,3 +26,13 @@ def test_a_gpu_takes_triton_where_it_is(installed: bool, monkeypatch: pytest.Mon
     expected = kernels if installed else quantise(LATENTS, GRID)
     for part, own in zip(dispatch.quantise(LATENTS, GRID), expected):
         assert torch.equal(part, own)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("grid", [GRID, Grid(((2, 2), (3, 4)), 2, 3)], ids=["one width", "two"])
+def test_a_compiler_is_told_the_right_shapes(grid: Grid, tokens: int) -> None:
+    bits, channels = zip(*grid.widths, strict=True)
+    given = LATENTS[:, :tokens], list(bits), list(channels), grid.block_tokens, grid.block_channels
+    torch.library.opcheck(torch.ops.cskv.quantise.default, given, test_utils=("test_schema", "test_faketensor"))
+    for part, expected in zip(torch.ops.cskv.quantise(*given), quantise(LATENTS[:, :tokens], grid), strict=True):
+        assert torch.equal(part, expected)

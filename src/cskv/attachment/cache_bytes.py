@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.compressor import needs_positions
 from cskv.attachment.layer import CSKVLayer
+from cskv.attachment.static_layer import StaticCSKVLayer
 from cskv.cache.bibranch import sealed_tokens
 from cskv.cache.buffer import grown
 from cskv.cache.latents import LatentBytes, bytes_of_filled
@@ -21,6 +22,7 @@ from cskv.cache.positions import POSITION_DTYPE
 from cskv.errors import ConfigError
 from cskv.models.sites import find_sites
 
+OURS = CSKVLayer | StaticCSKVLayer
 HELD = ("payload_bytes", "scale_bytes", "minimum_bytes", "window_bytes", "position_bytes", "slack_bytes", "other_bytes")
 
 
@@ -81,13 +83,13 @@ def cache_report(cache: Cache, model: nn.Module) -> CacheReport:
             as `other_bytes`, and as no smaller when uncompressed (`cskv.evaluation.cache_size` measures that as well).
         model: the model that filled it; it tells the shape of uncompressed keys and values.
     """
-    ours = [layer for layer in cache.layers if isinstance(layer, CSKVLayer)]
-    others = [layer for layer in cache.layers if not isinstance(layer, CSKVLayer)]
+    ours = [layer for layer in cache.layers if isinstance(layer, OURS)]
+    others = [layer for layer in cache.layers if not isinstance(layer, OURS)]
     other_bytes = allocated_bytes(others)
     channels = {site.layer_idx: site.kv_dim for site in find_sites(model)}
     uncompressed = other_bytes
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, CSKVLayer) and layer.store.length:
+        if isinstance(layer, OURS) and layer.store.length:
             elements = layer.store.batch * layer.store.length * 2 * channels[index]
             uncompressed += elements * layer.dtype.itemsize
     latents = sum((layer.store.latent_nbytes() for layer in ours), LatentBytes())
@@ -98,7 +100,7 @@ def cache_report(cache: Cache, model: nn.Module) -> CacheReport:
         scale_bytes=latents.scales,
         minimum_bytes=latents.minima,
         window_bytes=sum(layer.store.window_nbytes() for layer in ours),
-        position_bytes=sum(layer.table.nbytes() for layer in ours if layer.owns_table and layer.table is not None),
+        position_bytes=sum(layer.position_nbytes() for layer in ours),
         slack_bytes=latents.slack,
         other_bytes=other_bytes,
         uncompressed_bytes=uncompressed,
@@ -145,7 +147,7 @@ def adapter_report(adapter: CSKVAdapter, tokens: int, dtype: torch.dtype = torch
     )
 
 
-def _batch(ours: list[CSKVLayer], others: list[Any]) -> int:
+def _batch(ours: list[CSKVLayer | StaticCSKVLayer], others: list[Any]) -> int:
     sizes = [layer.store.batch for layer in ours if layer.store.length]
     sizes += [tensor.shape[0] for layer in others for tensor in _tensors(layer) if tensor.numel()]
     return sizes[0] if sizes else 0

@@ -12,7 +12,10 @@ from torch.nn.functional import linear
 
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.layer import CSKVLayer
+from cskv.attachment.static_layer import StaticCSKVLayer
 from cskv.attention.inputs import KeyOffset, RMSNorm, Rotation, split_heads
+from cskv.cache.angles import AngleTable
+from cskv.cache.clock import Clock
 from cskv.cache.positions import PositionTable
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.models.calls import AttentionCall
@@ -132,6 +135,23 @@ class LayerCompressor:
         grids = self.setup.adapter.grids(self.layer_idx)
         exact = config.window, config.group, config.sinks
         return CSKVLayer(*exact, grids, table, owns, self.setup.fingerprint, capacity)
+
+    def new_static_layer(
+        self, max_cache_len: int, clock: Clock | None, owner: StaticCSKVLayer | None
+    ) -> StaticCSKVLayer:
+        """Make this layer's part of a new static cache.
+
+        Args:
+            max_cache_len: tokens that it is to hold.
+            clock: that of the cache; None for the first layer of ours in it, which sets one.
+            owner: as for `new_layer`.
+        """
+        config, owner_idx = self.setup.adapter.config, self.owner_idx
+        own = Clock(config.window, config.group, config.sinks, max_cache_len) if clock is None else clock
+        owns = owner_idx == self.layer_idx
+        table = AngleTable(own) if owns else None if owner is None else owner.table
+        grids = self.setup.adapter.grids(self.layer_idx)
+        return StaticCSKVLayer(own, clock is None, grids, table, owns, self.setup.fingerprint)
 
     @property
     def owner_idx(self) -> int | None:

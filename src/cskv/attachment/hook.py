@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from cskv.attachment.compressor import LayerCompressor
 from cskv.attachment.layer import CSKVLayer
+from cskv.attachment.static_layer import StaticCSKVLayer
+from cskv.attachment.static_step import StaticStep
 from cskv.attachment.step import KWARG, SWITCHED, Step, ThreadState
 from cskv.errors import CacheError
 from cskv.models.calls import CallReader
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 class SiteHook:
     """Sees a layer's input, position embeddings and cache, and makes the step that both the cache and attention get.
 
-    It puts our layer into an ordinary cache at first.
+    It puts our layer into an ordinary or a static cache at first.
 
     Attributes:
         attachment: to which it belongs; so a model that carries hooks leads to what can take them off.
@@ -42,12 +44,16 @@ class SiteHook:
         if call.cache is None:
             _refuse_paged(module)
             return None
-        layer = self._layer(call.cache)
         is_switched = self._stands_in and module.config._attn_implementation in SWITCHED
-        layer.step = step = Step(self._compressor, layer, call, self._state, is_switched)
+        layer = self._layer(call.cache, is_switched)
+        if isinstance(layer, CSKVLayer):
+            step = Step(self._compressor, layer, call, self._state, is_switched)
+        else:
+            step = StaticStep(self._compressor, layer, call, self._state, is_switched)
+        layer.step = step
         return (args, {**kwargs, KWARG: step}) if is_switched else None
 
-    def _layer(self, cache: Cache) -> CSKVLayer:
+    def _layer(self, cache: Cache, reads_latents: bool) -> CSKVLayer | StaticCSKVLayer:
         """Return our layer of this cache, put in place of an empty ordinary one at first.
 
         Raises:
@@ -65,21 +71,32 @@ class SiteHook:
         layer = layers[index]
         if type(layer) is DynamicLayer:
             layer = layers[index] = self._new_layer(layers, layer)
-        if not isinstance(layer, CSKVLayer):
+        elif type(layer) is StaticLayer:
+            layer = layers[index] = self._new_static_layer(layers, layer)
+        if not isinstance(layer, CSKVLayer | StaticCSKVLayer):
             raise CacheError(_refusal(f"{type(layer).__name__} layers"))
+        if not reads_latents and isinstance(layer, StaticCSKVLayer):
+            raise CacheError(
+                "a static cache needs attention on latents, which this model's attention function or "
+                "attention='rebuild' rules out; use the default dynamic cache"
+            )
         if layer.fingerprint != self._compressor.setup.fingerprint:
             raise CacheError("the cache was filled by another compressor; start a new cache, or attach that one again")
         return layer
 
     def _new_layer(self, layers: list[Any], replaced: DynamicLayer) -> CSKVLayer:
-        if replaced.get_seq_length() > 0:
-            raise CacheError(
-                f"the cache holds {replaced.get_seq_length()} tokens that were written without the compressor; "
-                "start a new cache after attaching"
-            )
+        _check_empty(replaced)
+        return self._compressor.new_layer(self._owner(layers))
+
+    def _new_static_layer(self, layers: list[Any], replaced: StaticLayer) -> StaticCSKVLayer:
+        _check_empty(replaced)
+        clock = next((layer.clock for layer in layers if isinstance(layer, StaticCSKVLayer)), None)
+        return self._compressor.new_static_layer(replaced.max_cache_len, clock, self._owner(layers))
+
+    def _owner(self, layers: list[Any]) -> Any:
+        """Return the layer that keeps the positions for this one, where that is another."""
         owner = self._compressor.owner_idx
-        other = owner is not None and owner != self._compressor.layer_idx
-        return self._compressor.new_layer(layers[owner] if other else None)  # type: ignore[index]
+        return None if owner is None or owner == self._compressor.layer_idx else layers[owner]
 
 
 class GuessHook:
@@ -94,6 +111,15 @@ class GuessHook:
         self._state.guessed = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
 
 
+def _check_empty(replaced: DynamicLayer | StaticLayer) -> None:
+    length = int(replaced.get_seq_length())
+    if length:
+        raise CacheError(
+            f"the cache holds {length} tokens that were written without the compressor; start a new cache after "
+            "attaching"
+        )
+
+
 def _refuse_paged(module: nn.Module) -> None:
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", None) or ""
     if implementation.startswith("paged"):
@@ -102,6 +128,6 @@ def _refuse_paged(module: nn.Module) -> None:
 
 def _refusal(kind: str) -> str:
     return (
-        f"{kind} cannot hold compressed tokens; use the default dynamic cache "
-        "(no cache_implementation, no static, quantized, offloaded or paged cache)"
+        f"{kind} cannot hold compressed tokens; use the default dynamic cache or a static one "
+        "(no quantized, offloaded or paged cache)"
     )

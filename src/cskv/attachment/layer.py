@@ -103,6 +103,10 @@ class CSKVLayer(DynamicLayer):
         new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length  # a tensor before 5.4
         return self.store.length + new, 0
 
+    def position_nbytes(self) -> int:
+        """Count the bytes of the positions that this layer keeps."""
+        return self.table.nbytes() if self.owns_table and self.table is not None else 0
+
     def get_max_length(self) -> int:
         """Return -1: the layer grows without bound."""
         return -1

@@ -48,6 +48,10 @@ class Orders:
         key = (view.layout, view.sealed, view.length)
         return self._masks.get(mask, key, lambda: self._ordered(mask, view))
 
+    def made(self, mask: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return what is made of a mask, once for all layers that ask with this key."""
+        return self._masks.get(mask, key, make)  # type: ignore[no-any-return]
+
     def columns(self, layout: Layout, device: torch.device) -> Tensor:
         """Return the columns of the tokens of both branches, (batch, tokens), -1 where a row has none."""
         known = self._columns.get(("both", device))

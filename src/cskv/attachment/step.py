@@ -212,15 +212,11 @@ class Step:
             layer.table.append(self._positions)
         self._placed = placed = self.compressor.placed(values)
         latents = self.compressor.latents(placed, self._call, keys)
-        self.view = view = store.append(*latents, keys, values, guessed=self.state.guessed)
+        self.view = store.append(*latents, keys, values, guessed=self.state.guessed)
         if self.compressor.layer_idx == self.compressor.setup.last:
             self.state.guessed = 0
         self._new = new
-        if view.k is None:
-            self.attends = False
-            return (view.keys, view.values) if view.layout is None else self.rebuilt()
-        self.attends = self.attends and attends_to_latents(new, self.compressor.q_heads, keys.shape[1])
-        return (view.keys, view.values) if self.attends else self.rebuilt()
+        return self._given(keys.shape[1])
 
     def rebuilt(self) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all columns, (batch, kv_heads, length, head_dim); zeros where padded."""
@@ -242,6 +238,15 @@ class Step:
         """
         inputs = self._inputs(logits, self.view)
         return attention(query, inputs, backend=self.compressor.setup.backend, scratch=self.state.scratch)
+
+    def _given(self, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that the model's attention function is to get of the view."""
+        view: View = self.view  # type: ignore[assignment]
+        if view.k is None:
+            self.attends = False
+            return (view.keys, view.values) if view.layout is None else self.rebuilt()
+        self.attends = self.attends and attends_to_latents(self._new, self.compressor.q_heads, kv_heads)
+        return (view.keys, view.values) if self.attends else self.rebuilt()
 
     def _inputs(self, logits: Logits, view: View) -> AttentionInputs:
         compressor, placed, table = self.compressor, self._placed, self._layer.table
@@ -277,7 +282,11 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Stand in for a transformers attention function: return (batch, new, q_heads, head_dim) and no weights."""
     step: Step | None = kwargs.pop(KWARG, None)
-    if step is None or not step.attends:
+    if step is None:
+        return original(module, query, key, value, mask, **kwargs)
+    if not step.attends:
+        if isinstance(mask, Tensor) and mask.ndim == 4:  # that of a static cache tells of tokens to come as well
+            mask = mask[..., : key.shape[2]]
         return original(module, query, key, value, mask, **kwargs)
     if query.requires_grad and torch.is_grad_enabled():
         keys, values = step.rebuilt()

@@ -119,8 +119,8 @@ class View:
         k: latents of the older tokens' keys, before norm and RoPE (commuting ones: after both); None where there are
             no older tokens.
         v: latents of their values; None where `k` is.
-        exists: which exact tokens exist, where sequences have different numbers of them. The others hold zeros.
-            None: all.
+        exists: which exact tokens exist, where sequences have different numbers of them, or some places are spare. The
+            others hold finite numbers. None: all.
         sinks: how many of the exact tokens, the first ones, stand before the older ones in the model's order. Attention
             needs no order beside that of the mask, which whoever gives it puts into that of the view.
         layout: the model's columns of the tokens of both branches, where rows have different padding; None where all

@@ -5,6 +5,7 @@ The result is that of `cskv.quantization.grid.quantise` on the CPU, bit for bit 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -29,7 +30,36 @@ def installed() -> bool:
 
 def quantise(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantised:
     """Put latents on the grid, as `cskv.quantization.grid.quantise` does."""
+    if torch.compiler.is_compiling():
+        bits, channels = zip(*grid.widths, strict=True)
+        return Quantised(*_opaque(latents, bits, channels, grid.block_tokens, grid.block_channels))
     return by_kernels(latents, grid) if latents.is_cuda and installed() else by_torch.quantise(latents, grid)
+
+
+# Compiled, the steps of `cskv.quantization.grid` would be fused without their rounding to 16 bits in between.
+@torch.library.custom_op(
+    "cskv::quantise",
+    mutates_args=(),
+    schema="(Tensor latents, int[] bits, int[] channels, int block_tokens, int block_channels) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _opaque(
+    latents: Tensor, bits: Sequence[int], channels: Sequence[int], block_tokens: int, block_channels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grid = Grid(tuple(zip(bits, channels, strict=True)), block_tokens, block_channels)
+    payload, scales, minima = quantise(latents, grid)
+    return payload, scales, minima
+
+
+@_opaque.register_fake
+def _shapes(
+    latents: Tensor, bits: Sequence[int], channels: Sequence[int], block_tokens: int, block_channels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grid = Grid(tuple(zip(bits, channels, strict=True)), block_tokens, block_channels)
+    batch, tokens, _ = latents.shape
+    blocks = batch, -(-tokens // block_tokens), grid.channel_blocks
+    scales, minima = (latents.new_empty(blocks, dtype=PARAMETER_DTYPE) for _ in range(2))
+    return latents.new_empty((batch, tokens, grid.row_bytes), dtype=torch.uint8), scales, minima
 
 
 def by_kernels(latents: Float[Tensor, "batch tokens rank"], grid: Grid) -> Quantised:
