@@ -152,7 +152,7 @@ def _sealed(query: Tensor, inputs: AttentionInputs, k: Latents, v: Latents, leng
         if rotation is None:
             products = _by_latents(absorbed, latents, factors.k, scratch)
         else:
-            products = _by_keys(query, latents, start, factors.k, rotation, scratch)
+            products = _by_keys(query, latents, start, inputs, rotation, scratch)
         products = _converted(products, wide, "scores", scratch)
         if bias is not None:
             products += bias
@@ -225,9 +225,13 @@ def _by_latents(absorbed: Tensor, latents: Tensor, factors: Factors, scratch: Sc
 
 
 def _by_keys(
-    query: Tensor, latents: Tensor, start: int, factors: Factors, rotation: Rotation, scratch: Scratch
+    query: Tensor, latents: Tensor, start: int, inputs: AttentionInputs, rotation: Rotation, scratch: Scratch
 ) -> Tensor:
     """Multiply queries by keys that are rebuilt from latents, and rotated or normalised then."""
+    factors = inputs.factors.k
+    if inputs.int8_keys is not None:
+        keys = rotation.keys(inputs.key_channels(latents, latents.dtype), start).contiguous()
+        return per_head(query, keys.transpose(2, 3))
     up, groups = factors.up.T.expand(latents.shape[0], -1, -1), latents.shape[2] // factors.up.shape[1]
     shape = (*latents.shape[:2], up.shape[2])
     channels = scratch.take("channels", shape, latents.dtype, latents.device)

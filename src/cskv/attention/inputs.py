@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cskv.attention.int8_keys import Int8Keys
 from cskv.factorization.factors import LayerFactors
 from cskv.latents.view import View
 
@@ -132,6 +133,7 @@ class AttentionInputs:
         value_heads: from rebuilt channels, (batch, tokens, kv_dim), to values, (batch, kv_heads, tokens, head_dim),
             where a family normalises values. None: values are linear in their latents.
         key_offset: what latents leave out of the keys of sealed tokens; None where they leave out nothing.
+        int8_keys: the key factors in 8 bits, where keys that are rotated are rebuilt by those.
     """
 
     view: View
@@ -140,12 +142,23 @@ class AttentionInputs:
     logits: Logits
     value_heads: ToHeads | None = None
     key_offset: KeyOffset | None = None
+    int8_keys: Int8Keys | None = None
 
     def to(self, dtype: torch.dtype) -> AttentionInputs:
         """Return the same in another dtype, but for the latents: they are long, and converted as they are read."""
         view = replace(self.view, keys=self.view.keys.to(dtype), values=self.view.values.to(dtype))
         rotation = None if self.rotation is None else self.rotation.to(dtype)
         return replace(self, view=view, factors=self.factors.to(dtype=dtype), rotation=rotation)
+
+    def key_channels(
+        self, latents: Float[Tensor, "batch tokens rank"], dtype: torch.dtype
+    ) -> Float[Tensor, "batch tokens kv_dim"]:
+        """Rebuild key channels, before norm and RoPE."""
+        factors = self.factors.k.to(dtype=dtype)
+        if self.int8_keys is None or self.rotation is None:
+            return factors.expand(latents.to(dtype))
+        channels = self.int8_keys.channels(latents).to(dtype)
+        return channels if factors.bias is None else channels + factors.bias
 
 
 def rebuilt(
@@ -158,7 +171,7 @@ def rebuilt(
     if view.k is None or view.v is None:
         return keys, values
     with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
-        k = factors.k.to(dtype=dtype).expand(view.k.read().to(dtype))
+        k = inputs.key_channels(view.k.read(), dtype)
         v = factors.v.to(dtype=dtype).expand(view.v.read().to(dtype))
         old_keys = split_heads(k, keys.shape[-1]) if rotation is None else rotation.keys(k, 0)
         if inputs.key_offset is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cskv.attention import reference
 from cskv.attention.attend import attends_to_latents, attention
 from cskv.attention.inputs import AttentionInputs, Logits, RMSNorm, Rotation, split_heads
+from cskv.attention.int8_keys import Int8Keys
 from cskv.attention.triton.plan import Plan
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
@@ -412,3 +413,32 @@ def test_groups_whose_codes_lie_in_one_plane(rotary_dim: int | None) -> None:
     stores = [arguments.Store.of(part, 4) for part in (make(case).inputs.view.k, make(case).inputs.view.v)]  # type: ignore[arg-type]
     assert [(store.bits, store.by_planes) for store in stores] == [(4, False), (2, False)]
     check(case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_keys_are_rebuilt_in_8_bits_as_torch_does(dtype: torch.dtype, packed: bool) -> None:
+    k = grid(40, 4, 16, 1) if packed else None
+    made = make(Case(sealed=150, batch=2, heads=(8, 4), ranks=(40, 20), rotary_dim=8, bias=True, k=k, dtype=dtype))
+    exact = made.by(launch.attention)
+    made = made.told(int8_keys=Int8Keys.of(made.inputs.factors.k.up))
+    assert made.by(launch.refusal) is None
+    out, truth = made.by(launch.attention).double(), made.truth()
+    largest = truth.abs().max()
+    # A number that lies between two whole ones may be rounded either way, as it is computed: a step of one latent.
+    assert (out - truth).abs().max() / largest < max(TOLERANCES[dtype], 1e-3)
+    assert (by_torch(made).double() - truth).abs().max() / largest < max(TOLERANCES[dtype], 1e-3)
+    assert (out - exact.double()).abs().max() / largest > 1e-4  # and it is not what 16 bits give
+
+
+def test_groups_are_rebuilt_in_8_bits() -> None:
+    made = make(Case(sealed=150, heads=(8, 4), groups=2, ranks=(20, 20), rotary_dim=16, norm=True))
+    made = made.told(int8_keys=Int8Keys.of(made.inputs.factors.k.up))
+    truth = made.truth()
+    assert (made.by(launch.attention).double() - truth).abs().max() / truth.abs().max() < 1e-3
+
+
+def test_too_many_latents_for_8_bits_are_refused() -> None:
+    made = make(Case(sealed=10, ranks=(600, 20), heads=(2, 1), rotary_dim=16))
+    made = made.told(int8_keys=Int8Keys.of(made.inputs.factors.k.up))
+    assert "at most 512 latents" in str(made.by(launch.refusal))

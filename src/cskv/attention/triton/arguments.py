@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cskv.attention.attend import per_head
 from cskv.attention.inputs import Logits, Rotation
-from cskv.attention.triton.plan import MOST_KEPT, PIECES, Pieces, by_planes, cut, padded, whole
+from cskv.attention.int8_keys import Int8Keys
+from cskv.attention.triton.plan import LEAST, MOST_KEPT, PIECES, Pieces, by_planes, cut, padded, whole
 from cskv.factorization.factors import Factors
 from cskv.latents.pages import PagedLatents, Pages
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
@@ -38,14 +39,18 @@ def query_arguments(query: Tensor, factors: Factors) -> dict[str, Any]:
     }
 
 
-def rebuild_arguments(query: Tensor, factors: Factors, rope: Rotation) -> dict[str, Any]:
+def rebuild_arguments(
+    query: Tensor, factors: Factors, rope: Rotation, int8_keys: Int8Keys | None = None
+) -> dict[str, Any]:
     """Return the query as it is, and what rebuilds keys."""
-    head_dim, bias, norm, up = query.shape[3], factors.bias, rope.norm, _aligned(factors.up)
+    head_dim, bias, norm = query.shape[3], factors.bias, rope.norm
+    up = _aligned(factors.up) if int8_keys is None else int8_keys.up
     cos, sin = (_by_sequence(part, query.shape[0]) for part in (rope.cos, rope.sin))
     rows = _rows_contiguous(query.flatten(1, 2))
     return {
         "query": rows,
         "up": up,
+        "up_steps": None if int8_keys is None else int8_keys.steps,
         "key_bias": None if bias is None else bias.contiguous(),
         "cos": cos,
         "sin": sin,
@@ -62,6 +67,7 @@ def rebuild_arguments(query: Tensor, factors: Factors, rope: Rotation) -> dict[s
         "ROTARY_DIM": cos.shape[-1],
         "HALF": padded(head_dim // 2),
         "IS_SYMMETRIC": rope.is_symmetric,
+        "IN_INT8": int8_keys is not None,
         "HAS_BIAS": bias is not None,
         "HAS_NORM": norm is not None,
     }
@@ -150,11 +156,11 @@ class Store:
         wide = -(-plane // ALIGNED) * ALIGNED
         return cls(data, rank, wide if wide <= data.stride(1) else plane, packed, rows, bits, plane, by_planes)
 
-    def pieces(self, letter: str) -> Pieces:
-        """Return how latents of keys ("k") or values ("v") are cut."""
+    def pieces(self, letter: str, least: int = LEAST) -> Pieces:
+        """Return how latents of keys ("k"), in pieces of at least so many, or of values ("v") are cut."""
         if self.by_planes:
             return by_planes(self.plane_bytes, 8 // self.bits)
-        return cut(self.rank) if letter == "k" else whole(self.rank)
+        return cut(self.rank, least) if letter == "k" else whole(self.rank)
 
     def arguments(self, letter: str, tile: int) -> dict[str, Any]:
         """Return the kernels' arguments of keys ("k") or values ("v"), of which they read `tile` tokens at a time."""

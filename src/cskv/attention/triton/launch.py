@@ -34,7 +34,18 @@ from cskv.attention.triton.arguments import (
     query_arguments,
     rebuild_arguments,
 )
-from cskv.attention.triton.plan import PRODUCTS, TILE, Plan, Shapes, padded, plan_partials, plan_scores, smaller
+from cskv.attention.triton.plan import (
+    LEAST,
+    LEAST_INT8,
+    PRODUCTS,
+    TILE,
+    Plan,
+    Shapes,
+    padded,
+    plan_partials,
+    plan_scores,
+    smaller,
+)
 from cskv.attention.triton.refusal import refusal
 from cskv.latents.view import Latents
 
@@ -143,7 +154,7 @@ class _Sealed:
             rows=q_heads // groups * new,
             head_rows=q_heads // inputs.view.keys.shape[1] * new,
             tokens=k.length,
-            keys=keys.pieces("k"),
+            keys=keys.pieces("k", LEAST if inputs.int8_keys is None or not rotated else LEAST_INT8),
             values=values.pieces("v"),
             columns=2 * padded(head_dim // 2),
             rotated=rotated,
@@ -156,10 +167,10 @@ class _Sealed:
 
     def ranges(self) -> Ranges:
         """Launch the kernels: once, or for as many tokens at a time as the products of queries and keys may take."""
-        tokens, shapes = self.shapes.tokens, self.shapes
-        if self.inputs.rotation is None:
-            return self._partials(0, tokens, query_arguments(self.query, self.inputs.factors.k), None)
-        rebuild = rebuild_arguments(self.query, self.inputs.factors.k, self.inputs.rotation)
+        tokens, shapes, inputs = self.shapes.tokens, self.shapes, self.inputs
+        if inputs.rotation is None:
+            return self._partials(0, tokens, query_arguments(self.query, inputs.factors.k), None)
+        rebuild = rebuild_arguments(self.query, inputs.factors.k, inputs.rotation, inputs.int8_keys)
         query = {name: rebuild[name] for name in ("query", "query_batch", "query_row")}
         query |= {"query_scale": None, "query_bias": None, "HAS_SCALE": False, "HAS_BIAS": False}
         most = max(TILE, PRODUCTS // (shapes.batch * shapes.lines) // TILE * TILE)

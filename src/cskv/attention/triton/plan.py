@@ -16,7 +16,7 @@ MOST_KEPT = 512  # latents of which a program keeps its part of U, or its sums
 ACCUMULATOR = 2**14  # numbers in the sums of a program
 PROGRAMS = 2  # per multiprocessor, of kernels that wait for memory
 TILE, NARROW_TILE = 64, 16  # tokens, of numbers of 16 and of more bits
-LEAST = 16  # rows, tokens or channels of a product on tensor cores
+LEAST, LEAST_INT8 = 16, 32  # rows, tokens or channels of a product on tensor cores
 LEAST_SUMS = 64  # rows of Hopper's
 PIECES = 4
 PRODUCTS = 2**25  # numbers of the products that wait in memory between two kernels
@@ -44,17 +44,17 @@ class Pieces:
         return {f"{letter}{index}": size for index, size in enumerate((*self.sizes, 0, 0, 0, 0)[:PIECES])}
 
 
-def cut(rank: int) -> Pieces:
-    """Cut channels into powers of two with as little padding as three of them allow, or into blocks."""
+def cut(rank: int, least: int = LEAST) -> Pieces:
+    """Cut channels into powers of two, `least` or more, with as little padding as three allow, or into blocks."""
     if rank > MOST_KEPT:
         return Pieces((WIDEST // 2,), -(-rank // (WIDEST // 2)))
     sizes, rest = list[int](), rank
-    while rest > LEAST and len(sizes) < 2:
+    while rest > least and len(sizes) < 2:
         sizes.append(1 << (rest.bit_length() - 1))
         rest -= sizes[-1]
     if rest:
-        sizes.append(padded(rest))
-    whole = padded(rank)
+        sizes.append(padded(rest, least))
+    whole = padded(rank, least)
     return Pieces((whole,)) if sum(sizes) >= whole else Pieces(tuple(sizes))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cskv.attention.attend import attends_to_latents
 from cskv.attention.inputs import AttentionInputs
+from cskv.attention.triton.plan import MOST_KEPT
 from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import PagedLatents
 from cskv.latents.view import Latents
@@ -36,6 +37,8 @@ def refusal(query: Float[Tensor, "batch q_heads new head_dim"], inputs: Attentio
         return "its kernels cap logits before they add what keys leave out"
     if factors.k.groups != factors.v.groups:
         return f"its kernels share a tile of tokens: {factors.k.groups} groups of keys, {factors.v.groups} of values"
+    if inputs.int8_keys is not None and rope is not None and factors.k.rank // factors.k.groups > MOST_KEPT:
+        return f"its kernels rebuild keys in 8 bits from at most {MOST_KEPT} latents of a group"
     if not _same_pages(view.k, view.v):
         return "its kernels find keys and values by one table of pages"
     return _dtype_refusal(query, view.k, view.v, factors)

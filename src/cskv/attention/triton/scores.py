@@ -5,6 +5,7 @@ up-projection of some kv heads, and their queries, for as long as it goes throug
 rebuilt for all of these heads by one product with the tokens as its rows:
 
     keys      (tokens, heads x head_dim) = latents (tokens, rank) U^T
+    8 bits    latents are rounded to int8 by token, as `cskv.attention.int8_keys` says, where U is in int8
     RoPE      the channels that a rotation mixes are neighbours among the columns, in the same thread's registers
     products  (tokens, rows) = keys q^T, with the queries of every head in its own columns of a block-diagonal q
 
@@ -20,6 +21,8 @@ import triton.language as tl
 
 from cskv.attention.triton.tiles import block_rows_of, loaded, piece, piece_channels, places, rounded
 
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: fp32 numbers near it are whole, so adding it rounds, half to even
+
 
 @triton.jit
 @no_type_check
@@ -33,20 +36,29 @@ def _up_piece(
     return loaded(up + column[None, :] * up_row + latent[:, None], ok, EMULATED)
 
 
+@triton.jit
+@no_type_check
+def _in_int8(latents, steps):
+    """Latents as whole numbers of their token's steps, rounded half to even."""
+    inverse = 1.0 / tl.where(steps > 0, steps, 1.0)
+    whole = latents.to(tl.float32) * inverse[:, None]
+    return ((whole + ROUNDER) - ROUNDER).to(tl.int8)
+
+
 @triton.jit(do_not_specialize=["tokens", "begin", "lines"])
 @no_type_check
 def scores(
-    query, up, key_bias, key_norm, cos, sin, page_table, lengths, k_data, k_scales, k_minima, k_rows, k_table,
-    products, tokens, begin, lines, groups, group_heads, head_rows, row_blocks, key_rank, k_units, k_plane, norm_eps,
-    query_batch, query_row, up_row, cos_batch, cos_token, sin_batch, sin_token, products_batch, page_row, k_batch,
-    k_token, k_parameter_batch, k_parameter_row,
+    query, up, up_steps, key_bias, key_norm, cos, sin, page_table, lengths, k_data, k_scales, k_minima, k_rows,
+    k_table, products, tokens, begin, lines, groups, group_heads, head_rows, row_blocks, key_rank, k_units, k_plane,
+    norm_eps, query_batch, query_row, up_row, cos_batch, cos_token, sin_batch, sin_token, products_batch, page_row,
+    k_batch, k_token, k_parameter_batch, k_parameter_row,
     K_UNIT: tl.constexpr, K_PLANES: tl.constexpr, K_BITS: tl.constexpr, K_BY_PLANES: tl.constexpr,
     K_BLOCK_TOKENS: tl.constexpr, K_BLOCK_CHANNELS: tl.constexpr, K_BLOCKS_OF: tl.constexpr,
     K_CHANNELS_OF: tl.constexpr, K_HAS_ROWS: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr, IS_SYMMETRIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, K0: tl.constexpr,
-    K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr, K_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
-    ELEMENT: tl.constexpr, EMULATED: tl.constexpr, PRECISION: tl.constexpr,
+    IN_INT8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr, K_BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr, ELEMENT: tl.constexpr, EMULATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of the rows of HEADS kv heads with the tokens of a range.
 
@@ -56,7 +68,7 @@ def scores(
     query is (batch, lines, HEAD_DIM), up (kv_dim, rank of a group), cos and sin (batch, tokens, ROTARY_DIM). Tokens
     from `begin` on are read; products begins with them. Latents come in the pieces K0 to K3, 0 for none, or, where
     K_BLOCKS is more than 1, in as many blocks of K0, with which U is read again for every tile. IS_SYMMETRIC says that
-    both halves of cos and of sin are equal.
+    both halves of cos and of sin are equal, IN_INT8 that up is, with up_steps (kv_dim) for its rows.
 
     PAGE is the tokens of a page, 0 where each sequence's latents are one after the other. With pages, page_table is
     (batch, pages) and lengths (batch); k_batch and that of the parameters are strides of pages then, and `tokens` a
@@ -70,6 +82,7 @@ def scores(
     k_readable = k_units * K_UNIT
 
     COLUMNS: tl.constexpr = HEADS * 2 * HALF
+    UP_EMULATED: tl.constexpr = EMULATED and not IN_INT8
     column = tl.arange(0, COLUMNS)
     half = column % (2 * HALF) // 2
     is_hi = column % 2 == 1
@@ -89,15 +102,19 @@ def scores(
     query_ok = (row_ok & (of_row < HEADS))[None, :] & column_ok[:, None] & (of_row[None, :] == of_column[:, None])
     queries = loaded(query, query_ok, EMULATED)
     if K_BLOCKS == 1:
-        up0 = _up_piece(up, up_row, up_column, column_ok, key_rank, k_plane, 0, 0, K0, K_BY_PLANES, EMULATED)
+        up0 = _up_piece(up, up_row, up_column, column_ok, key_rank, k_plane, 0, 0, K0, K_BY_PLANES, UP_EMULATED)
         if K1 > 0:
-            up1 = _up_piece(up, up_row, up_column, column_ok, key_rank, k_plane, K0, 1, K1, K_BY_PLANES, EMULATED)
+            up1 = _up_piece(up, up_row, up_column, column_ok, key_rank, k_plane, K0, 1, K1, K_BY_PLANES, UP_EMULATED)
         if K2 > 0:
-            up2 = _up_piece(up, up_row, up_column, column_ok, key_rank, k_plane, K0 + K1, 2, K2, K_BY_PLANES, EMULATED)
+            up2 = _up_piece(
+                up, up_row, up_column, column_ok, key_rank, k_plane, K0 + K1, 2, K2, K_BY_PLANES, UP_EMULATED
+            )
         if K3 > 0:
             up3 = _up_piece(
-                up, up_row, up_column, column_ok, key_rank, k_plane, K0 + K1 + K2, 3, K3, K_BY_PLANES, EMULATED
+                up, up_row, up_column, column_ok, key_rank, k_plane, K0 + K1 + K2, 3, K3, K_BY_PLANES, UP_EMULATED
             )
+    if IN_INT8:
+        steps = tl.load(up_steps + up_column, mask=column_ok, other=0.0)
     if HAS_BIAS:
         bias = tl.load(key_bias + up_column, mask=column_ok, other=0.0).to(tl.float32)
     if HAS_NORM:
@@ -125,36 +142,57 @@ def scores(
         slot, first_slot, page = places(start, token, token_ok, page_table, TILE, PAGE)
         k_row = block_rows_of(slot, token_ok, k_rows, K_BLOCK_TOKENS, K_HAS_ROWS)
         if K_BLOCKS == 1:
-            latents = piece(
+            latents0 = piece(
                 k_data, k_scales, k_minima, k_table, slot, first_slot, last - start, token_ok, k_row, group, groups,
                 key_rank, k_readable, k_plane, k_token, k_parameter_row, page, k_batch, k_parameter_batch, 0, 0, K0,
                 K_BITS, K_BY_PLANES, K_PLANES, K_BLOCK_CHANNELS, K_BLOCKS_OF, K_CHANNELS_OF, PAGE, ELEMENT, EMULATED,
             )  # fmt: skip
-            keys = tl.dot(latents, up0, input_precision=PRECISION)
             if K1 > 0:
-                latents = piece(
+                latents1 = piece(
                     k_data, k_scales, k_minima, k_table, slot, first_slot, last - start, token_ok, k_row, group,
                     groups, key_rank, k_readable, k_plane, k_token, k_parameter_row, page, k_batch,
                     k_parameter_batch, K0, 1, K1, K_BITS, K_BY_PLANES, K_PLANES, K_BLOCK_CHANNELS, K_BLOCKS_OF,
                     K_CHANNELS_OF, PAGE, ELEMENT, EMULATED,
                 )  # fmt: skip
-                keys = tl.dot(latents, up1, keys, input_precision=PRECISION)
             if K2 > 0:
-                latents = piece(
+                latents2 = piece(
                     k_data, k_scales, k_minima, k_table, slot, first_slot, last - start, token_ok, k_row, group,
                     groups, key_rank, k_readable, k_plane, k_token, k_parameter_row, page, k_batch,
                     k_parameter_batch, K0 + K1, 2, K2, K_BITS, K_BY_PLANES, K_PLANES, K_BLOCK_CHANNELS, K_BLOCKS_OF,
                     K_CHANNELS_OF, PAGE, ELEMENT, EMULATED,
                 )  # fmt: skip
-                keys = tl.dot(latents, up2, keys, input_precision=PRECISION)
             if K3 > 0:
-                latents = piece(
+                latents3 = piece(
                     k_data, k_scales, k_minima, k_table, slot, first_slot, last - start, token_ok, k_row, group,
                     groups, key_rank, k_readable, k_plane, k_token, k_parameter_row, page, k_batch,
                     k_parameter_batch, K0 + K1 + K2, 3, K3, K_BITS, K_BY_PLANES, K_PLANES, K_BLOCK_CHANNELS,
                     K_BLOCKS_OF, K_CHANNELS_OF, PAGE, ELEMENT, EMULATED,
                 )  # fmt: skip
-                keys = tl.dot(latents, up3, keys, input_precision=PRECISION)
+            if IN_INT8:
+                largest = tl.max(tl.abs(latents0.to(tl.float32)), 1)
+                if K1 > 0:
+                    largest = tl.maximum(largest, tl.max(tl.abs(latents1.to(tl.float32)), 1))
+                if K2 > 0:
+                    largest = tl.maximum(largest, tl.max(tl.abs(latents2.to(tl.float32)), 1))
+                if K3 > 0:
+                    largest = tl.maximum(largest, tl.max(tl.abs(latents3.to(tl.float32)), 1))
+                token_steps = largest / 127
+                sums = tl.dot(_in_int8(latents0, token_steps), up0, out_dtype=tl.int32)
+                if K1 > 0:
+                    sums = tl.dot(_in_int8(latents1, token_steps), up1, sums, out_dtype=tl.int32)
+                if K2 > 0:
+                    sums = tl.dot(_in_int8(latents2, token_steps), up2, sums, out_dtype=tl.int32)
+                if K3 > 0:
+                    sums = tl.dot(_in_int8(latents3, token_steps), up3, sums, out_dtype=tl.int32)
+                keys = sums.to(tl.float32) * token_steps[:, None] * steps[None, :]
+            else:
+                keys = tl.dot(latents0, up0, input_precision=PRECISION)
+                if K1 > 0:
+                    keys = tl.dot(latents1, up1, keys, input_precision=PRECISION)
+                if K2 > 0:
+                    keys = tl.dot(latents2, up2, keys, input_precision=PRECISION)
+                if K3 > 0:
+                    keys = tl.dot(latents3, up3, keys, input_precision=PRECISION)
         else:
             keys = tl.zeros([TILE, COLUMNS], tl.float32)
             for block in range(K_BLOCKS):  # not unrolled: all of its tiles would be in shared memory at once
@@ -165,7 +203,7 @@ def scores(
                     K_BLOCKS_OF, K_CHANNELS_OF, PAGE, ELEMENT, EMULATED,
                 )  # fmt: skip
                 of_block = _up_piece(
-                    up, up_row, up_column, column_ok, key_rank, k_plane, block * K0, 0, K0, K_BY_PLANES, EMULATED
+                    up, up_row, up_column, column_ok, key_rank, k_plane, block * K0, 0, K0, K_BY_PLANES, UP_EMULATED
                 )
                 keys = tl.dot(latents, of_block, keys, input_precision=PRECISION)
         if HAS_BIAS:
