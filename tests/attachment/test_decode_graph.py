@@ -93,9 +93,8 @@ def test_blocks_are_packed_once_and_the_cache_goes_on_without_the_graph(monkeypa
         for _ in range(2 * GROUP):
             graph.step(token)
             model(token, **{cache_kwarg(model): dynamic})
-        # Keys of two layers in two blocks of a group; values, whose blocks are a token's, as each leaves the window.
-        assert [tokens for tokens in packed if tokens > 1] == [GROUP] * 2 * 2
-        assert packed.count(1) == 2 * GROUP * 2
+        assert packed.count(GROUP) == 2 * 2  # of keys, which are packed in groups, of two layers
+        assert packed.count(1) == 2 * GROUP * 2  # of values, which are packed one by one
         for _ in range(2 * GROUP):
             ours, theirs = (model(token, **{cache_kwarg(model): each}).logits for each in (cache, dynamic))
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -164,6 +164,15 @@ def test_tokens_that_do_not_fit_are_refused() -> None:
         append(store, part(everything, slice(None), 8, 9))
 
 
+def test_a_compiled_step_on_a_full_cache_has_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything, store = tokens(20, 6), StaticStore(Clock(2, 4, 1, 8), GRIDS["plain"])
+    append(store, part(everything, slice(None), 0, 7))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    append(store, part(everything, slice(None), 7, 8))
+    with pytest.raises(IndexError, match="out of bounds"):
+        append(store, part(everything, slice(None), 8, 9))
+
+
 def test_a_piece_after_padded_rows_is_refused() -> None:
     everything, store = tokens(20, 7), StaticStore(Clock(2, 4, 1, 20), GRIDS["plain"])
     append(store, part(everything, slice(None), 0, 7), (2, 0))

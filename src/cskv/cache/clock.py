@@ -100,7 +100,7 @@ class Clock:
         """Begin a step of one token per row.
 
         Raises:
-            CacheError: the cache is full. A compiled or captured step cannot say so: there the index is out of range.
+            CacheError: the cache is full. A compiled or captured step cannot say so: its slot is out of range then.
         """
         if not torch.compiler.is_compiling() and not is_captured():
             self._fits(self._held + 1)
@@ -112,7 +112,7 @@ class Clock:
         held = real[:, None] - (behind[:, None] - (place - self.sinks)) % self.newest
         is_sink = place < self.sinks
         self.place.copy_(behind.clamp(min=0))
-        self.slot.copy_(self.slots_of(real))
+        self.slot.copy_(torch.where(self.columns < self.capacity, self.slots_of(real), self.slots))
         self.sealed.copy_(self.due(real))
         self.token.copy_(torch.where(is_sink, place, held))
         unsealed = held >= self.sinks + self.sealed[:, None]
