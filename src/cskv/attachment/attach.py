@@ -38,7 +38,9 @@ class Attachment:
             tokens, and 2 * rotary_dim numbers a token, once for all layers.
     """
 
-    def __init__(self, found: Survey, adapter: CSKVAdapter, attention: str, capacity: int = 0) -> None:
+    def __init__(
+        self, found: Survey, adapter: CSKVAdapter, attention: str, capacity: int = 0, int8_keys: bool = False
+    ) -> None:
         self.model = found.model
         self.adapter = adapter
         self.workspace = ThreadState()
@@ -48,7 +50,7 @@ class Attachment:
         sites, recipes = found.sites, found.recipes
         rotated = [site for site in sites if needs_positions(adapter, site.layer_idx)]
         owners = _table_owners(rotated, recipes)
-        setup = Setup(adapter, adapter.fingerprint(), owners, backend, sites[-1].layer_idx, capacity)
+        setup = Setup(adapter, adapter.fingerprint(), owners, backend, sites[-1].layer_idx, capacity, int8_keys)
         if backend is not None:
             _say_what_is_rebuilt({site.name: recipes[site.layer_idx].attention.why_rebuild for site in sites})
         try:
@@ -80,7 +82,12 @@ class Attachment:
 
 
 def attach(
-    model: nn.Module, adapter: CSKVAdapter, *, attention: str = AUTO, max_cache_len: int | None = None
+    model: nn.Module,
+    adapter: CSKVAdapter,
+    *,
+    attention: str = AUTO,
+    max_cache_len: int | None = None,
+    int8_keys: bool = False,
 ) -> Attachment:
     """Make a loaded decoder model use the compressed cache in `generate`, pipelines and plain calls.
 
@@ -93,6 +100,9 @@ def attach(
             Attention on latents has no weights to return (`output_attentions`); "rebuild" has.
         max_cache_len: tokens to preallocate in every new cache at its first sealing, so that none is ever copied to
             grow; a longer one grows as usual. None grows by a sixteenth whenever a cache is full.
+        int8_keys: rebuild the keys of old tokens by products of 8-bit numbers (see `cskv.attention.int8_keys`), which
+            tensor cores of a GPU do twice as fast. What the cache stores is the same. Of commuting keys and those of
+            models without RoPE nothing is rebuilt, and nothing changes.
 
     Returns:
         the attachment; `.detach()`, `cskv.detach(model)` or leaving its `with` block takes the compressor off.
@@ -101,17 +111,21 @@ def attach(
         AdapterError: the adapter was made for another model.
         UnsupportedModelError: the model's attention is not understood (see `cskv.models.probe`).
         CSKVError: a compressor is attached already.
-        ConfigError: no such `attention`, or `max_cache_len` is not positive.
+        ConfigError: no such `attention`, `max_cache_len` is not positive, or `int8_keys` with "rebuild".
     """
     if attention != REBUILD:
         check_backend(attention, REBUILD)
+    if int8_keys and attention == REBUILD:
+        raise ConfigError(
+            "int8_keys with attention='rebuild': the model's own function gets keys in full; give another attention"
+        )
     if max_cache_len is not None and max_cache_len < 1:
         raise ConfigError(f"max_cache_len is {max_cache_len}; expected at least 1 token, or None")
     if attachment_of(model) is not None:
         raise CSKVError("this model has a compressor attached already; call cskv.detach(model) first")
     found = survey(model)
     adapter.check_fits(found)
-    return Attachment(found, adapter, attention, max_cache_len or 0)
+    return Attachment(found, adapter, attention, max_cache_len or 0, int8_keys)
 
 
 def detach(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.layer import CSKVLayer
 from cskv.attachment.static_layer import StaticCSKVLayer
 from cskv.attention.inputs import KeyOffset, RMSNorm, Rotation, split_heads
+from cskv.attention.int8_keys import Int8Keys
 from cskv.cache.angles import AngleTable
 from cskv.cache.clock import Clock
 from cskv.cache.positions import PositionTable
@@ -35,6 +36,7 @@ class _Placed(NamedTuple):
             of `factors` are views of these.
         constant: (kv_dim,) before RoPE, what latents of commuting keys and `factors` leave out; None for nothing.
         norm: of rebuilt keys, as a kernel can do it, or None.
+        int8_keys: the key factors in 8 bits, where keys that are rotated are to be rebuilt by those.
     """
 
     factors: LayerFactors
@@ -42,6 +44,7 @@ class _Placed(NamedTuple):
     down_bias: Tensor | None
     constant: Tensor | None
     norm: RMSNorm | None
+    int8_keys: Int8Keys | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Setup:
         backend: what attends to latents; None where old tokens are rebuilt.
         last: the index of the last compressed layer.
         capacity: tokens to preallocate in new caches.
+        int8_keys: whether keys of old tokens are rebuilt by 8-bit products.
     """
 
     adapter: CSKVAdapter
@@ -63,6 +67,7 @@ class Setup:
     backend: str | None
     last: int
     capacity: int = 0
+    int8_keys: bool = False
 
 
 class LayerCompressor:
@@ -188,7 +193,8 @@ class LayerCompressor:
         norm = self.recipe.key_norm
         if norm is not None:
             norm = RMSNorm(norm.weight.to(like.device, like.dtype), norm.eps)
-        return _Placed(LayerFactors(keys, values), down, bias, constant, norm)
+        int8_keys = Int8Keys.of(keys) if self.setup.int8_keys and not self.is_linear else None
+        return _Placed(LayerFactors(keys, values), down, bias, constant, norm, int8_keys)
 
 
 def needs_positions(adapter: CSKVAdapter, layer_idx: int) -> bool:

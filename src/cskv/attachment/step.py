@@ -257,7 +257,7 @@ class Step:
             rotation = Rotation(cos, sin, recipe.keys.heads, recipe.plain_rope, placed.norm, recipe.equal_halves)
         elif cos is not None:
             offset = compressor.key_offset(placed, cos, sin)
-        return AttentionInputs(view, placed.factors, rotation, logits, compressor.value_heads, offset)
+        return AttentionInputs(view, placed.factors, rotation, logits, compressor.value_heads, offset, placed.int8_keys)
 
     def _cos_sin(self, table: PositionTable, rope: CosSin, view: View) -> tuple[Tensor, Tensor]:
         kept, owner, layout = self.state.cos_sin, self.compressor.owner_idx, view.layout

@@ -5,6 +5,10 @@ every token, as they are read. Products of whole numbers are summed exactly:
 
     key[channel] = step_of_token * step_of_row[channel] * sum of latent * up, both whole numbers
 
+A step that is the same for all latents of a token is too long for the small ones: the first components are tens of
+times as large as the last. So latents are divided, and columns of U_k multiplied, by numbers that make both about as
+large, as in SmoothQuant (arXiv 2211.10438). The norms of the down-projection's rows stand for the latents' size.
+
 What is stored does not change, and the exact branch and prefills do not either.
 """
 
@@ -16,6 +20,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from cskv.factorization.factors import Factors
+
 LARGEST = 127
 
 
@@ -26,18 +32,26 @@ class Int8Keys:
     Attributes:
         up: whole numbers, rows contiguous and padded with zeros to a multiple of 16 of them.
         steps: what a whole number stands for, of every row.
-        rank: columns of `up` that are no padding.
+        balance: what the latents of all groups are multiplied by before they are rounded.
+        rank: latents of a group: the columns of `up` that are no padding.
     """
 
     up: Int8[Tensor, "kv_dim padded"]
     steps: Float[Tensor, " kv_dim"]
+    balance: Float[Tensor, " latents"]
     rank: int
 
     @classmethod
-    def of(cls, up: Float[Tensor, "kv_dim rank"]) -> Int8Keys:
-        """Round an up-projection."""
-        whole, steps = rounded(up)
-        return cls(torch.nn.functional.pad(whole, (0, -up.shape[1] % 16)), steps[:, 0], up.shape[1])
+    def of(cls, factors: Factors) -> Int8Keys:
+        """Round the up-projection of key factors."""
+        rank, groups = factors.up.shape[1], factors.groups
+        up = factors.up.float().unflatten(0, (groups, -1))
+        of_up, of_latents = up.norm(dim=1), factors.down.float().norm(dim=1).view(groups, rank)
+        usable = (of_up > 0) & (of_latents > 0)
+        size = torch.where(usable, of_latents / torch.where(usable, of_up, 1), 1).sqrt()
+        whole, steps = rounded((up * size[:, None]).flatten(0, 1))
+        padded = torch.nn.functional.pad(whole, (0, -rank % 16))
+        return cls(padded, steps[:, 0], (1 / size).flatten(), rank)
 
     def channels(self, latents: Float[Tensor, "batch tokens rank"]) -> Float[Tensor, "batch tokens kv_dim"]:
         """Rebuild key channels from the latents of all head groups, in fp32 and without a bias.
@@ -46,7 +60,7 @@ class Int8Keys:
         has at most 1040 latents.
         """
         groups = latents.shape[2] // self.rank
-        whole, steps = rounded(latents.unflatten(2, (groups, -1)))
+        whole, steps = rounded((latents.float() * self.balance).unflatten(2, (groups, -1)))
         up = self.up[:, : self.rank].float().unflatten(0, (groups, -1))
         products = torch.einsum("btgr,gcr->btgc", whole.float(), up) * steps
         return products.flatten(2) * self.steps

@@ -421,7 +421,7 @@ def test_keys_are_rebuilt_in_8_bits_as_torch_does(dtype: torch.dtype, packed: bo
     k = grid(40, 4, 16, 1) if packed else None
     made = make(Case(sealed=150, batch=2, heads=(8, 4), ranks=(40, 20), rotary_dim=8, bias=True, k=k, dtype=dtype))
     exact = made.by(launch.attention)
-    made = made.told(int8_keys=Int8Keys.of(made.inputs.factors.k.up))
+    made = made.told(int8_keys=Int8Keys.of(made.inputs.factors.k))
     assert made.by(launch.refusal) is None
     out, truth = made.by(launch.attention).double(), made.truth()
     largest = truth.abs().max()
@@ -433,12 +433,12 @@ def test_keys_are_rebuilt_in_8_bits_as_torch_does(dtype: torch.dtype, packed: bo
 
 def test_groups_are_rebuilt_in_8_bits() -> None:
     made = make(Case(sealed=150, heads=(8, 4), groups=2, ranks=(20, 20), rotary_dim=16, norm=True))
-    made = made.told(int8_keys=Int8Keys.of(made.inputs.factors.k.up))
+    made = made.told(int8_keys=Int8Keys.of(made.inputs.factors.k))
     truth = made.truth()
     assert (made.by(launch.attention).double() - truth).abs().max() / truth.abs().max() < 1e-3
 
 
 def test_too_many_latents_for_8_bits_are_refused() -> None:
     made = make(Case(sealed=10, ranks=(600, 20), heads=(2, 1), rotary_dim=16))
-    made = made.told(int8_keys=Int8Keys.of(made.inputs.factors.k.up))
+    made = made.told(int8_keys=Int8Keys.of(made.inputs.factors.k))
     assert "at most 512 latents" in str(made.by(launch.refusal))

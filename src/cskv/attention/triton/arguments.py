@@ -51,6 +51,7 @@ def rebuild_arguments(
         "query": rows,
         "up": up,
         "up_steps": None if int8_keys is None else int8_keys.steps,
+        "balance": None if int8_keys is None else int8_keys.balance,
         "key_bias": None if bias is None else bias.contiguous(),
         "cos": cos,
         "sin": sin,

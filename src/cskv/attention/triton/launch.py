@@ -145,6 +145,7 @@ class _Sealed:
     @classmethod
     def of(cls, query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> _Sealed:
         factors, rotated = inputs.factors, inputs.rotation is not None
+        in_int8 = rotated and inputs.int8_keys is not None
         batch, q_heads, new, head_dim = query.shape
         groups = factors.k.groups
         keys, values = Store.of(k, groups), Store.of(v, groups)
@@ -154,11 +155,12 @@ class _Sealed:
             rows=q_heads // groups * new,
             head_rows=q_heads // inputs.view.keys.shape[1] * new,
             tokens=k.length,
-            keys=keys.pieces("k", LEAST if inputs.int8_keys is None or not rotated else LEAST_INT8),
+            keys=keys.pieces("k", LEAST_INT8 if in_int8 else LEAST),
             values=values.pieces("v"),
             columns=2 * padded(head_dim // 2),
             rotated=rotated,
             packed=keys.packed is not None or values.packed is not None,
+            in_int8=in_int8,
             itemsize=query.element_size(),
         )
         shared = {**page_arguments(k), **arithmetic_arguments(query.dtype)}

@@ -82,6 +82,7 @@ class Shapes:
         columns: padded channels of a head.
         rotated: whether keys are rebuilt.
         packed: whether any latents are.
+        in_int8: whether keys are rebuilt by 8-bit products.
         itemsize: bytes of a number.
     """
 
@@ -95,6 +96,7 @@ class Shapes:
     columns: int
     rotated: bool
     packed: bool
+    in_int8: bool = False
     itemsize: int = 2
 
     @property
@@ -129,7 +131,8 @@ def plan_scores(shapes: Shapes, multiprocessors: int) -> Plan:
     """Plan the products with rebuilt keys: each program keeps U of its heads, so there are few, with many tokens."""
     heads, kv_heads = 1, shapes.lines // shapes.head_rows
     of_group = kv_heads // shapes.groups
-    most = MOST_COLUMNS // 2 if shapes.packed else MOST_COLUMNS  # unpacking takes registers
+    takes_registers = shapes.packed or shapes.in_int8
+    most = MOST_COLUMNS // 2 if takes_registers else MOST_COLUMNS
     if shapes.itemsize <= 2 and shapes.keys.blocks == 1:
         heads = max(
             count
@@ -142,7 +145,7 @@ def plan_scores(shapes: Shapes, multiprocessors: int) -> Plan:
     row_blocks = -(-heads * shapes.head_rows // rows)
     tile = TILE if shapes.itemsize <= 2 else NARROW_TILE
     programs = shapes.batch * kv_heads // heads * row_blocks
-    splits = ranges(shapes.tokens, tile, multiprocessors // programs)
+    splits = ranges(shapes.tokens, tile, multiprocessors * (PROGRAMS if shapes.in_int8 else 1) // programs)
     return Plan(rows, row_blocks, tile, splits, 8 if heads * shapes.columns > 128 else 4, 2, heads)
 
 

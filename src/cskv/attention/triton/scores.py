@@ -38,17 +38,25 @@ def _up_piece(
 
 @triton.jit
 @no_type_check
+def _balance(balance, rank, plane_bytes, start, INDEX: tl.constexpr, SIZE: tl.constexpr, BY_PLANES: tl.constexpr):
+    """What the latents of a piece are multiplied by before they are rounded."""
+    latent, latent_ok = piece_channels(rank, plane_bytes, start, INDEX, SIZE, BY_PLANES)
+    return tl.load(balance + latent, mask=latent_ok, other=0.0)
+
+
+@triton.jit
+@no_type_check
 def _in_int8(latents, steps):
     """Latents as whole numbers of their token's steps, rounded half to even."""
     inverse = 1.0 / tl.where(steps > 0, steps, 1.0)
-    whole = latents.to(tl.float32) * inverse[:, None]
+    whole = latents * inverse[:, None]
     return ((whole + ROUNDER) - ROUNDER).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["tokens", "begin", "lines"])
 @no_type_check
 def scores(
-    query, up, up_steps, key_bias, key_norm, cos, sin, page_table, lengths, k_data, k_scales, k_minima, k_rows,
+    query, up, up_steps, balance, key_bias, key_norm, cos, sin, page_table, lengths, k_data, k_scales, k_minima, k_rows,
     k_table, products, tokens, begin, lines, groups, group_heads, head_rows, row_blocks, key_rank, k_units, k_plane,
     norm_eps, query_batch, query_row, up_row, cos_batch, cos_token, sin_batch, sin_token, products_batch, page_row,
     k_batch, k_token, k_parameter_batch, k_parameter_row,
@@ -68,7 +76,8 @@ def scores(
     query is (batch, lines, HEAD_DIM), up (kv_dim, rank of a group), cos and sin (batch, tokens, ROTARY_DIM). Tokens
     from `begin` on are read; products begins with them. Latents come in the pieces K0 to K3, 0 for none, or, where
     K_BLOCKS is more than 1, in as many blocks of K0, with which U is read again for every tile. IS_SYMMETRIC says that
-    both halves of cos and of sin are equal, IN_INT8 that up is, with up_steps (kv_dim) for its rows.
+    both halves of cos and of sin are equal, IN_INT8 that up is, with up_steps (kv_dim)
+    for its rows, and that latents are to be multiplied by balance (latents of all groups) and rounded.
 
     PAGE is the tokens of a page, 0 where each sequence's latents are one after the other. With pages, page_table is
     (batch, pages) and lengths (batch); k_batch and that of the parameters are strides of pages then, and `tokens` a
@@ -115,6 +124,14 @@ def scores(
             )
     if IN_INT8:
         steps = tl.load(up_steps + up_column, mask=column_ok, other=0.0)
+        balance += group * key_rank
+        balance0 = _balance(balance, key_rank, k_plane, 0, 0, K0, K_BY_PLANES)
+        if K1 > 0:
+            balance1 = _balance(balance, key_rank, k_plane, K0, 1, K1, K_BY_PLANES)
+        if K2 > 0:
+            balance2 = _balance(balance, key_rank, k_plane, K0 + K1, 2, K2, K_BY_PLANES)
+        if K3 > 0:
+            balance3 = _balance(balance, key_rank, k_plane, K0 + K1 + K2, 3, K3, K_BY_PLANES)
     if HAS_BIAS:
         bias = tl.load(key_bias + up_column, mask=column_ok, other=0.0).to(tl.float32)
     if HAS_NORM:
@@ -169,21 +186,25 @@ def scores(
                     K_BLOCKS_OF, K_CHANNELS_OF, PAGE, ELEMENT, EMULATED,
                 )  # fmt: skip
             if IN_INT8:
-                largest = tl.max(tl.abs(latents0.to(tl.float32)), 1)
+                balanced0 = latents0.to(tl.float32) * balance0[None, :]
+                largest = tl.max(tl.abs(balanced0), 1)
                 if K1 > 0:
-                    largest = tl.maximum(largest, tl.max(tl.abs(latents1.to(tl.float32)), 1))
+                    balanced1 = latents1.to(tl.float32) * balance1[None, :]
+                    largest = tl.maximum(largest, tl.max(tl.abs(balanced1), 1))
                 if K2 > 0:
-                    largest = tl.maximum(largest, tl.max(tl.abs(latents2.to(tl.float32)), 1))
+                    balanced2 = latents2.to(tl.float32) * balance2[None, :]
+                    largest = tl.maximum(largest, tl.max(tl.abs(balanced2), 1))
                 if K3 > 0:
-                    largest = tl.maximum(largest, tl.max(tl.abs(latents3.to(tl.float32)), 1))
+                    balanced3 = latents3.to(tl.float32) * balance3[None, :]
+                    largest = tl.maximum(largest, tl.max(tl.abs(balanced3), 1))
                 token_steps = largest / 127
-                sums = tl.dot(_in_int8(latents0, token_steps), up0, out_dtype=tl.int32)
+                sums = tl.dot(_in_int8(balanced0, token_steps), up0, out_dtype=tl.int32)
                 if K1 > 0:
-                    sums = tl.dot(_in_int8(latents1, token_steps), up1, sums, out_dtype=tl.int32)
+                    sums = tl.dot(_in_int8(balanced1, token_steps), up1, sums, out_dtype=tl.int32)
                 if K2 > 0:
-                    sums = tl.dot(_in_int8(latents2, token_steps), up2, sums, out_dtype=tl.int32)
+                    sums = tl.dot(_in_int8(balanced2, token_steps), up2, sums, out_dtype=tl.int32)
                 if K3 > 0:
-                    sums = tl.dot(_in_int8(latents3, token_steps), up3, sums, out_dtype=tl.int32)
+                    sums = tl.dot(_in_int8(balanced3, token_steps), up3, sums, out_dtype=tl.int32)
                 keys = sums.to(tl.float32) * token_steps[:, None] * steps[None, :]
             else:
                 keys = tl.dot(latents0, up0, input_precision=PRECISION)
