@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Jobs, Row, Wrong
-from benchmarks.speed.methods import BEST, SDPA, Method, methods
-from benchmarks.speed.problem import KINDS, Problem, Shape
+from benchmarks.speed.methods import BEST, SDPA, Method, methods, on_a_gpu
+from benchmarks.speed.problem import KINDS, PER_HEAD, Problem, Shape
 from benchmarks.speed.registry import Benchmark, Unavailable
 from benchmarks.speed.tables import COPY, decode_tables
 from benchmarks.speed.timing import Call, Stopwatch, Turns, copy_bandwidth, free_bytes, summary, take_turns, time_calls
 
 SHAPE = Shape()
+GPU_SHAPE = Shape(density=192 / 1024)  # whole blocks of 8 latents, in 8 groups too: 16 bytes at a time
 # Root mean square of the error, as a share of the output's: rounding of keys, weights and values in each dtype.
 TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 1e-4}
 LARGEST_DEVIATION = 0.5  # of any method, 4 bits too, from attention to the exact keys and values
+TINY = Shape(8, 8, 16, density=0.5)
 CACHES = 8  # uncompressed caches that all methods of a row and what they make in a step fit in
 
 
@@ -67,8 +69,8 @@ def too_large(tokens: int, shape: Shape, dtype: torch.dtype, device: torch.devic
 
 def set_up(tokens: int, batch: int, asked: Any) -> tuple[dict[str, Method], dict[str, Row]]:
     """Return the methods, ready and checked, and what is known of each; skipped ones are only in the latter."""
-    known, ready, rows = methods(asked.backend), {}, {}
-    for kind in KINDS:
+    known, ready, rows = methods(asked.backend) | on_a_gpu(asked.backend), {}, {}
+    for kind in (*KINDS, PER_HEAD):
         names = [name for name in asked.methods if known[name][0] == kind]
         if not names:
             continue
@@ -118,7 +120,7 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
 
 def plan(asked: Any) -> tuple[Row, Jobs]:
     """Return the settings and a job per length and batch size; on a GPU, one for the bandwidth of a copy too."""
-    settings = resolve(asked, SHAPE)
+    settings = resolve(asked, TINY if asked.tiny else GPU_SHAPE if asked.device == "cuda" else SHAPE)
     jobs: Jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, asked) for batch, tokens in asked.cells}
     if asked.device.type == "cuda":
         jobs = {COPY: partial(copy_bandwidth, asked.device), **jobs}
@@ -134,6 +136,7 @@ def resolve(asked: Any, shape: Shape) -> Row:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--dtype": {"choices": ("bfloat16", "float16", "float32"), "default": "bfloat16"},
+    "--tiny": {"action": "store_true", "help": "a layer of 8 query and 8 kv heads of 16 channels, to rehearse"},
     "--budget": {"type": float, "default": 0.4, "help": "seconds of timing per method and row"},
 }
 BENCHMARK = Benchmark(
@@ -143,6 +146,7 @@ BENCHMARK = Benchmark(
     whole=(tuple(1024 * 2**i for i in range(7)), (1, 4, 16)),
     small=((1024, 2048), (1, 4)),
     methods=tuple(methods()),
+    gpu_methods=tuple(on_a_gpu()),
     baselines=(SDPA, BEST),
     options=OPTIONS,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +15,13 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.speed.problem import GROUP, KINDS, WINDOW, Problem
+from benchmarks.speed.problem import GROUP, KINDS, MIXED, PER_HEAD, SINKS_ON_A_GPU, WINDOW, Problem
 from benchmarks.speed.registry import Unavailable
 from benchmarks.speed.timing import Stopwatch
 from cskv.attachment.cache_bytes import allocated_bytes
 from cskv.attention.attend import AUTO, attention
 from cskv.attention.inputs import rebuilt
+from cskv.attention.int8_keys import Int8Keys
 from cskv.cache.bibranch import BiBranchStore
 from cskv.errors import CSKVError
 from cskv.latents.view import PackedLatents, View
@@ -29,6 +30,7 @@ from cskv.scratch import Scratch
 
 SDPA, BEST, QUANTIZED = "transformers sdpa", "best uncompressed", "QuantizedCache 4 bits"
 DENSE, POSITIONS = "dense rebuild", "cos and sin"
+IN_INT8 = "joint, int8 keys"
 ROOM = 128  # steps that the best uncompressed method can make
 FLUSH = 2**26  # bytes: more than caches hold
 Pair = tuple[Tensor, Tensor]
@@ -183,12 +185,13 @@ def best_uncompressed(problem: Problem) -> Method:
     return Method(best.step, best.nbytes, lambda: problem.exact_nbytes, call=best.call, note=best.note)
 
 
-def ours(problem: Problem, bits: int = 16, backend: str = AUTO) -> Method:
+def ours(problem: Problem, bits: int = 16, backend: str = AUTO, in_int8: bool = False) -> Method:
     """Attend by the library to latents and the exact window in a `BiBranchStore`."""
-    scratch = Scratch()
+    scratch, int8_keys = Scratch(), Int8Keys.of(problem.factors.k) if in_int8 else None
 
     def attend(view: View) -> Tensor:
-        return attention(problem.query, problem.inputs(view), backend=backend, scratch=scratch)
+        inputs = replace(problem.inputs(view), int8_keys=int8_keys)
+        return attention(problem.query, inputs, backend=backend, scratch=scratch)
 
     method = _on_latents(problem, bits, attend)
     method.scratch = scratch
@@ -203,7 +206,8 @@ def dense_rebuild(problem: Problem) -> Method:
 
 
 def _on_latents(problem: Problem, bits: int, attend: Callable[[View], Tensor]) -> Method:
-    store = BiBranchStore(WINDOW, GROUP, *problem.grids(bits))
+    sinks = SINKS_ON_A_GPU if problem.device.type == "cuda" else 0
+    store = BiBranchStore(WINDOW, GROUP, *problem.grids(bits), sinks=sinks)
     view = store.append(*problem.cached)
 
     def append() -> View:
@@ -214,7 +218,7 @@ def _on_latents(problem: Problem, bits: int, attend: Callable[[View], Tensor]) -
     def represented() -> Pair | None:
         if not isinstance(view.k, PackedLatents) or view.v is None:
             return None
-        sealed = problem.rebuilt(view.k.read()[-1:], view.v.read()[-1:])
+        sealed = problem.rebuilt(view.k.read()[-1:], view.v.read()[-1:], view.sinks)
         exact = view.keys[-1:].float(), view.values[-1:].float()
         keys, values = (torch.cat(parts, dim=2) for parts in zip(sealed, exact, strict=True))
         return keys, values
@@ -241,3 +245,16 @@ def methods(backend: str = AUTO) -> dict[str, tuple[str, Callable[[Problem], Met
         result[kind] = (kind, partial(ours, backend=backend))
         result[f"{kind}, 4 bits"] = (kind, partial(ours, bits=4, backend=backend))
     return result | {POSITIONS: ("joint", cos_and_sin)}
+
+
+def on_a_gpu(backend: str = AUTO) -> dict[str, tuple[str, Callable[[Problem], Method]]]:
+    """Return the methods that are measured on a GPU alone, likewise."""
+    result: dict[str, tuple[str, Callable[[Problem], Method]]] = {
+        IN_INT8: ("joint", partial(ours, backend=backend, in_int8=True)),
+        PER_HEAD: (PER_HEAD, partial(ours, backend=backend)),
+        f"{PER_HEAD}, 4 bits": (PER_HEAD, partial(ours, bits=4, backend=backend)),
+    }
+    for kind in ("joint", "commuting"):
+        for bits, name in ((8, "8 bits"), (MIXED, "mixed widths")):
+            result[f"{kind}, {name}"] = (kind, partial(ours, bits=bits, backend=backend))
+    return result

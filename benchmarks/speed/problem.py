@@ -22,7 +22,10 @@ from cskv.models.cos_sin import FixedCosSin
 from cskv.quantization.grid import Grid
 
 KINDS = ("joint", "grouped", "commuting")
-GROUPS = 4  # of kv heads, in "grouped"
+PER_HEAD = "grouped by head"
+GROUPS = {"grouped": 4, PER_HEAD: 8}  # of kv heads
+MIXED = 0  # in place of a number of bits: a quarter of the latents in 8 bits, half in 4, the others in 2
+SINKS_ON_A_GPU = 4  # exact first tokens
 WINDOW = GROUP = 32
 ROOM = 256  # tokens that may be appended
 
@@ -42,7 +45,7 @@ class Shape:
 
     def rank(self, kind: str) -> int:
         """Return the latents per token: a whole number per group, and whole pairs where factors commute with RoPE."""
-        parts = {"grouped": GROUPS, "commuting": 2}.get(kind, 1)
+        parts = {**GROUPS, "commuting": 2}.get(kind, 1)
         return round(self.density * self.kv_dim) // parts * parts
 
     def config(self) -> LlamaConfig:
@@ -100,7 +103,7 @@ class Problem:
 
     def inputs(self, view: View) -> AttentionInputs:
         """Return what attention reads and is told beside the query."""
-        rotation = None if self.kind == "commuting" else self.rotation(view.sealed)
+        rotation = None if self.kind == "commuting" else self.rotation(view.sealed, view.sinks)
         return AttentionInputs(view, self.factors, rotation, self.logits)
 
     def make_cos_sin(self, length: int) -> tuple[Tensor, Tensor]:
@@ -108,11 +111,10 @@ class Problem:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return self._cos_sin.cos_sin(self._positions.read(0, length), like)
 
-    def rotation(self, sealed: int) -> Rotation:
-        """Return the rotation of keys that were rebuilt from latents."""
-        return Rotation(
-            self.cos[:, :sealed], self.sin[:, :sealed], self._rotated_heads, is_plain=True, is_symmetric=True
-        )
+    def rotation(self, sealed: int, first: int = 0) -> Rotation:
+        """Return the rotation of keys that were rebuilt from the latents of tokens from the first on."""
+        cos, sin = (part[:, first : first + sealed] for part in (self.cos, self.sin))
+        return Rotation(cos, sin, self._rotated_heads, is_plain=True, is_symmetric=True)
 
     @property
     def exact_nbytes(self) -> int:
@@ -124,20 +126,22 @@ class Problem:
         del self.cached
 
     def grids(self, bits: int) -> tuple[Grid | None, Grid | None]:
-        """Return KIVI's layout of few-bit latents; none at 16 bits."""
+        """Return KIVI's layout of few-bit latents, or of `MIXED` widths; none at 16 bits."""
         if bits == 16:
             return None, None
         k, v = self.factors.k.rank, self.factors.v.rank
+        if bits == MIXED:
+            return Grid(_mixed(k), GROUP, 1), Grid(_mixed(v), 1, 32)
         return Grid.uniform(k, bits, (GROUP, 1)), Grid.uniform(v, bits, (1, 32))
 
     def truth(self) -> Tensor:
         """Attend to the exact keys and values of the last sequence in fp32: (q_heads, head_dim)."""
         return self.softmax(*self.rebuilt(*self._last_row))
 
-    def rebuilt(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Rebuild keys and values from latents of the first tokens, in fp32."""
+    def rebuilt(self, k: Tensor, v: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Rebuild keys and values from latents of the tokens from the first on, in fp32."""
         factors = self.factors.to(dtype=torch.float32)
-        return self._rotated(self._heads(factors.k, k.float())), self._heads(factors.v, v.float())
+        return self._rotated(self._heads(factors.k, k.float()), first), self._heads(factors.v, v.float())
 
     def softmax(self, keys: Tensor, values: Tensor) -> Tensor:
         """Attend plainly with the last sequence's query in fp32: (q_heads, head_dim)."""
@@ -145,11 +149,12 @@ class Problem:
         weights = torch.softmax(query @ keys[0].float().transpose(1, 2) * self.logits.scaling, dim=-1)
         return (weights @ values[0].float()).flatten(0, 1)
 
-    def _rotated(self, heads: Tensor) -> Tensor:
+    def _rotated(self, heads: Tensor, first: int = 0) -> Tensor:
         """Commuting factors rebuild keys that are rotated already."""
         if self.kind == "commuting":
             return heads
-        cos, sin = (part[:, : heads.shape[2]].to(heads.dtype) for part in (self.cos, self.sin))
+        tokens = slice(first, first + heads.shape[2])
+        cos, sin = (part[:, tokens].to(heads.dtype) for part in (self.cos, self.sin))
         return rotate(heads, cos, sin)
 
     def _rotated_heads(self, channels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -160,14 +165,18 @@ class Problem:
 
     def _factors(self, kind: str) -> Factors:
         """Orthogonal up-projections that give channels of variance 1. Latents are drawn, so `down` only has a shape."""
-        rank, groups, kv_dim = self.shape.rank(kind), GROUPS if kind == "grouped" else 1, self.shape.kv_dim
+        rank, groups, kv_dim = self.shape.rank(kind), GROUPS.get(kind, 1), self.shape.kv_dim
         blocks = []
         for _ in range(groups):
             shape = (kv_dim // groups, rank // groups)
             noise = torch.randn(shape, generator=self._generator, device=self.device)
             blocks.append(torch.linalg.qr(noise).Q * (shape[0] / shape[1]) ** 0.5)
-        down = torch.zeros(rank, 1, dtype=self.dtype, device=self.device)
+        down = torch.ones(rank, 1, dtype=self.dtype, device=self.device)
         return Factors(down, torch.cat(blocks).to(self.dtype))
 
     def _normal(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self._generator, device=self.device, dtype=self.dtype)
+
+
+def _mixed(rank: int) -> tuple[tuple[int, int], ...]:
+    return (8, rank // 4), (4, rank // 2), (2, rank - rank // 4 - rank // 2)

@@ -18,6 +18,7 @@ BENCHMARKS: Mapping[str, str] = {
     "paged": "one layer's decode attention on latents in pages, beside vLLM's (GPU)",
     "serving": "decoding in vLLM, at equal batch and at equal memory",
     "memory": "peak memory of one distillation step, with and without gradient checkpointing",
+    "resources": "registers, spills and shared memory of the Triton kernels for Hopper, by its assembler (no GPU)",
     "gpu": "the Triton kernels: other plans than those that are made, a profile (GPU)",
 }
 Sizes = tuple[Sequence[int], Sequence[int]]  # lengths and batches
@@ -38,6 +39,7 @@ class Benchmark:
         quick: what `--quick` does.
         whole, small: lengths and batch sizes, and those of `--quick`; none of a benchmark without such cells.
         methods: names of what is compared in a row; none of a benchmark that compares nothing.
+        gpu_methods: further ones, which are measured where they are asked for and on a GPU.
         baselines: those that are measured whatever is asked for.
         options: of its own, as argparse takes them.
     """
@@ -48,5 +50,6 @@ class Benchmark:
     whole: Sizes = ((), ())
     small: Sizes = ((), ())
     methods: Sequence[str] = ()
+    gpu_methods: Sequence[str] = ()
     baselines: Sequence[str] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

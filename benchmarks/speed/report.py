@@ -10,9 +10,9 @@ from typing import Any
 from benchmarks.common import read_results
 from benchmarks.pages import DOCS, Table, fill_page, measured_on
 from benchmarks.speed import generation, serving
-from benchmarks.speed.methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA, methods
+from benchmarks.speed.methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA
 from benchmarks.speed.registry import Unavailable
-from benchmarks.speed.tables import batches, cells, cpu_goals, gpu_goals, median, tables
+from benchmarks.speed.tables import NAMES, batches, cells, cpu_goals, gpu_goals, median, tables
 from cskv.plots.style import COLOURS, MARKERS, new_figure, save, styled
 
 COLOUR_OF = {SDPA: 0, BEST: 0, QUANTIZED: 5, DENSE: 3, "joint": 1, "grouped": 4, "commuting": 2}
@@ -79,11 +79,13 @@ def draw(decode: dict[str, Any], path: Path) -> None:
 def _panels(above: Any, below: Any, decode: dict[str, Any], batch: int, is_gpu: bool) -> None:
     rows = cells(decode, batch)
     unit = 1e-3 if is_gpu else median(rows[0], SDPA) or 1.0
-    for name in methods():
+    for name in NAMES:
         own = [row for row in rows if median(row, name) is not None]
         if name == POSITIONS or not own:
             continue
-        index = COLOUR_OF[name.removesuffix(", 4 bits")]
+        index = COLOUR_OF.get(name.removesuffix(", 4 bits"))
+        if index is None:  # in the tables alone
+            continue
         style = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5, "linewidth": 1.5}
         if name == BEST:
             style["marker"] = "x"

@@ -62,15 +62,16 @@ def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> Any:
     made.add_argument("--threads", type=int, help="of PyTorch; all cores when not given")
     made.add_argument("--seconds", type=float, default=math.inf, help="after which no further row is begun")
     made.add_argument("--keep-going", action="store_true", help="a row that fails does not end the run")
+    known = (*benchmark.methods, *benchmark.gpu_methods)
     if benchmark.methods:
         made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         made.add_argument("--backend", default="auto", help="what attends to latents: auto, triton, torch, reference")
         choices = {
-            "choices": benchmark.methods,
+            "choices": known,
             "metavar": "METHOD",
-            "help": ", ".join(benchmark.methods).replace("%", "%%"),
+            "help": ", ".join(known).replace("%", "%%"),
         }
-        made.add_argument("--methods", nargs="+", default=benchmark.methods, **choices)
+        made.add_argument("--methods", nargs="+", **choices)
     if benchmark.whole[0]:
         made.add_argument("--lengths", type=int, nargs="+", help="cached tokens of each sequence")
         made.add_argument("--batches", type=int, nargs="+", help="sequences")
@@ -81,7 +82,8 @@ def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> Any:
         torch.set_num_threads(asked.threads)
     lengths, batches = benchmark.small if asked.quick else benchmark.whole
     asked.cells = [(batch, tokens) for batch in asked.batches or batches for tokens in asked.lengths or lengths]
-    asked.methods = [name for name in benchmark.methods if name in (*benchmark.baselines, *asked.methods)]
+    chosen = getattr(asked, "methods", None) or (known if getattr(asked, "device", "") == "cuda" else benchmark.methods)
+    asked.methods = [name for name in known if name in (*benchmark.baselines, *chosen)]
     asked.out = asked.out or (ROOT / "outputs" / f"{name}-quick.json" if asked.quick else RESULTS / f"{name}.json")
     return asked
 
