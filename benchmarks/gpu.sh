@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to show, in one call of under 10 minutes:
+# What a GPU has to show, in one call of six minutes, what matters most first:
 #
 #   benchmarks/gpu.sh OUT_DIR
 #
-# Kernel tests, copy bandwidth and the goals' points with graph replays, outputs at odd lengths, plans of the kernels, a
-# profile, the sweep, attention on pages, and generation end to end. Needs torch and transformers, no network and no
-# installation. What a plain environment lacks is left out with a line. Rows are kept as soon as they are measured.
-# PYTHON=python3.12 picks the interpreter; DECODE_ARGS, GPU_ARGS, PAGED_ARGS and GENERATION_ARGS are added to a step's.
+#   tests       the kernels' tests, the first failure in full
+#   attention   copy bandwidth, then one layer's step and its attention call, replayed, at 64K, 16K and 4K tokens
+#   graph       decoding end to end by CUDA graphs, Llamas of 8B's and 1B's shape
+#   paged       32 requests of mixed lengths, on latents in pages
+#   ncu         the two slowest methods' kernels in Nsight Compute, where there is one
+#   plans       other plans for the kernels than those that are made, and a profile
+#
+# Needs torch, triton and transformers, no network and no installation. Every result is written as it is had, a step that
+# fails or runs out of time stops no other, and a summary comes last. STEPS="tests attention" runs some;
+# LIMIT_tests=60 and so on are seconds; PYTHON=python3.12 picks the interpreter. REHEARSAL=1 runs all of it on a CPU, at
+# tiny sizes, by Triton's interpreter.
 set -uo pipefail
 
 out=${1:?usage: benchmarks/gpu.sh OUT_DIR}
@@ -14,68 +21,70 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export HF_HUB_OFFLINE=1 TRITON_PRINT_AUTOTUNING=${TRITON_PRINT_AUTOTUNING:-1}
+export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+steps=${STEPS:-tests attention graph paged ncu plans}
 status=0
+lines=()
 
-has() { "$python" -c "import importlib.util, sys; sys.exit(any(importlib.util.find_spec(n) is None for n in sys.argv[1:]))" "$@"; }
-step() {  # step NAME SECONDS COMMAND...: its output into OUT/NAME.txt, its tail on the terminal
-    local name=$1 limit=$2 code=0
-    shift 2
-    timeout -k 5 "$limit" "$@" >"$out/$name.txt" 2>&1 || code=$?
-    echo "== $name: exit $code"
-    tail -n "${TAIL:-60}" "$out/$name.txt"
-    case "$name $code" in *" 0" | "tests 5") ;; *) status=1 ;; esac  # pytest says 5 where no test ran
-}
-
-if ! has jaxtyping; then
-    echo "jaxtyping is not installed: shape annotations mean nothing in this run"
-    mkdir -p "$out/stand-ins"
-    cat >"$out/stand-ins/jaxtyping.py" <<'PY'
-class _Shape:
-    def __class_getitem__(cls, _shape):
-        return cls
-
-
-def __getattr__(name):
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return _Shape
-PY
-    export PYTHONPATH="$PYTHONPATH:$out/stand-ins"
+if [ -n "${REHEARSAL:-}" ]; then
+    export TRITON_INTERPRET=1
+    on=(--device cpu --backend triton)
+    tests=(-k "test_agrees_with_the_reference and (absorbed or rotated)")
+    attention=(--tiny --lengths 128 --batches 1 2 --budget 0.01 --methods "best uncompressed" joint "joint, int8 keys" "commuting, 4 bits")
+    graph=(--quick --steps 1 --rounds 1 --lengths 48 --methods commuting)
+    paged=(--quick)
+    plans=(--quick --methods joint)
+else
+    on=(--device cuda)
+    tests=(-m gpu)
+    "$python" -c 'import xdist' 2>"/dev/null" && tests+=(-n 8)  # kernels are compiled side by side
+    attention=(--lengths 65536 16384 4096 --batches 1 8 --budget 0.1)
+    graph=(--steps 32 --rounds 3)
+    paged=(--lengths 32768 8192 --batches 32)
+    plans=()
 fi
-for package in matplotlib rich typer hqq optimum; do
-    has "$package" || echo "$package is not installed: what needs it is left out"
-done
+
+limit() {  # limit STEP SECONDS: those that it may take
+    local name="LIMIT_$1"
+    echo "${!name:-$2}"
+}
+step() {  # step NAME SECONDS COMMAND...: its output into OUT/NAME.txt, its end on the terminal
+    local name=$1 seconds code=0 began=$SECONDS
+    seconds=$(limit "$name" "$2")
+    shift 2
+    case " $steps " in *" $name "*) ;; *) return ;; esac
+    timeout -k 5 "$seconds" "$@" >"$out/$name.txt" 2>&1 || code=$?
+    case "$name $code" in *" 0" | "tests 5") ;; *) status=1 ;; esac  # pytest says 5 where no test ran
+    [ $code = 124 ] && code="out of time"
+    lines+=("$name: exit $code after $((SECONDS - began)) s of $seconds")
+    echo "== ${lines[-1]}"
+    tail -n "${TAIL:-40}" "$out/$name.txt"
+}
+speed() {  # speed STEP SECONDS BENCHMARK ARGUMENTS...: a benchmark, into OUT/BENCHMARK.json; no row is begun too late
+    local name=$1 seconds=$2 benchmark=$3 most
+    most=$(limit "$name" "$seconds")
+    shift 3
+    step "$name" "$seconds" "$python" -m benchmarks.speed "$benchmark" --keep-going --seconds $((most * 3 / 4)) \
+        --out "$out/$benchmark.json" "${on[@]}" "$@"
+}
 
 {
     nvidia-smi
     "$python" -c 'import json; from cskv.evaluation.environment import environment; print(json.dumps(environment().to_dict(), indent=1))'
-    "$python" -c 'import triton; print("triton", triton.__version__)'
 } >"$out/environment.txt" 2>&1
-tail -n 16 "$out/environment.txt"
+tail -n 12 "$out/environment.txt"
 
-tests=()
-for folder in tests/attention tests/quantization; do [ -d "$folder" ] && tests+=("$folder"); done
-if has pytest hypothesis && [ ${#tests[@]} -gt 0 ]; then
-    # Without the plugins and the strictness of pyproject.toml, which is for the tested versions.
-    TAIL=15 step tests 110 "$python" -m pytest -q -m gpu -p no:cacheprovider -o addopts= -o filterwarnings=default \
-        --import-mode=importlib "${tests[@]}"
-else
-    echo "pytest or hypothesis is missing: the outputs at odd lengths stand in for the tests"
-fi
-speed() {  # speed STEP SECONDS NAME FILE ARGUMENTS...: a benchmark, into OUT/FILE.json
-    local name=$1 limit=$2 benchmark=$3 file=$4
-    shift 4
-    step "$name" "$limit" "$python" -m benchmarks.speed "$benchmark" --keep-going --out "$out/$file.json" "$@"
-}
-decode=(--device cuda --budget 0.2)
-speed goals 75 decode decode "${decode[@]}" --lengths 65536 --batches 1 8 ${DECODE_ARGS:-}
-for dtype in bfloat16 float16 float32; do
-    speed "odd_$dtype" 30 decode "odd_$dtype" "${decode[@]}" --quick --dtype "$dtype" --lengths 64 1000 2049 --batches 1 3 ${DECODE_ARGS:-}
-done
-speed gpu 90 gpu gpu ${GPU_ARGS:-}
-speed sweep 100 decode decode "${decode[@]}" --seconds "${SWEEP_SECONDS:-80}" ${DECODE_ARGS:-}
-speed paged 65 paged paged ${PAGED_ARGS:-}
-speed generation 70 generation generation --lengths 1024 16384 65536 ${GENERATION_ARGS:-}
+# Without the plugins and the strictness of pyproject.toml, which is for the tested versions.
+TAIL=60 step tests 80 "$python" -m pytest -q --maxfail=1 "${tests[@]}" -p no:cacheprovider -o addopts= \
+    -o filterwarnings=default --import-mode=importlib \
+    tests/attention/triton tests/quantization/triton tests/attachment/test_decode_graph.py
+TAIL=5 speed attention 100 decode "${attention[@]}"
+TAIL=20 speed graph 90 graph "${graph[@]}"
+TAIL=8 speed paged 30 paged "${paged[@]}"
+TAIL=60 step ncu 30 "$python" -m benchmarks.speed.ncu "$out"
+TAIL=20 speed plans 30 gpu "${plans[@]}"
+
+echo "== summary"
+printf '%s\n' "${lines[@]}"
+"$python" -m benchmarks.speed.summary "$out" 2>&1 | tail -n 90
 exit $status

@@ -121,7 +121,10 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
 def plan(asked: Any) -> tuple[Row, Jobs]:
     """Return the settings and a job per length and batch size; on a GPU, one for the bandwidth of a copy too."""
     settings = resolve(asked, TINY if asked.tiny else GPU_SHAPE if asked.device == "cuda" else SHAPE)
-    jobs: Jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, asked) for batch, tokens in asked.cells}
+    cells = asked.cells
+    if asked.device.type == "cuda":  # the goals' lengths first
+        cells = sorted(cells, key=lambda cell: (-cell[1], cell[0]))
+    jobs: Jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, asked) for batch, tokens in cells}
     if asked.device.type == "cuda":
         jobs = {COPY: partial(copy_bandwidth, asked.device), **jobs}
     return settings, jobs

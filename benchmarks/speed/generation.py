@@ -75,7 +75,7 @@ def adapter(model: nn.Module, config: cskv.CSKVConfig) -> cskv.CSKVAdapter:
         k_rank, v_rank = config.k_rank(site.kv_dim), config.v_rank(site.kv_dim)
         pair = [_random(site.k, k_rank, generator), _random(site.v, v_rank, generator)]
         if config.key_factors == "commuting":
-            pair[0] = _commuting(site.kv_dim, site.head_dim, k_rank, generator)
+            pair[0] = commuting_factors(site.kv_dim, site.head_dim, k_rank, generator)
         layers[site.layer_idx] = cskv.LayerFactors(*pair)
     return cskv.CSKVAdapter(config, layers, found.base)
 
@@ -86,7 +86,8 @@ def _random(projection: Any, rank: int, generator: torch.Generator) -> cskv.Fact
     return cskv.Factors(basis.T @ weight, basis)
 
 
-def _commuting(kv_dim: int, head_dim: int, rank: int, generator: torch.Generator) -> cskv.Factors:
+def commuting_factors(kv_dim: int, head_dim: int, rank: int, generator: torch.Generator) -> cskv.Factors:
+    """Make random key factors that commute with RoPE."""
     noise = torch.randn(kv_dim, kv_dim, generator=generator, dtype=torch.float64)
     half = torch.arange(head_dim // 2)
     pairs = RopePairs(half, half + head_dim // 2, torch.empty(0, dtype=torch.long))

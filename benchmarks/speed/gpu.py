@@ -18,7 +18,7 @@ import torch
 from benchmarks.common import Jobs, Row
 from benchmarks.pages import Table
 from benchmarks.speed import decode
-from benchmarks.speed.methods import BEST, methods
+from benchmarks.speed.methods import BEST, methods, on_a_gpu
 from benchmarks.speed.problem import Shape
 from benchmarks.speed.registry import Benchmark, Unavailable
 from benchmarks.speed.timing import Stopwatch, summary
@@ -113,18 +113,19 @@ def plan(asked: Any) -> tuple[Row, Jobs]:
     """Return the settings, a job for plans and one for the profile."""
     if asked.device == "cpu" and not asked.quick:
         raise Unavailable("no GPU; --quick shows that a profile is made")
-    settings, tokens = decode.resolve(asked, TINY if asked.quick else decode.SHAPE), 256 if asked.quick else TOKENS
+    settings, tokens = decode.resolve(asked, TINY if asked.quick else decode.GPU_SHAPE), 256 if asked.quick else TOKENS
     jobs: Jobs = {"profile": partial(profile, tokens, asked)}
     if asked.device.type == "cuda" and asked.backend in ("auto", "triton"):
         jobs = {"plans": partial(tuning, tokens, asked), **jobs}
     return settings | {"tokens": tokens}, jobs
 
 
-SECONDS = {"type": float, "default": 50.0, "help": "for other plans of the Triton kernels"}
+SECONDS = {"type": float, "default": 25.0, "help": "for other plans of the Triton kernels"}
 BENCHMARK = Benchmark(
     plan,
     tables,
     "a tiny layer and 256 tokens, on a CPU the profile alone",
     methods=tuple(methods()),
+    gpu_methods=tuple(on_a_gpu()),
     options=decode.OPTIONS | {"--tuning-seconds": SECONDS},
 )

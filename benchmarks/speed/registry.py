@@ -15,6 +15,7 @@ from benchmarks.common import Jobs, Row, Show
 BENCHMARKS: Mapping[str, str] = {
     "decode": "one layer's decode step on compressed, uncompressed and quantised caches",
     "generation": "greedy decoding end to end: tokens per second after a real prefill",
+    "graph": "the same of Llamas of 8B's and 1B's shape by CUDA graphs (GPU)",
     "paged": "one layer's decode attention on latents in pages, beside vLLM's (GPU)",
     "serving": "decoding in vLLM, at equal batch and at equal memory",
     "memory": "peak memory of one distillation step, with and without gradient checkpointing",
