@@ -27,16 +27,21 @@ from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
 from cskv.latents.layout import Layout, Row
 from cskv.latents.view import View
-from cskv.models.attention_interface import Original, name_of
+from cskv.models.attention_interface import Original, stands_beside
 from cskv.models.calls import AttentionCall, logits_of
 from cskv.models.cos_sin import CosSin
-from cskv.models.logits import UNDERSTOOD
+from cskv.models.masks import MaskKind, mask_kind
 from cskv.scratch import Scratch
 
 PREFIX = "cskv"
 KWARG = "cskv_step"  # not "cache": that is taken by paged batching
 NO_LOGITS = Logits(1.0)  # where keys and values are only rebuilt
-SWITCHED = frozenset(name_of(PREFIX, known) for known in UNDERSTOOD)  # the names of our function in a model's config
+
+
+def switched_kind(name: str) -> MaskKind | None:
+    """Return what masks our function will get, by the name that a model's config gives; None where it is not ours."""
+    implementation = stands_beside(PREFIX, name)
+    return None if implementation is None else mask_kind(implementation)
 
 
 class ThreadState(threading.local):
@@ -167,7 +172,7 @@ class Step:
         layer: its part of the cache.
         call: what its attention module was called with.
         state: of the thread.
-        is_switched: whether the module will call our attention function.
+        kind: what masks our attention function will get, where the module will call that; else None.
 
     Attributes:
         view: what the queries read, once the new tokens are appended.
@@ -175,10 +180,16 @@ class Step:
     """
 
     def __init__(
-        self, compressor: LayerCompressor, layer: CSKVLayer, call: AttentionCall, state: ThreadState, is_switched: bool
+        self,
+        compressor: LayerCompressor,
+        layer: CSKVLayer,
+        call: AttentionCall,
+        state: ThreadState,
+        kind: MaskKind | None,
     ) -> None:
         self.compressor, self.state = compressor, state
-        self.attends = is_switched
+        self.attends = kind is not None
+        self._kind = kind
         self.view: View | None = None
         self._layer, self._call = layer, call
         self._positions: tuple[Tensor, ...] | None = None
@@ -228,9 +239,12 @@ class Step:
         keys, values = rebuilt(self._inputs(NO_LOGITS, view))
         return self.state.orders.in_columns(keys.to(view.keys.dtype), values.to(view.values.dtype), view)
 
-    def mask(self, mask: Tensor | None) -> Tensor | None:
-        """Return the model's mask in the view's order."""
+    def mask(self, mask: Any, window: int | None) -> Tensor | None:
+        """Return the model's mask, of pairs and in the view's order; `window` as FlashAttention is told it."""
         view: View = self.view  # type: ignore[assignment]
+        if self._kind is not MaskKind.PAIRS:
+            total = view.length if view.layout is None else view.layout.length
+            mask = self.state.orders.of_pairs(mask, self._kind, self._new, total, window)  # type: ignore[arg-type]
         return mask if mask is None and view.layout is None else self.state.orders.mask(mask, view, self._new)
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
@@ -281,8 +295,10 @@ def attend(
         return original(module, query, key, value, mask, **kwargs)
     if query.requires_grad and torch.is_grad_enabled():
         keys, values = step.rebuilt()
-        return original(module, query, keys, values, None if mask is None else mask[..., : keys.shape[2]], **kwargs)
+        mask = mask[..., : keys.shape[2]] if isinstance(mask, Tensor) else mask
+        return original(module, query, keys, values, mask, **kwargs)
     with torch.no_grad():
-        logits = logits_of(query, step.mask(mask), kwargs, step.compressor.recipe.attention.ignored)
+        mask = step.mask(mask, kwargs.get("sliding_window"))
+        logits = logits_of(query, mask, kwargs, step.compressor.recipe.attention.ignored)
         output = step.attend(query, logits)
     return output.transpose(1, 2).contiguous(), None
