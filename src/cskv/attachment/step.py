@@ -21,7 +21,7 @@ from cskv.attachment.compressor import LayerCompressor
 from cskv.attachment.layer import CSKVLayer
 from cskv.attachment.order import Orders
 from cskv.attention.attend import attends_to_latents, attention
-from cskv.attention.inputs import AttentionInputs, Logits, Rotation, rebuilt
+from cskv.attention.inputs import AttentionInputs, Logits, Rotation, causal_mask, rebuilt
 from cskv.cache.buffer import TokenBuffer
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
@@ -292,6 +292,8 @@ def attend(
     """Stand in for a transformers attention function: return (batch, new, q_heads, head_dim) and no weights."""
     step: Step | None = kwargs.pop(KWARG, None)
     if step is None or not step.attends:
+        if mask is None and 1 < query.shape[2] < key.shape[2] and getattr(module, "is_kv_shared_layer", False):
+            mask = _of_last(module, query.shape[2], key)
         return original(module, query, key, value, mask, **kwargs)
     if query.requires_grad and torch.is_grad_enabled():
         keys, values = step.rebuilt()
@@ -302,3 +304,14 @@ def attend(
         logits = logits_of(query, mask, kwargs, step.compressor.recipe.attention.ignored)
         output = step.attend(query, logits)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _of_last(module: nn.Module, new: int, key: Tensor) -> Tensor | None:
+    """Return what the last queries read, for sdpa, which takes no mask to mean the first.
+
+    Gemma4 lets layers that read other layers' keys see a prompt's last tokens alone, and keeps from doing so without a
+    mask where it knows sdpa by its name.
+    """
+    if switched_kind(module.config._attn_implementation) is not MaskKind.PAIRS:
+        return None
+    return causal_mask(new, key.shape[2], key.device)[None, None]
