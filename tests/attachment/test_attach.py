@@ -213,7 +213,7 @@ def test_other_attention_is_rebuilt_for_and_said() -> None:
     AttentionInterface.register("someones_own", ALL_ATTENTION_FUNCTIONS["sdpa"])
     AttentionMaskInterface.register("someones_own", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.config._attn_implementation = "someones_own"
-    with pytest.warns(UserWarning, match="2 of 2 layers are rebuilt.*'someones_own', not eager or sdpa"):
+    with pytest.warns(UserWarning, match="2 of 2 layers are rebuilt.*'someones_own', none of eager, sdpa, flash"):
         attachment = cskv.attach(model, full_rank_adapter(model, CSKVConfig(1.0, 1.0, window=0, group=4)))
     with attachment:
         got = model.generate(PROMPT, max_new_tokens=8, pad_token_id=0, attention_mask=torch.ones_like(PROMPT))

@@ -21,7 +21,9 @@ from cskv.reading.compressed import compressed_reading
 from cskv.reading.divergence import Divergence
 from tests.attachment.test_closed_form import statistics_of
 from tests.models.families import FAMILIES, tiny_model, truncated_adapter
+from tests.models.flash import KERNELS, flash_attention, standing_in, uncompiled_flex_attention
 
+FLASH, FLEX = "flash_attention_2", "flex_attention"
 TOKENS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(8))
 
 
@@ -201,3 +203,60 @@ def test_a_layers_own_forward_comes_back() -> None:
     Divergence(survey(model)).kl(adapter, TOKENS, checkpointed=True).backward()
     assert layer.forward is replaced
     assert len(calls) >= 3  # the exact forward, the compressed one, and again in the backward pass
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", FLASH), ("qwen3", FLASH), ("gemma2", FLASH), ("gpt-oss", KERNELS[0]), ("llama", FLEX), ("gemma2", FLEX)],
+)
+def test_flash_and_flex_models_are_read_as_eager_ones(family: str, name: str) -> None:
+    """The stand-in takes no mask of queries and keys; the sliding layers of Gemma2 and GPT-OSS go on calling it."""
+    found, gradients = [], []
+    with standing_in() as calls, uncompiled_flex_attention():
+        for implementation in ("eager", name):
+            model = tiny_model(family).requires_grad_(False)
+            model.config._attn_implementation = implementation
+            adapter = truncated_adapter(model, CSKVConfig(0.5, 0.25, window=3, group=4))
+            surveyed = survey(model)
+            with compressed_reading(surveyed, adapter), torch.no_grad():
+                found.append(model(TOKENS, use_cache=False).logits)
+            calls.lengths.clear()
+            if (family, implementation) == ("gemma2", FLEX):  # its sliding layers have no backward on a CPU
+                break
+            loss = Divergence(surveyed).kl(adapter, TOKENS, checkpointed=True)
+            loss.backward()
+            gradients.append([parameter.grad for parameter in adapter.parameters()])
+            assert model.config._attn_implementation == implementation
+    torch.testing.assert_close(*found, atol=1e-4 * float(found[0].abs().max()), rtol=1e-3)
+    assert all(queries == keys for queries, keys in calls.lengths)  # it is never given old keys beside the exact ones
+    for ours, theirs in zip(gradients[-1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-3)
+
+
+def test_flash_attention_that_does_more_than_is_understood_is_refused() -> None:
+    def doubled(*args: object, **kwargs: object) -> tuple:
+        output, weights = flash_attention(*args, **kwargs)  # type: ignore[arg-type]
+        return 2 * output, weights
+
+    with standing_in() as calls:
+        calls.function = doubled
+        model = tiny_model("llama")
+        model.config._attn_implementation = FLASH
+        with pytest.raises(cskv.CSKVError, match=r"the model's is 'flash_attention_2': .*does more than is under"):
+            Divergence(survey(model))
+
+
+def test_a_window_that_only_flash_attention_is_told_is_refused() -> None:
+    with standing_in():
+        model = tiny_model("mistral")
+        model.config._attn_implementation = FLASH
+        adapter = truncated_adapter(model, CSKVConfig(0.5, 0.5, window=0, group=4))
+        surveyed = survey(model)
+        assert surveyed.recipes
+        model.config.sliding_window = 12
+        with (
+            compressed_reading(surveyed, adapter),
+            torch.no_grad(),
+            pytest.raises(cskv.CSKVError, match=r"layers\.0\.self_attn reads a window of 12 tokens only"),
+        ):
+            model(TOKENS, use_cache=False)

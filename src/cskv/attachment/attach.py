@@ -19,7 +19,7 @@ from cskv.attachment.step import PREFIX, ThreadState, attend
 from cskv.attention.attend import AUTO, check_backend
 from cskv.errors import ConfigError, CSKVError
 from cskv.models.attention_interface import Switch
-from cskv.models.logits import UNDERSTOOD
+from cskv.models.masks import mask_kind
 from cskv.models.probe import SiteRecipe
 from cskv.models.sites import AttentionSite
 from cskv.models.survey import Survey, survey
@@ -60,7 +60,8 @@ class Attachment:
                 self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
             self._handles.append(self.model.register_forward_pre_hook(GuessHook(self.workspace), with_kwargs=True))
             if backend is not None:
-                self._switch = Switch((site.module for site in sites), PREFIX, attend, only=UNDERSTOOD)
+                ours = [site.module for site in sites if recipes[site.layer_idx].attention.why_rebuild is None]
+                self._switch = Switch(ours, PREFIX, attend, only=mask_kind)
         except BaseException:
             self.detach()
             raise
@@ -96,7 +97,8 @@ def attach(
         adapter: factors made for it.
         attention: what attends to old tokens. "auto", "triton", "torch" and "reference" read their latents (see
             `cskv.attention.attend`); "rebuild" makes their keys and values in full at every step, for the model's own
-            attention function. Layers whose attention is not sdpa or eager, or is not understood, do that too.
+            attention function. Layers whose attention is none that `cskv.models.masks` knows, or is not understood, do
+            that too.
             Attention on latents has no weights to return (`output_attentions`); "rebuild" has.
         max_cache_len: tokens to preallocate in every new cache at its first sealing, so that none is ever copied to
             grow; a longer one grows as usual. None grows by a sixteenth whenever a cache is full.

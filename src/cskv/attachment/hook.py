@@ -11,9 +11,10 @@ from cskv.attachment.compressor import LayerCompressor
 from cskv.attachment.layer import CSKVLayer
 from cskv.attachment.static_layer import StaticCSKVLayer
 from cskv.attachment.static_step import StaticStep
-from cskv.attachment.step import KWARG, SWITCHED, Step, ThreadState
+from cskv.attachment.step import KWARG, Step, ThreadState, switched_kind
 from cskv.errors import CacheError
-from cskv.models.calls import CallReader
+from cskv.models.calls import AttentionCall, CallReader
+from cskv.models.masks import MaskKind
 
 if TYPE_CHECKING:
     from cskv.attachment.attach import Attachment
@@ -44,14 +45,32 @@ class SiteHook:
         if call.cache is None:
             _refuse_paged(module)
             return None
-        is_switched = self._stands_in and module.config._attn_implementation in SWITCHED
-        layer = self._layer(call.cache, is_switched)
+        kind = switched_kind(module.config._attn_implementation) if self._stands_in else None
+        layer = self._layer(call.cache, kind is MaskKind.PAIRS)
+        if kind is MaskKind.PADDING:
+            self._refuse_packed(call, kwargs)
         if isinstance(layer, CSKVLayer):
-            step = Step(self._compressor, layer, call, self._state, is_switched)
+            step = Step(self._compressor, layer, call, self._state, kind)
         else:
-            step = StaticStep(self._compressor, layer, call, self._state, is_switched)
+            step = StaticStep(self._compressor, layer, call, self._state, kind)
         layer.step = step
-        return (args, {**kwargs, KWARG: step}) if is_switched else None
+        return None if kind is None else (args, {**kwargs, KWARG: step})
+
+    def _refuse_packed(self, call: AttentionCall, kwargs: dict[str, Any]) -> None:
+        """Refuse several texts in a row. FlashAttention keeps them apart in the forward that brings them, and then not.
+
+        Raises:
+            CacheError: there are several.
+        """
+        packed = kwargs.get("cu_seq_lens_q") is not None
+        if not packed and call.mask is None and call.position_ids is not None and call.x.shape[0] == 1:
+            several = call.position_ids.ndim == 2 and call.position_ids.shape[1] > 1
+            packed = several and self._state.orders.is_packed(call.position_ids)
+        if packed:
+            raise CacheError(
+                "several texts are packed in a row without padding (position_ids that start again, or cu_seq_lens); a "
+                "cache holds one text a row: pass use_cache=False, or one text a row with an attention_mask"
+            )
 
     def _layer(self, cache: Cache, reads_latents: bool) -> CSKVLayer | StaticCSKVLayer:
         """Return our layer of this cache, put in place of an empty ordinary one at first.

@@ -16,6 +16,8 @@ from torch import Tensor
 from cskv.cache.ragged import sent
 from cskv.latents.layout import Layout
 from cskv.latents.view import View
+from cskv.models.masks import MaskKind, of_pairs
+from cskv.models.packing import is_packed
 from cskv.models.padding import leading_padding
 
 Made = TypeVar("Made")
@@ -25,13 +27,23 @@ class Orders:
     """What the layers of a forward have in common, made once: padding, columns of tokens, and masks in their order."""
 
     def __init__(self) -> None:
-        self._padding, self._masks = _PerMask(), _PerMask()
+        self._padding, self._masks, self._pairs, self._packed = (_PerMask() for _ in range(4))
         self._columns: dict[tuple[str, torch.device], tuple[Layout, Tensor]] = {}
 
     def padding(self, mask: Any, seen: int, new: int, batch: int) -> tuple[int, ...]:
         """Count the leading columns of a forward that are no tokens of each row (see `leading_padding`)."""
         counts = self._padding.get(mask, (seen, new), lambda: leading_padding(mask, seen, new))
         return counts * batch if len(counts) == 1 else counts
+
+    def is_packed(self, positions: Tensor) -> bool:
+        """Return whether the positions of a row are those of several texts (see `cskv.models.packing`)."""
+        return self._packed.get(positions, None, lambda: is_packed(positions))
+
+    def of_pairs(self, mask: Any, kind: MaskKind, new: int, total: int, window: int | None) -> Tensor | None:
+        """Write a mask out, as one of queries and tokens (see `cskv.models.masks`)."""
+        if mask is None:
+            return of_pairs(mask, kind, new, total, window)
+        return self._pairs.get(mask, (new, total, window), lambda: of_pairs(mask, kind, new, total, window))
 
     def mask(self, mask: Tensor | None, view: View, new: int) -> Tensor | None:
         """Return the model's mask in the order of a view.
@@ -79,11 +91,11 @@ class Orders:
     def nbytes(self) -> int:
         """Count the bytes allocated."""
         columns = (columns for _, columns in self._columns.values())
-        return self._masks.nbytes() + sum(part.untyped_storage().nbytes() for part in columns)
+        return self._masks.nbytes() + self._pairs.nbytes() + sum(part.untyped_storage().nbytes() for part in columns)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._padding, self._masks = _PerMask(), _PerMask()
+        self._padding, self._masks, self._pairs, self._packed = (_PerMask() for _ in range(4))
         self._columns.clear()
 
     def _causal(self, view: View, layout: Layout, new: int) -> Tensor:

@@ -71,11 +71,11 @@ class StaticStep(Step):
             raise CacheError(NO_GRADIENTS)
         return super().rebuilt()
 
-    def mask(self, mask: Tensor | None) -> Tensor | None:
+    def mask(self, mask: Any, window: int | None) -> Tensor | None:
         """Return the model's mask in the view's order: of places, then of slots, in a step of one token."""
         view: View = self.view  # type: ignore[assignment]
         if view.exists is None:
-            return super().mask(mask)
+            return super().mask(mask, window)
         clock = self._layer.clock
         if mask is None or not clock.heeds_mask:
             return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,22 +22,30 @@ from cskv.attachment.compressor import LayerCompressor
 from cskv.attachment.layer import CSKVLayer
 from cskv.attachment.order import Orders
 from cskv.attention.attend import attends_to_latents, attention
-from cskv.attention.inputs import AttentionInputs, Logits, Rotation, rebuilt
+from cskv.attention.inputs import AttentionInputs, Logits, Rotation, causal_mask, rebuilt
 from cskv.cache.buffer import TokenBuffer
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
 from cskv.latents.layout import Layout, Row
 from cskv.latents.view import View
-from cskv.models.attention_interface import Original, name_of
+from cskv.models.attention_interface import Original, stands_beside
 from cskv.models.calls import AttentionCall, logits_of
 from cskv.models.cos_sin import CosSin
-from cskv.models.logits import UNDERSTOOD
+from cskv.models.masks import MaskKind, mask_kind
 from cskv.scratch import Scratch
 
 PREFIX = "cskv"
 KWARG = "cskv_step"  # not "cache": that is taken by paged batching
+_kinds: dict[str, MaskKind | None] = {}  # by names of our function; torch.compile cannot trace how they are found
 NO_LOGITS = Logits(1.0)  # where keys and values are only rebuilt
-SWITCHED = frozenset(name_of(PREFIX, known) for known in UNDERSTOOD)  # the names of our function in a model's config
+
+
+def switched_kind(name: str) -> MaskKind | None:
+    """Return what masks our function will get, by the name that a model's config gives; None where it is not ours."""
+    kind = _kinds.get(name)
+    if kind is None and (implementation := stands_beside(PREFIX, name)) is not None:
+        kind = _kinds[name] = mask_kind(implementation)
+    return kind
 
 
 class ThreadState(threading.local):
@@ -167,7 +176,7 @@ class Step:
         layer: its part of the cache.
         call: what its attention module was called with.
         state: of the thread.
-        is_switched: whether the module will call our attention function.
+        kind: what masks our attention function will get, where the module will call that; else None.
 
     Attributes:
         view: what the queries read, once the new tokens are appended.
@@ -175,10 +184,16 @@ class Step:
     """
 
     def __init__(
-        self, compressor: LayerCompressor, layer: CSKVLayer, call: AttentionCall, state: ThreadState, is_switched: bool
+        self,
+        compressor: LayerCompressor,
+        layer: CSKVLayer,
+        call: AttentionCall,
+        state: ThreadState,
+        kind: MaskKind | None,
     ) -> None:
         self.compressor, self.state = compressor, state
-        self.attends = is_switched
+        self.attends = kind is not None
+        self._kind = kind
         self.view: View | None = None
         self._layer, self._call = layer, call
         self._positions: tuple[Tensor, ...] | None = None
@@ -221,12 +236,15 @@ class Step:
     def rebuilt(self) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all columns, (batch, kv_heads, length, head_dim); zeros where padded."""
         view: View = self.view  # type: ignore[assignment]
-        keys, values = rebuilt(self._inputs(NO_LOGITS, view))
+        keys, values = rebuilt(replace(self._inputs(NO_LOGITS, view), int8_keys=None))
         return self.state.orders.in_columns(keys.to(view.keys.dtype), values.to(view.values.dtype), view)
 
-    def mask(self, mask: Tensor | None) -> Tensor | None:
-        """Return the model's mask in the view's order."""
+    def mask(self, mask: Any, window: int | None) -> Tensor | None:
+        """Return the model's mask, of pairs and in the view's order; `window` as FlashAttention is told it."""
         view: View = self.view  # type: ignore[assignment]
+        if self._kind is not MaskKind.PAIRS:
+            total = view.length if view.layout is None else view.layout.length
+            mask = self.state.orders.of_pairs(mask, self._kind, self._new, total, window)  # type: ignore[arg-type]
         return mask if mask is None and view.layout is None else self.state.orders.mask(mask, view, self._new)
 
     def attend(self, query: Tensor, logits: Logits) -> Tensor:
@@ -282,16 +300,29 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Stand in for a transformers attention function: return (batch, new, q_heads, head_dim) and no weights."""
     step: Step | None = kwargs.pop(KWARG, None)
-    if step is None:
-        return original(module, query, key, value, mask, **kwargs)
-    if not step.attends:
-        if isinstance(mask, Tensor) and mask.ndim == 4:  # that of a static cache tells of tokens to come as well
-            mask = mask[..., : key.shape[2]]
+    if step is None or not step.attends:
+        if step is not None and isinstance(mask, Tensor) and mask.ndim == 4:
+            mask = mask[..., : key.shape[2]]  # that of a static cache tells of tokens to come as well
+        elif mask is None and 1 < query.shape[2] < key.shape[2] and getattr(module, "is_kv_shared_layer", False):
+            mask = _of_last(module, query.shape[2], key)
         return original(module, query, key, value, mask, **kwargs)
     if query.requires_grad and torch.is_grad_enabled():
         keys, values = step.rebuilt()
-        return original(module, query, keys, values, None if mask is None else mask[..., : keys.shape[2]], **kwargs)
+        mask = mask[..., : keys.shape[2]] if isinstance(mask, Tensor) else mask
+        return original(module, query, keys, values, mask, **kwargs)
     with torch.no_grad():
-        logits = logits_of(query, step.mask(mask), kwargs, step.compressor.recipe.attention.ignored)
+        mask = step.mask(mask, kwargs.get("sliding_window"))
+        logits = logits_of(query, mask, kwargs, step.compressor.recipe.attention.ignored)
         output = step.attend(query, logits)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _of_last(module: nn.Module, new: int, key: Tensor) -> Tensor | None:
+    """Return what the last queries read, for sdpa, which takes no mask to mean the first.
+
+    Gemma4 lets layers that read other layers' keys see a prompt's last tokens alone, and keeps from doing so without a
+    mask where it knows sdpa by its name.
+    """
+    if switched_kind(module.config._attn_implementation) is not MaskKind.PAIRS:
+        return None
+    return causal_mask(new, key.shape[2], key.device)[None, None]

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from cskv.attention import reference
+from cskv.errors import CacheError
 from cskv.models.attention_interface import Original, Switch, implementation_of
 from cskv.models.calls import logits_of
+from cskv.models.masks import KNOWN, MaskKind, mask_kind, of_pairs
 from cskv.models.recipe import TOLERANCE
 
 PREFIX = "cskv_probe"
-UNDERSTOOD = frozenset({"sdpa", "eager"})  # whose masks are None, or say of every query and key what is read
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,13 @@ class Understanding:
 def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], Understanding]]:
     """Watch one forward without a past, then answer what is known of a module's attention.
 
-    Old keys and values must be rebuilt where its attention is none of `UNDERSTOOD`, where the reference gives another
-    output, and where another layer reads this layer's keys and values too.
+    Old keys and values must be rebuilt where the masks of its attention are of no known kind, where the reference gives
+    another output, and where another layer reads this layer's keys and values too.
     """
     ignored: dict[int, frozenset[str] | None] = {}
     readers: dict[int, set[int]] = {}
     held: list[Tensor] = []  # so that no address is used twice
+    cuts = any(getattr(module, "is_kv_shared_layer", False) for module in modules)  # Gemma4
 
     def check(
         original: Original, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
@@ -55,13 +57,16 @@ def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], Un
         result = original(module, query, key, value, mask, **kwargs)
         held.append(key)
         readers.setdefault(key.data_ptr(), set()).add(id(module))
-        ignored[id(module)] = _ignored(result[0], query, key, value, mask, kwargs)
+        kind = mask_kind(implementation_of(module))
+        ignored[id(module)] = None if kind is None else _ignored(kind, result[0], query, key, value, mask, kwargs)
         return result
 
     def understood(module: nn.Module) -> Understanding:
         found, implementation, why = ignored.get(id(module)), implementation_of(module), None
-        if implementation not in UNDERSTOOD:
-            why = f"its attention is {implementation!r}, not {' or '.join(sorted(UNDERSTOOD))}"
+        if (kind := mask_kind(implementation)) is None:
+            why = f"its attention is {implementation!r}, none of {KNOWN}"
+        elif cuts and kind is MaskKind.BLOCKS:
+            why = "layers that read others' keys cut the mask of flex attention, but for its own name"
         elif id(module) not in ignored:
             why = "it does not call transformers' attention interface"
         elif found is None:
@@ -70,7 +75,13 @@ def understanding(modules: list[nn.Module]) -> Iterator[Callable[[nn.Module], Un
             why = "another layer reads its keys and values too"
         return Understanding(found or frozenset(), why)
 
-    switch = Switch(modules, PREFIX, lambda *args, **kwargs: _current[-1](*args, **kwargs), only=UNDERSTOOD)
+    kinds = {None} | ({MaskKind.BLOCKS} if cuts else set())
+    switch = Switch(
+        modules,
+        PREFIX,
+        lambda *args, **kwargs: _current[-1](*args, **kwargs),
+        only=lambda implementation: mask_kind(implementation) not in kinds,
+    )
     _current.append(check)
     try:
         yield understood
@@ -84,9 +95,13 @@ _current: list[Callable[..., Any]] = []  # registered functions stay; what they 
 
 @torch.no_grad()
 def _ignored(
-    output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+    kind: MaskKind, output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> frozenset[str] | None:
     """Return the arguments that the function ignored, by the reference that comes closest; None if none is close."""
+    try:
+        mask = of_pairs(mask, kind, query.shape[2], key.shape[2], kwargs.get("sliding_window"))
+    except CacheError:
+        return None
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
         return None
     mask = None if mask is None else mask[..., : key.shape[2]]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cskv.errors import UnsupportedModelError
+from cskv.models.masks import written_out
 
 
 def leading_padding(mask: Any, seen: int, new: int) -> tuple[int, ...]:
@@ -43,8 +44,8 @@ def leading_padding(mask: Any, seen: int, new: int) -> tuple[int, ...]:
 
 def _of_blocks(mask: Any, new: int, total: int) -> Tensor:
     """Write a flex attention mask out, (batch, 1, new, total)."""
-    from torch.nn.attention.flex_attention import BlockMask, create_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
     if not isinstance(mask, BlockMask):
         raise UnsupportedModelError(f"attention got a {type(mask).__name__} for a mask; expected a tensor or BlockMask")
-    return create_mask(mask.mask_mod, mask.shape[0], 1, new, total, device=mask.kv_indices.device)
+    return written_out(mask, 1, new, total)

@@ -9,11 +9,13 @@ the rebuilt ones of the tokens that would be sealed at its step and the exact on
 
 That is token-by-token decoding from the first token on, so it is what end-to-end training and measurements need. Memory
 is that of a forward with twice the keys; with `checkpointed` the backward pass holds that of one layer. The model's own
-attention function does the work, so soft-capping and attention sinks keep their meaning.
+attention function does the work, so soft-capping and attention sinks keep their meaning. FlashAttention and flex
+attention take no such mask: there sdpa does it, or the reference where it is not plain.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,15 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from cskv.adapter.adapter import CSKVAdapter
+from cskv.attention import reference
 from cskv.attention.inputs import split_heads
 from cskv.cache.bibranch import sealed_tokens
 from cskv.config import CSKVConfig
 from cskv.errors import CSKVError, UnsupportedModelError
 from cskv.factorization.factors import Factors
-from cskv.models.attention_interface import Original, Switch, implementation_of
-from cskv.models.calls import AttentionCall, CallReader
+from cskv.models.attention_interface import Original, Switch, implementation_of, original
+from cskv.models.calls import AttentionCall, CallReader, logits_of
 from cskv.models.evaluation_mode import evaluation_mode
-from cskv.models.logits import UNDERSTOOD
+from cskv.models.masks import KNOWN, MaskKind, mask_kind
 from cskv.models.probe import SiteRecipe
 from cskv.models.sites import AttentionSite
 from cskv.models.survey import Survey
@@ -45,17 +48,22 @@ PURPOSES = "Fisher statistics, budgets and distillation"
 
 
 def check_readable(surveyed: Survey) -> None:
-    """Refuse models whose attention cannot be told, by a mask, which tokens each query reads.
+    """Refuse models whose attention cannot be told, by a mask, which tokens each query reads, nor be done in its place.
 
     Raises:
-        UnsupportedModelError: some layer's attention implementation does not read (queries, keys) masks.
+        UnsupportedModelError: some layer's attention implementation is not known, or does more than is understood.
     """
     for site in surveyed.sites:
-        if (name := implementation_of(site.module)) not in UNDERSTOOD:
-            known = " or ".join(map(repr, sorted(UNDERSTOOD)))
+        name, why = implementation_of(site.module), None
+        kind = mask_kind(name)
+        if kind is None:
+            why = f"expected one of {KNOWN}"
+        elif kind is not MaskKind.PAIRS:
+            why = surveyed.recipes[site.layer_idx].attention.why_rebuild
+        if why is not None:
             raise UnsupportedModelError(
-                f"{PURPOSES} need attention that reads a mask of queries and keys, {known}; the model's is {name!r}: "
-                "call model.set_attn_implementation('sdpa') first (on the command line --attn-impl sdpa)"
+                f"{PURPOSES} need attention to which it can be told what every query reads; the model's is {name!r}: "
+                f"call model.set_attn_implementation('sdpa') first (on the command line --attn-impl sdpa); {why}"
             )
 
 
@@ -196,7 +204,7 @@ class _ReadingHook:
         if call.cache is not None:
             raise CSKVError("reading a whole text as compressed goes without a cache; pass use_cache=False")
         self._unread = True
-        return args, {**kwargs, KWARG: partial(self._extended, call)}
+        return args, {**kwargs, KWARG: partial(self._read, call)}
 
     def check(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         if self._unread:
@@ -205,24 +213,42 @@ class _ReadingHook:
                 f"keys and values: {PURPOSES} are not for this model"
             )
 
-    def _extended(
-        self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the old keys and values before the exact ones, and the mask for both."""
+    def _read(
+        self,
+        call: AttentionCall,
+        function: Original,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        """Attend to the old keys and values and the exact ones behind them, by a mask for both."""
         self._unread = False
         keys = self._old.keys(self._site, self._recipe, call, key)
         values = self._old.values(self._site, self._recipe, call)
         mask = self._mask(query.shape[2], query.device, query.dtype)
-        return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2), mask
+        keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        kind = mask_kind(implementation_of(self._site.module))
+        if kind is MaskKind.PAIRS:
+            return function(module, query, keys, values, mask, **kwargs)
+        if kind is MaskKind.PADDING and (kwargs.get("sliding_window") or math.inf) < query.shape[2]:
+            raise UnsupportedModelError(f"{self._site.name} reads a window of {kwargs['sliding_window']} tokens only")
+        logits = logits_of(query, mask, kwargs, self._recipe.attention.ignored)
+        if logits.softcap is None and logits.sinks is None:
+            sdpa = original(module, "sdpa")
+            return sdpa(module, query, keys, values, mask, scaling=logits.scaling)
+        output = reference.over(query, keys, values, logits).to(query.dtype)
+        return output.transpose(1, 2).contiguous(), None
 
 
 def _attend(
-    original: Original, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    function: Original, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> Any:
-    extended = kwargs.pop(KWARG, None)
-    if extended is not None:
-        key, value, mask = extended(query, key, value)
-    return original(module, query, key, value, mask, **kwargs)
+    read = kwargs.pop(KWARG, None)
+    if read is not None:
+        return read(function, module, query, key, value, **kwargs)
+    return function(module, query, key, value, mask, **kwargs)
 
 
 def _mask(config: CSKVConfig, prefilled: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
