@@ -28,7 +28,7 @@ VLLM ?= .venv-vllm
 VLLM_PYTEST_ARGS ?=
 RESULTS ?= docs/results
 MODELS ?= smollm2 qwen2.5-coder-1.5b
-SUITES ?= caches tokens generation factors widths blocks texts texts-other paper
+SUITES ?= caches tokens generation factors widths blocks texts texts-other rebuild paper
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.cskv-installed

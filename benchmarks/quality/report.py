@@ -201,6 +201,7 @@ BLOCKS: Mapping[str, tuple[Sequence[str], Block]] = {
     "blocks": (("blocks",), _table("blocks", TEXT)),
     "widths": (("widths",), _table("widths", TEXT)),
     "texts": (("texts", "texts-other"), _texts),
+    "rebuild": (("rebuild",), _table("rebuild", TEXT)),
     "paper": (("paper",), _paper),
 }
 

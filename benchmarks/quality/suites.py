@@ -33,6 +33,7 @@ BLOCK_SHAPES: dict[str, tuple[Block, Block]] = {  # tokens x channels, of keys a
     "K 8x4, V 4x8": ((8, 4), (4, 8)),
 }
 QAT_DENSITIES = (0.5, 0.2)
+ON_LATENTS = 16  # tokens of a forward that attends to latents in every model
 LAYER_WISE = TrainingSettings(learning_rate=2e-3, warmup_steps=10, schedule="cosine", batch_size=2)
 DISTILLED = TrainingSettings(learning_rate=1e-4, warmup_steps=4, schedule="cosine", objective="distillation")
 ASVD = {"init": "asvd"}
@@ -181,6 +182,21 @@ def paper(workshop: Workshop) -> Methods:
     return found
 
 
+def rebuild(workshop: Workshop) -> Methods:
+    """Return our caches with keys rebuilt in full, and by 8-bit products, both read from a cache step by step."""
+    found: Methods = {}
+    for ratio in BUDGETS:
+        recipe = Recipe(ratio=ratio)
+        for name, in_int8 in ((f"{OURS}, from a cache", False), (f"{OURS}, int8 keys", True)):
+            found[name, ratio] = partial(_from_a_cache, workshop, name, ratio, recipe, in_int8)
+    return found
+
+
+def _from_a_cache(workshop: Workshop, name: str, budget: float, recipe: Recipe, in_int8: bool) -> Method:
+    method = compressed(workshop.adapter(recipe), name, budget, int8_keys=in_int8, recipe=recipe.key)
+    return replace(method, whole=None, piece=ON_LATENTS)
+
+
 def splits() -> dict[tuple[str, float], tuple[float, float]]:
     """Name and budget of each split of a budget -> densities of keys and values."""
     found = {}
@@ -200,6 +216,7 @@ SUITES: Mapping[str, Suite] = {
     "widths": Suite("latents in few bits, with and without training", widths),
     "texts": Suite("calibrated on the right text, the wrong one and both, read on the right one", texts),
     "texts-other": Suite("the same, read on the other text", texts, heldout=OTHER),
+    "rebuild": Suite("keys rebuilt in full and by 8-bit products", rebuild),
     "paper": Suite("the paper's ablations", paper),
 }
 

@@ -1,5 +1,6 @@
 """The pages of a folder of results: docs/decode-speed.md with its figure, of decode.json and generation.json, and the
-table of docs/vllm.md, of serving.json. What was measured on a GPU has its own place.
+table of docs/vllm.md, of serving.json; what the kernels take, of resources.json. What was measured on a GPU has its own
+place.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Any
 
 from benchmarks.common import read_results
 from benchmarks.pages import DOCS, Table, fill_page, measured_on
-from benchmarks.speed import generation, serving
+from benchmarks.speed import generation, resources, serving
 from benchmarks.speed.methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA
 from benchmarks.speed.registry import Unavailable
 from benchmarks.speed.tables import NAMES, batches, cells, cpu_goals, gpu_goals, median, tables
@@ -28,6 +29,12 @@ def write_pages(folder: Path, docs: Path = DOCS) -> list[Table]:
         (table,) = serving.tables(served)
         fill_page(docs / "vllm.md", "speed/serving", table.markdown(), serving.words(served))
         found.append(table)
+    compiled = read_results(folder / "resources.json")
+    if compiled["rows"]:
+        (table,) = resources.tables(compiled)
+        words = f"Compiled by Triton {compiled['settings']['triton']} for sm_90. Reproduce with "
+        command = "`python -m benchmarks.speed resources`."
+        fill_page(docs / "decode-speed.md", "speed/resources", words + command, table.markdown())
     if not found:
         raise Unavailable(f"{folder} has no rows of decode.json or serving.json; measure them first")
     return found

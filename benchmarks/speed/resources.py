@@ -27,6 +27,7 @@ from benchmarks.speed.problem import KINDS, PER_HEAD, Problem
 from benchmarks.speed.registry import Benchmark, Unavailable
 
 TOKENS, BATCH = 16_384, 1  # more would compile to the same
+KERNELS = ("scores", "partials", "outputs")
 HOPPER, MULTIPROCESSORS = ("cuda", 90, 32), 132
 RESOURCES = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<spilled>\d+) SHARED:\d+ LOCAL:(?P<local>\d+)")
 OURS = tuple(name for name, (kind, _) in (methods() | on_a_gpu()).items() if name.startswith((*KINDS, PER_HEAD)))
@@ -124,14 +125,19 @@ def compile_one(name: str, asked: Any) -> Row:
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """Show a line per method and kernel."""
+    """Show a line per method, and what each of its kernels takes."""
     lines = []
     for method, row in results["rows"].items():
-        for kernel in row["kernels"]:
-            figures = (kernel["warps"], kernel["registers"], kernel["spilled"] + kernel["local"], kernel["shared"])
-            lines.append((method, kernel["kernel"], *map(str, figures)))
-    headings = ("method", "kernel", "warps", "registers", "spilled bytes", "shared bytes")
-    return [Table("Kernels for sm_90, of a thread and of a program", headings, lines)]
+        found = {kernel["kernel"]: _shown(kernel) for kernel in row["kernels"]}
+        lines.append((method, *(found.get(name, "") for name in KERNELS)))
+    title = "Registers of a thread (bytes spilled), shared memory and warps of a program, sm_90"
+    return [Table(title, ("method", *KERNELS), lines)]
+
+
+def _shown(kernel: Row) -> str:
+    spilled = kernel["spilled"] + kernel["local"]
+    registers = f"{kernel['registers']} ({spilled})" if spilled else str(kernel["registers"])
+    return f"{registers}, {kernel['shared'] // 1024} KiB, {kernel['warps']}"
 
 
 def plan(asked: Any) -> tuple[Row, Jobs]:

@@ -65,19 +65,22 @@ def uncompressed() -> Method:
     return Method("uncompressed", None, lambda _model: nullcontext(), {"kind": "uncompressed"})
 
 
-def compressed(adapter: CSKVAdapter, name: str, budget: float | None = None, **facts: Any) -> Method:
+def compressed(
+    adapter: CSKVAdapter, name: str, budget: float | None = None, *, int8_keys: bool = False, **facts: Any
+) -> Method:
     """Return the method that is a CSKV adapter.
 
     Args:
         adapter: fits the model that is measured.
         name: of its series.
         budget: the share that it is meant to keep; of its channels and bits when None (`ratio_of`).
+        int8_keys: as `cskv.attach` takes it. Texts are then read by a cache alone.
         facts: what else is to be remembered of it, JSON-ready.
     """
 
     @contextmanager
     def on(model: PreTrainedModel) -> Iterator[None]:
-        with attach(model, adapter):
+        with attach(model, adapter, int8_keys=int8_keys):
             yield None
 
     def whole(surveyed: Survey, prefilled: int) -> AbstractContextManager[None]:
@@ -99,5 +102,5 @@ def compressed(adapter: CSKVAdapter, name: str, budget: float | None = None, **f
         known | facts,
         first_piece=config.sinks + config.window + config.group,
         piece=config.group,
-        whole=whole,
+        whole=None if int8_keys else whole,
     )
