@@ -11,7 +11,7 @@ from cskv.attachment.compressor import LayerCompressor
 from cskv.attachment.layer import CSKVLayer
 from cskv.attachment.static_layer import StaticCSKVLayer
 from cskv.attachment.static_step import StaticStep
-from cskv.attachment.step import KWARG, Step, ThreadState, switched_kind
+from cskv.attachment.step import KINDS, KWARG, Step, ThreadState, switched_kind
 from cskv.errors import CacheError
 from cskv.models.calls import AttentionCall, CallReader
 from cskv.models.masks import MaskKind
@@ -45,7 +45,9 @@ class SiteHook:
         if call.cache is None:
             _refuse_paged(module)
             return None
-        kind = switched_kind(module.config._attn_implementation) if self._stands_in else None
+        kind, name = None, module.config._attn_implementation
+        if self._stands_in:
+            kind = KINDS.get(name) or switched_kind(name)
         layer = self._layer(call.cache, kind is MaskKind.PAIRS)
         if kind is MaskKind.PADDING:
             self._refuse_packed(call, kwargs)

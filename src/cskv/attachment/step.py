@@ -36,15 +36,15 @@ from cskv.scratch import Scratch
 
 PREFIX = "cskv"
 KWARG = "cskv_step"  # not "cache": that is taken by paged batching
-_kinds: dict[str, MaskKind | None] = {}  # by names of our function; torch.compile cannot trace how they are found
+KINDS: dict[str, MaskKind | None] = {}  # by names of our function; torch.compile cannot trace how they are found
 NO_LOGITS = Logits(1.0)  # where keys and values are only rebuilt
 
 
 def switched_kind(name: str) -> MaskKind | None:
     """Return what masks our function will get, by the name that a model's config gives; None where it is not ours."""
-    kind = _kinds.get(name)
+    kind = KINDS.get(name)
     if kind is None and (implementation := stands_beside(PREFIX, name)) is not None:
-        kind = _kinds[name] = mask_kind(implementation)
+        kind = KINDS[name] = mask_kind(implementation)
     return kind
 
 
