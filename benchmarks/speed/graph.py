@@ -41,7 +41,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "commuting, 4 bits": {"key_factors": "commuting", "k_bits": 4, "v_bits": 4},
 }
 PIECE = 16_384  # tokens of a prompt that are read at a time
-WARM = 34  # steps before those that are timed: a group is packed in them
+WARM = 34  # a group is packed in so many steps
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def measure_one(name: str, tokens: int, model: LlamaForCausalLM, asked: Any) -> 
         row["error"] = _error(name, model, on, partial(cskv.attach, model, own, attention="reference", **how))
     prompt = torch.randint(3, 100, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
     with on():
-        static = StaticCache(config=model.config, max_cache_len=tokens + WARM + asked.steps * asked.rounds + 8)
+        static = StaticCache(config=model.config, max_cache_len=tokens + asked.warm + asked.steps * asked.rounds + 8)
         began = clock(model.device)
         for piece in prompt.split(PIECE, dim=1):
             logits = model(piece, **{cache_kwarg(model): static}, logits_to_keep=1).logits[:, -1]
         row["prefill_seconds"] = clock(model.device) - began
         graph = cskv.DecodeGraph(model, static)
         graph.step(logits.argmax(-1, keepdim=True))
-        for _ in range(WARM):
+        for _ in range(asked.warm):
             graph.step()
         row["nbytes"], speeds = cache_report(static, model).total_bytes, []
         for _ in range(asked.rounds):
@@ -196,6 +196,7 @@ BENCHMARK = Benchmark(
     options={
         "--sizes": {"nargs": "+", "choices": tuple(SIZES), "default": tuple(SIZES), "help": "of the Llama"},
         "--steps": {"type": int, "default": 64, "help": "of a stretch of decoding"},
+        "--warm": {"type": int, "default": WARM, "help": "steps before those that are timed"},
         "--rounds": {"type": int, "default": 5, "help": "stretches"},
     },
 )

@@ -113,5 +113,5 @@ def test_methods_of_a_suite_have_names_of_their_own(name):
         model = Model
 
     found = suites.SUITES[name].methods(Workshop())
-    assert len(found) >= 7
+    assert len(found) >= 6
     assert all(budget is None or 0 < budget <= 1 for _, budget in found)
