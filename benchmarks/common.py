@@ -36,6 +36,10 @@ class Wrong(Exception):
     """A method's output is not what it should be: nothing may be reported."""
 
 
+class Lost(Exception):
+    """The GPU answers nothing in this process any more. The message is what is not to be tried again."""
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """Return the results kept so far, or none: `rows` by name, and what else a benchmark keeps."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
@@ -58,10 +62,12 @@ def measure_missing(
     """Measure the rows that `results` lacks, or that lack one of `methods`, and write the file after each.
 
     No row is begun after so many seconds. With `keep_going` a row that fails stops nothing: what failed is returned.
+    What loses the GPU is noted as `lost`, and not tried again by the next process.
     """
-    rows, asked = results["rows"], set(methods)
-    failed: dict[str, Exception] = {}
+    rows, asked, lost = results["rows"], set(methods), results.get("lost", [])
+    failed: dict[str, Exception] = {name: Lost(name) for name in jobs if name in lost}
     todo = [name for name in jobs if name not in rows or not asked <= set(rows[name].get("methods", asked))]
+    todo = [name for name in todo if name not in failed]
     if todo:
         results["environment"] = environment().to_dict()
     first = time.monotonic()
@@ -77,6 +83,10 @@ def measure_missing(
                 raise
             traceback.print_exc(limit=-4)
             failed[name] = error
+            if isinstance(error, Lost) or is_lost():
+                results["lost"] = [*lost, str(error) if isinstance(error, Lost) else name]
+                write_results(path, results)
+                raise Lost(results["lost"][-1]) from error
         else:
             write_results(path, results)
     return failed
@@ -96,6 +106,9 @@ def run(path: Path, settings: Row, jobs: Jobs, show: Show, methods: Collection[s
         for error in failed.values():
             if isinstance(error, Wrong):
                 raise error
+    except Lost as lost:
+        print(f"the GPU was lost, run again for what is left: {lost}", file=sys.stderr)
+        return 4
     except Wrong as wrong:
         print(f"wrong output, refused: {wrong}", file=sys.stderr)
         return 1
@@ -103,7 +116,21 @@ def run(path: Path, settings: Row, jobs: Jobs, show: Show, methods: Collection[s
         table.print()
     for name, error in failed.items():
         print(f"not measured: {name}: {type(error).__name__}: {error}", file=sys.stderr)
-    return 3 if failed else 0
+    methods_of = (row.get("methods", {}).values() for row in results["rows"].values())
+    return 3 if failed or any("failed" in own for each in methods_of for own in each) else 0
+
+
+def is_lost() -> bool:
+    """Return whether an error of a kernel has made the GPU of this process unusable."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _with_bar(names: Sequence[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ it means; if one is wrong nothing is reported.
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Jobs, Row, Wrong
+from benchmarks.common import Jobs, Lost, Row, Wrong, is_lost
 from benchmarks.speed.methods import BEST, SDPA, Method, methods, on_a_gpu
 from benchmarks.speed.problem import KINDS, PER_HEAD, Problem, Shape
 from benchmarks.speed.registry import Benchmark, Unavailable
@@ -68,7 +69,10 @@ def too_large(tokens: int, shape: Shape, dtype: torch.dtype, device: torch.devic
 
 
 def set_up(tokens: int, batch: int, asked: Any) -> tuple[dict[str, Method], dict[str, Row]]:
-    """Return the methods, ready and checked, and what is known of each; skipped ones are only in the latter."""
+    """Return the methods, ready and checked, and what is known of each; skipped ones are only in the latter.
+
+    Where a run keeps going, so are those that fail.
+    """
     known, ready, rows = methods(asked.backend) | on_a_gpu(asked.backend), {}, {}
     for kind in (*KINDS, PER_HEAD):
         names = [name for name in asked.methods if known[name][0] == kind]
@@ -77,13 +81,22 @@ def set_up(tokens: int, batch: int, asked: Any) -> tuple[dict[str, Method], dict
         problem = Problem(kind, asked.shape, tokens, batch, asked.dtype, asked.device)
         truth = problem.truth()
         for name in names:
+            if name in getattr(asked, "lost", ()):
+                rows[name] = {"failed": "it lost the GPU"}
+                continue
             try:
                 method = known[name][1](problem)
+                rows[name] = check(name, method, problem, truth) | ({"note": method.note} if method.note else {})
+                ready[name] = method
             except Unavailable as reason:
                 rows[name] = {"skipped": str(reason)}
-                continue
-            rows[name] = check(name, method, problem, truth) | ({"note": method.note} if method.note else {})
-            ready[name] = method
+            except Exception as error:
+                if not getattr(asked, "keep_going", False):
+                    raise
+                traceback.print_exc(limit=-4)
+                rows[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+                if is_lost():
+                    raise Lost(name) from error
         problem.forget()
     return {name: ready[name] for name in asked.methods if name in ready}, rows
 

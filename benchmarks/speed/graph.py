@@ -1,9 +1,10 @@
-"""Decoding end to end by CUDA graphs: tokens per second of random Llamas of 8B's and 1B's shape after long prompts.
+"""Decoding end to end: tokens per second of random Llamas of 8B's and 1B's shape on long contexts, by CUDA graphs.
 
-Every method decodes by `cskv.DecodeGraph` on a `StaticCache` that a real prefill has filled, the uncompressed one too.
-All share one set of weights and come one after the other; the uncompressed cache is measured first and last. Factors
-are random, of the shapes of real ones. Logits after a short prompt are first compared with those of
-`attention="reference"`.
+Every method decodes by `cskv.DecodeGraph` on a `StaticCache`, and by ordinary forwards on a dynamic one ("eager"). The
+uncompressed cache does both as well, and is written in place and attended to by FlashDecoding, its forward captured in
+a CUDA graph: ratios are over whichever of these is fastest. All share one set of weights and come one after the other.
+Caches are filled without a real prefill, which changes no speed (`benchmarks.speed.llamas`), and factors are random, of
+the shapes of real ones. Logits after a short prompt are first compared with those of `attention="reference"`.
 """
 
 from __future__ import annotations
@@ -11,136 +12,52 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM, StaticCache
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 import cskv
 from benchmarks.common import Jobs, Row, Wrong
 from benchmarks.pages import Table
-from benchmarks.speed.generation import TOLERANCE, commuting_factors
-from benchmarks.speed.problem import llama
+from benchmarks.speed.generation import TOLERANCE
+from benchmarks.speed.llamas import DENSITY, SIZES, TINY, adapter, filled, in_place
 from benchmarks.speed.registry import Benchmark, Unavailable
-from benchmarks.speed.timing import summary
+from benchmarks.speed.timing import captured, summary
 from cskv.attachment.cache_bytes import cache_report
 from cskv.evaluation.forward import clock, forward
-from cskv.models.compat import cache_kwarg
-from cskv.models.survey import survey
 
-UNCOMPRESSED, AGAIN = "uncompressed, sdpa", "uncompressed, again"
-DENSITY = 192 / 1024  # whole blocks of 8 latents, in 8 groups too
+UNCOMPRESSED, IN_PLACE, EAGER = "uncompressed, StaticCache", "uncompressed, in place", "eager"
+DYNAMIC = f"uncompressed, {EAGER}"
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "commuting": {"key_factors": "commuting"},
+    "commuting, 4 bits": {"key_factors": "commuting", "k_bits": 4, "v_bits": 4},
     "grouped by head": {"head_groups": "each"},
     "joint": {},
     "joint, int8 keys": {"int8_keys": True},
-    "commuting, 4 bits": {"key_factors": "commuting", "k_bits": 4, "v_bits": 4},
 }
-PIECE = 16_384  # tokens of a prompt that are read at a time
-WARM = 34  # a group is packed in so many steps
+WARM = 34  # steps of a graph before those that are timed: a group is packed in them
+WARM_EAGER = 3
+MOST = 2**17  # tokens of all sequences: more do not fit uncompressed beside the model
+GOAL = 1.5  # times the tokens per second of the fastest uncompressed cache, at 64K tokens
+On = Callable[[], AbstractContextManager[Any]]
 
 
-@dataclass(frozen=True)
-class Size:
-    """The shape of a Llama."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocabulary: int = 32_000
-
-    def model(self, device: str) -> LlamaForCausalLM:
-        """Make the model with random weights in bf16, where it is to run."""
-        torch.manual_seed(0)
-        others = {"intermediate_size": self.mlp, "vocab_size": self.vocabulary}
-        config = llama(self.heads, self.kv_heads, self.head_dim, num_hidden_layers=self.layers, **others)
-        config.hidden_size, config._attn_implementation = self.hidden, "sdpa"
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.device(device):
-                return LlamaForCausalLM(config).eval()
-        finally:
-            torch.set_default_dtype(before)
+def attached(name: str, model: LlamaForCausalLM, backend: str) -> tuple[On, Row]:
+    """Return what attaches a method to the model, and the error of its logits; raise `Wrong` if they are off."""
+    settings = METHODS[name]
+    own, how = adapter(model, settings), {"int8_keys": settings.get("int8_keys", False)}
+    on, by_reference = (partial(cskv.attach, model, own, attention=by, **how) for by in (backend, "reference"))
+    return on, {"error": _error(name, model, on, by_reference)}
 
 
-SIZES = {"8B": Size(4096, 32, 32, 8, 128, 14_336), "1B": Size(2048, 16, 32, 8, 64, 8192)}
-TINY = {"tiny": Size(64, 2, 8, 8, 16, 64, 128)}
-
-
-def adapter(model: nn.Module, settings: Mapping[str, Any]) -> cskv.CSKVAdapter:
-    """Make random factors of the ranks that the settings ask for, the same in all layers but for what they read."""
-    found, layers = survey(model), {}
-    first = found.sites[0]
-    settings = {key: value for key, value in settings.items() if key != "int8_keys"}
-    groups = first.kv_dim // first.head_dim if settings.get("head_groups") == "each" else 1
-    density = max(round(DENSITY * first.kv_dim / groups) // 2 * 2, 2) * groups / first.kv_dim
-    config = cskv.CSKVConfig(k_density=density, v_density=density, init="pca", **{**settings, "head_groups": groups})
-    rank, rows = config.k_rank(first.kv_dim) // groups, first.kv_dim // groups
-    draw = torch.Generator().manual_seed(2)
-    bases = [torch.linalg.qr(torch.randn(rows, rank, generator=draw)).Q for _ in range(groups)]
-    commuting = config.key_factors == "commuting"
-    keys = commuting_factors(first.kv_dim, first.head_dim, rank, draw) if commuting else None
-    for site in found.sites:
-        pair = [_random(projection, bases) for projection in (site.k, site.v)]
-        layers[site.layer_idx] = cskv.LayerFactors(pair[0] if keys is None else keys, pair[1])
-    return cskv.CSKVAdapter(config, layers, found.base)
-
-
-def _random(projection: Any, bases: list[Tensor]) -> cskv.Factors:
-    weight = projection.weight.detach().float()
-    parts = zip(bases, weight.chunk(len(bases)), strict=True)
-    return cskv.Factors.grouped([cskv.Factors((basis.to(part.device).T @ part).cpu(), basis) for basis, part in parts])
-
-
-def measure_one(name: str, tokens: int, model: LlamaForCausalLM, asked: Any) -> Row:
-    """Fill a cache by a prompt and decode on it; raise `Wrong` if logits after a short one are off."""
-    settings, row, on = METHODS.get(name), {}, nullcontext
-    if settings is not None:
-        own = adapter(model, settings)
-        how = {"int8_keys": settings.get("int8_keys", False)}
-        on = partial(cskv.attach, model, own, attention=asked.backend, **how)
-        row["error"] = _error(name, model, on, partial(cskv.attach, model, own, attention="reference", **how))
-    prompt = torch.randint(3, 100, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    with on():
-        static = StaticCache(config=model.config, max_cache_len=tokens + asked.warm + asked.steps * asked.rounds + 8)
-        began = clock(model.device)
-        for piece in prompt.split(PIECE, dim=1):
-            logits = model(piece, **{cache_kwarg(model): static}, logits_to_keep=1).logits[:, -1]
-        row["prefill_seconds"] = clock(model.device) - began
-        graph = cskv.DecodeGraph(model, static)
-        graph.step(logits.argmax(-1, keepdim=True))
-        for _ in range(asked.warm):
-            graph.step()
-        row["nbytes"], speeds = cache_report(static, model).total_bytes, []
-        for _ in range(asked.rounds):
-            began = clock(model.device)
-            for _ in range(asked.steps):
-                graph.step()
-            speeds.append(asked.steps / (clock(model.device) - began))
-    del graph, static
-    gc.collect()
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return row | {"tokens_per_second": summary(speeds)}
-
-
-def _error(
-    name: str,
-    model: LlamaForCausalLM,
-    on: Callable[[], AbstractContextManager[Any]],
-    by_reference: Callable[[], AbstractContextManager[Any]],
-) -> float:
+def _error(name: str, model: LlamaForCausalLM, on: On, by_reference: On) -> float:
     logits = []
-    for attached in (on, by_reference):
-        with attached():
+    for attaching in (on, by_reference):
+        with attaching():
             ids = torch.randint(3, 100, (1, 200), generator=torch.Generator().manual_seed(1))
             _, held = forward(model, ids[:, :-1])
             logits.append(forward(model, ids[:, -1:], held)[0].float())
@@ -150,38 +67,126 @@ def _error(
     return error
 
 
-def measure(size: str, name: str, tokens: int, model: Callable[[], LlamaForCausalLM], asked: Any) -> Row:
-    """Measure one method after a prompt of one length."""
-    with torch.no_grad():
-        return {"size": size, "method": name, "tokens": tokens} | measure_one(name, tokens, model(), asked)
+class Decoder:
+    """Steps of one method on a cache of its own, which is filled.
+
+    Attributes:
+        cache: transformers'.
+        step: appends a token to every sequence.
+    """
+
+    def __init__(self, name: str, prompt: Tensor, room: int, model: LlamaForCausalLM) -> None:
+        capacity, self._model = prompt.shape[1] + room, model
+        by_forwards = name.endswith(EAGER) or name == IN_PLACE
+        if name == IN_PLACE:
+            self.cache = in_place(model.config.num_hidden_layers, capacity)
+        elif by_forwards:
+            self.cache = DynamicCache()
+        else:
+            self.cache = StaticCache(config=model.config, max_cache_len=capacity)
+        self._token = filled(model, self.cache, prompt)
+        self.step: Callable[[], object] = self._forward
+        if name == IN_PLACE and prompt.is_cuda:
+            self.step = captured(self._forward)  # at one length again and again
+        elif not by_forwards:
+            graph = cskv.DecodeGraph(model, self.cache)
+            graph.step(self._token)
+            self.step = graph.step
+
+    def _forward(self) -> None:
+        logits, _ = forward(self._model, self._token, self.cache, last_only=True)
+        self._token.copy_(logits.argmax(-1))
+
+
+def measure(name: str, tokens: int, batch: int, model: LlamaForCausalLM, asked: Any) -> Row:
+    """Fill a cache and decode on it. What is attached stays off the model otherwise."""
+    warm = WARM_EAGER if name.endswith(EAGER) else WARM
+    prompt = torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
+    began = clock(model.device)
+    decoder = Decoder(name, prompt, warm + asked.steps * asked.rounds + 8, model)
+    row: Row = {"fill_seconds": clock(model.device) - began}
+    for _ in range(warm):
+        decoder.step()
+    row["nbytes"], speeds = cache_report(decoder.cache, model).total_bytes, []
+    for _ in range(asked.rounds):
+        began = clock(model.device)
+        for _ in range(asked.steps):
+            decoder.step()
+        speeds.append(batch * asked.steps / (clock(model.device) - began))
+    return row | {"tokens_per_second": summary(speeds)}
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """Show speed and bytes over the uncompressed cache's, and tokens per second."""
     rows, lines = results["rows"].values(), []
-    for cell in dict.fromkeys((row["size"], row["tokens"]) for row in rows):
-        own = {row["method"]: row for row in rows if (row["size"], row["tokens"]) == cell}
-        base = own.get(UNCOMPRESSED)
+    for cell in dict.fromkeys((row["size"], row["batch"], row["tokens"]) for row in rows):
+        own = {row["method"]: row for row in rows if (row["size"], row["batch"], row["tokens"]) == cell}
+        base = fastest(own)
         for name, row in own.items():
-            speed = row["tokens_per_second"]["median"]
-            ratio = "" if base is None else f"{speed / base['tokens_per_second']['median']:.2f}x"
-            share = "" if base is None else f"{row['nbytes'] / base['nbytes']:.0%}"
-            lines.append((cell[0], str(cell[1]), name, f"{speed:.1f}", ratio, share))
-    headings = ("model", "tokens", "cache", "tokens/s", f"over {UNCOMPRESSED}", "bytes")
-    return [Table("Decoding by CUDA graphs, end to end", headings, lines)]
+            speed, ratio, share = _speed(row), "", ""
+            if base is not None:
+                ratio, share = f"{speed / _speed(base):.2f}x", f"{row['nbytes'] / base['nbytes']:.0%}"
+            lines.append((cell[0], f"{cell[1]} x {cell[2]}", name, f"{speed:.1f}", ratio, share))
+    headings = ("model", "tokens", "cache", "tokens/s", "over the fastest uncompressed", "bytes")
+    return [Table("Decoding end to end", headings, lines)]
+
+
+def goals(results: dict[str, Any]) -> Table:
+    """Compare the 8B shape at 64K tokens with its goal."""
+    cell = ("8B", 1, 65_536)
+    own = {r["method"]: r for r in results["rows"].values() if (r["size"], r["batch"], r["tokens"]) == cell}
+    base, lines = fastest(own), []
+    for name in METHODS:
+        found = f"{_speed(own[name]) / _speed(base):.2f}x" if name in own and base is not None else "not measured"
+        met = "" if name not in own or base is None else "yes" if _speed(own[name]) >= GOAL * _speed(base) else "**no**"
+        lines.append((f"{name}: >= {GOAL}x tokens/s of the fastest uncompressed", found, met))
+    return Table("Goals end to end, 8B at 64K tokens, batch 1", ("goal", "measured", "met"), lines)
+
+
+def fastest(own: Mapping[str, Row]) -> Row | None:
+    """Return the fastest of the uncompressed caches; None where there is none."""
+    return max((row for name, row in own.items() if name.startswith("uncompressed")), key=_speed, default=None)
+
+
+def _speed(row: Row) -> float:
+    return float(row["tokens_per_second"]["median"])
 
 
 def plan(asked: Any) -> tuple[Row, Jobs]:
-    """Return the settings, and a job per model, length and method; a model is made by the first of its jobs."""
+    """Return the settings, and a job per model, batch, length and method; a model is made by the first of its jobs."""
     if asked.device == "cpu" and not asked.quick:
         raise Unavailable("no GPU; --quick decodes with a tiny model")
     sizes = TINY if asked.quick else {name: SIZES[name] for name in asked.sizes}
-    jobs: dict[str, Callable[[], Row]] = {}
-    for size, shape in sizes.items():
-        model = cache(partial(shape.model, asked.device))
-        for _, tokens in sorted(asked.cells, key=lambda cell: -cell[1]):
-            for name in (UNCOMPRESSED, *asked.methods, AGAIN):
-                jobs[f"{size}, {tokens}, {name}"] = partial(measure, size, name, tokens, model, asked)
+    models = {name: cache(partial(size.model, asked.device)) for name, size in sizes.items()}
+    ready = cache(lambda size, name: attached(name, models[size](), asked.backend))
+
+    def job(size: str, batch: int, tokens: int, name: str) -> Row:
+        kept: Row = {"size": size, "batch": batch, "tokens": tokens, "method": name}
+        try:
+            with torch.no_grad():
+                model, on = models[size](), nullcontext
+                if not name.startswith("uncompressed"):
+                    on, error = ready(size, name.removesuffix(f", {EAGER}"))
+                    kept |= error
+                with on():
+                    return kept | measure(name, tokens, batch, model, asked)
+        finally:
+            gc.collect()
+            if asked.device == "cuda":
+                torch.cuda.empty_cache()
+
+    by_graph, eager = [UNCOMPRESSED, IN_PLACE, *asked.methods], [f"{name}, {EAGER}" for name in asked.methods]
+    cells = [(batch, tokens) for batch, tokens in asked.cells if batch * tokens <= MOST]
+    cells = sorted(cells, key=lambda cell: (cell[0], -cell[1]))
+    order = [(size, *cell, by_graph) for size in sizes for cell in cells]
+    # What a user of `generate` gets, at the longest context right behind what graphs do there.
+    forwards = [(size, *cell, [DYNAMIC, *eager]) for size in sizes for cell in cells]
+    order = [order[0], forwards[0], *order[1:], *forwards[1:]]
+    jobs = {
+        f"{size}, {batch} x {tokens}, {name}": partial(job, size, batch, tokens, name)
+        for size, batch, tokens, names in order
+        for name in names
+    }
     shapes = {name: asdict(shape) for name, shape in sizes.items()}
     return {"sizes": shapes, "device": asked.device, "backend": asked.backend, "density": DENSITY}, jobs
 
@@ -196,7 +201,6 @@ BENCHMARK = Benchmark(
     options={
         "--sizes": {"nargs": "+", "choices": tuple(SIZES), "default": tuple(SIZES), "help": "of the Llama"},
         "--steps": {"type": int, "default": 64, "help": "of a stretch of decoding"},
-        "--warm": {"type": int, "default": WARM, "help": "steps before those that are timed"},
         "--rounds": {"type": int, "default": 5, "help": "stretches"},
     },
 )

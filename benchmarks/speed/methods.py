@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,7 +31,7 @@ from cskv.scratch import Scratch
 
 SDPA, BEST, QUANTIZED = "transformers sdpa", "best uncompressed", "QuantizedCache 4 bits"
 DENSE, POSITIONS = "dense rebuild", "cos and sin"
-IN_INT8 = "joint, int8 keys"
+IN_INT8, FLASH = "joint, int8 keys", "sdpa, FlashDecoding"
 ROOM = 128  # steps that the best uncompressed method can make
 FLUSH = 2**26  # bytes: more than caches hold
 Pair = tuple[Tensor, Tensor]
@@ -108,7 +109,7 @@ def quantized(problem: Problem) -> Method:
 class BestUncompressed:
     """Keys and values in buffers that are written in place, attended to by whatever was fastest when it was set up."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, only_flash: bool = False) -> None:
         self._query, self._new = problem.query, problem.new[2:]
         self._length, self._scale = problem.tokens, problem.logits.scaling
         self._buffers = [pad(part, (0, 0, 0, ROOM)) for part in problem.cached[2:]]
@@ -120,7 +121,10 @@ class BestUncompressed:
         if problem.device.type == "cpu":
             candidates["a product per kv head"] = self._loop
         else:
-            candidates["sdpa, enable_gqa"] = self._gqa
+            candidates[f"sdpa, enable_gqa ({self._chosen()})"] = self._gqa
+        if only_flash:
+            candidates = {"enable_gqa": self._gqa, "query heads as queries": self._packed_sdpa}
+            candidates = {name: partial(_by_flash, attend) for name, attend in candidates.items()}
         others = torch.zeros(FLUSH // 4, dtype=torch.float32, device=problem.device)
         self.note = min(candidates, key=lambda name: self._seconds(candidates[name], Stopwatch(problem.device), others))
         self._attend = candidates[self.note]
@@ -175,8 +179,26 @@ class BestUncompressed:
         grouped = query.view(query.shape[0], keys.shape[1], -1, query.shape[3])
         return scaled_dot_product_attention(grouped, keys, values, scale=self._scale).reshape(query.shape)
 
+    def _chosen(self) -> str:
+        """Return the kernels that torch chooses for `_gqa`."""
+        tensors = self._query, *self._buffers
+        return SDPBackend(torch._fused_sdp_choice(*tensors, scale=self._scale, enable_gqa=True)).name
+
     def _gqa(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return scaled_dot_product_attention(query, keys, values, scale=self._scale, enable_gqa=True)
+
+
+def _by_flash(attend: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return attend(*tensors)
+
+
+def flash_decoding(problem: Problem) -> Method:
+    """Attend by torch's flash kernels, which split the tokens of a lone query, as `BestUncompressed` may choose to."""
+    if problem.device.type != "cuda":
+        raise Unavailable("it needs a GPU")
+    best = BestUncompressed(problem, only_flash=True)
+    return Method(best.step, best.nbytes, lambda: problem.exact_nbytes, call=best.call, note=best.note)
 
 
 def best_uncompressed(problem: Problem) -> Method:
@@ -250,6 +272,7 @@ def methods(backend: str = AUTO) -> dict[str, tuple[str, Callable[[Problem], Met
 def on_a_gpu(backend: str = AUTO) -> dict[str, tuple[str, Callable[[Problem], Method]]]:
     """Return the methods that are measured on a GPU alone, likewise."""
     result: dict[str, tuple[str, Callable[[Problem], Method]]] = {
+        FLASH: ("joint", flash_decoding),
         IN_INT8: ("joint", partial(ours, backend=backend, in_int8=True)),
         PER_HEAD: (PER_HEAD, partial(ours, backend=backend)),
         f"{PER_HEAD}, 4 bits": (PER_HEAD, partial(ours, bits=4, backend=backend)),

@@ -6,7 +6,8 @@
     python -m benchmarks.speed report [FOLDER]   # the tables, figures and goals of a folder of results, into docs/
 
 Nothing wrong is timed: methods are compared with what they should compute first, and if one is off nothing is reported
-and the exit code is 1. It is 2 where nothing can be measured, and 3 if some rows failed.
+and the exit code is 1. It is 2 where nothing can be measured, 3 if some rows failed, and 4 if a kernel made the GPU
+unusable: then run it again, for the others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, ROOT, run
+from benchmarks.common import RESULTS, ROOT, read_results, run
 from benchmarks.speed.registry import BENCHMARKS, Unavailable
 
 REPORT = "report"
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
     """Measure what is missing of a benchmark, and print its tables."""
     asked = parse(name, module, arguments)
+    asked.lost = read_results(asked.out).get("lost", [])
     settings, jobs = module.BENCHMARK.plan(asked)
     how = {"seconds": asked.seconds, "keep_going": asked.keep_going}
     return run(asked.out, settings, jobs, module.BENCHMARK.tables, asked.methods, **how)

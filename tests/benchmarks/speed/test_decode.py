@@ -65,3 +65,37 @@ def test_a_row_that_does_not_fit_is_skipped_with_its_reason(tmp_path, monkeypatc
     path = tmp_path / "decode.json"
     assert run_decode(path) == 0
     assert "GiB of memory" in json.loads(path.read_text())["rows"]["2 x 96"]["skipped"]
+
+
+def test_a_method_that_fails_stops_no_other_where_a_run_keeps_going(tmp_path, monkeypatch, run_decode, capsys):
+    honest = methods.attention
+
+    def broken(query, inputs, **how):
+        if inputs.rotation is None:  # commuting
+            raise RuntimeError("no such kernel")
+        return honest(query, inputs, **how)
+
+    monkeypatch.setattr(methods, "attention", broken)
+    path = tmp_path / "decode.json"
+    assert run_decode(path, "--keep-going", "--methods", "joint", "commuting") == 3
+    for row in json.loads(path.read_text())["rows"].values():
+        assert row["methods"]["commuting"] == {"failed": "RuntimeError: no such kernel"}
+        assert row["methods"]["joint"]["seconds"]["median"] > 0
+    assert "no such kernel" in capsys.readouterr().out
+
+
+def test_what_loses_the_gpu_is_left_out_of_the_next_run(tmp_path, monkeypatch, run_decode):
+    def losing(*_args, **_how):
+        monkeypatch.setattr(decode, "is_lost", lambda: True)
+        raise RuntimeError("an illegal memory access")
+
+    path, asked = tmp_path / "decode.json", ("--keep-going", "--methods", "joint")
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "attention", losing)
+        assert run_decode(path, *asked) == 4
+        assert json.loads(path.read_text())["lost"] == ["joint"]
+    monkeypatch.undo()
+    assert run_decode(path, *asked) == 3
+    for row in json.loads(path.read_text())["rows"].values():
+        assert row["methods"]["joint"] == {"failed": "it lost the GPU"}
+        assert "seconds" in row["methods"][methods.BEST]
