@@ -39,6 +39,8 @@ def measure(tokens: int, batch: int, asked: Any) -> Row:
     if reason := too_large(tokens * batch, asked.shape, asked.dtype, asked.device):
         return row | {"skipped": reason}
     turns = Turns(0.05, least=2, most=4) if asked.quick else Turns(asked.budget)
+    if asked.tiny:
+        turns = Turns(0.0, least=1, most=1)
     with torch.inference_mode():
         ready, row["methods"] = set_up(tokens, batch, asked)
         stopwatch, steps = Stopwatch(asked.device), {name: method.step for name, method in ready.items()}
@@ -47,7 +49,9 @@ def measure(tokens: int, batch: int, asked: Any) -> Row:
             own |= {"seconds": summary(seconds), "nbytes": method.nbytes(), "read_nbytes": method.read_nbytes()}
             if method.scratch is not None:
                 own["workspace_nbytes"] = method.scratch.nbytes()
-        if asked.device.type == "cuda":  # last: a step may move the scratch tensors that a graph was captured with
+        if (
+            asked.device.type == "cuda" or asked.tiny
+        ):  # last: a step may move the scratch tensors that a graph was captured with
             for name, found in time_calls(calls(ready), stopwatch, turns).items():
                 row["methods"][name] |= found
     del ready, steps, method

@@ -1,16 +1,16 @@
-"""The Triton kernels on a GPU at 64K tokens: other plans than those that are made, and what a step spends its time in.
+"""The Triton kernels on a GPU at 64K tokens: what an attention call spends its time in, and other plans for them.
 
-The profile is written beside the results, into profile.txt.
+The profile is written beside the results too, into profile.txt.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,16 +18,17 @@ import torch
 from benchmarks.common import Jobs, Row
 from benchmarks.pages import Table
 from benchmarks.speed import decode
-from benchmarks.speed.methods import BEST, methods, on_a_gpu
-from benchmarks.speed.problem import Shape
+from benchmarks.speed.methods import methods, on_a_gpu
+from benchmarks.speed.problem import KINDS, PER_HEAD, Shape
 from benchmarks.speed.registry import Benchmark, Unavailable
-from benchmarks.speed.timing import Stopwatch, summary
+from benchmarks.speed.timing import Call, Stopwatch, summary
 from cskv.attention.triton import launch
 from cskv.attention.triton.plan import LEAST, Plan, Shapes, ranges
 from cskv.files import write_text
 
 TINY, TOKENS = Shape(8, 4, 32), 65_536
 AS_PLANNED, PROFILE = "as planned", "profile.txt"
+CALLS, KERNELS, SHOWN = 5, 8, 4  # calls of a profile, kernels that are kept of it, and shown
 PLANNERS = ("plan_scores", "plan_partials")
 # Other plans for the Triton kernels than those that `cskv.attention.triton.plan` reasons out; `splits` multiplies.
 VARIANTS: tuple[dict[str, int], ...] = (
@@ -36,22 +37,23 @@ VARIANTS: tuple[dict[str, int], ...] = (
 )  # fmt: skip
 
 
-def tuning(tokens: int, asked: Any) -> Row:
-    """Time the attention call of every method under every plan, each compiled first, while there is time."""
-    deadline, stopwatch, found = time.monotonic() + asked.tuning_seconds, Stopwatch(asked.device), {}
-    with torch.inference_mode():
-        ready = decode.calls(decode.set_up(tokens, 1, asked)[0])
-        for variant, (name, call) in itertools.product(VARIANTS, ready.items()):
-            if name == BEST:
-                continue
-            if time.monotonic() > deadline:
-                break
-            with plans(variant) as used:
-                call()
-                took = summary([stopwatch.seconds(call) for _ in range(10)])
-            label = ", ".join(f"{key} {value}" for key, value in variant.items()) or AS_PLANNED
-            found.setdefault(name, {})[label] = took | {"plans": [repr(plan) for plan in dict.fromkeys(used)]}
-    return {"plans": found}
+Ready = Callable[[], dict[str, Call]]
+
+
+def tuning(name: str, variant: dict[str, int], ready: Ready, asked: Any) -> Row:
+    """Time the attention call of a method under a plan, compiled first."""
+    if name not in ready():
+        return {"skipped": "see decode.json"}
+    call, stopwatch = ready()[name], Stopwatch(asked.device)
+    with torch.inference_mode(), plans(variant) as used:
+        call()
+        took = summary([stopwatch.seconds(call) for _ in range(asked.repeats)])
+    return took | {"method": name, "variant": label(variant), "plans": [repr(plan) for plan in dict.fromkeys(used)]}
+
+
+def label(variant: dict[str, int]) -> str:
+    """Return the name of a variant of a plan."""
+    return ", ".join(f"{key} {value}" for key, value in variant.items()) or AS_PLANNED
 
 
 @contextmanager
@@ -80,52 +82,91 @@ def plans(variant: dict[str, int]) -> Iterator[list[Plan]]:
             setattr(launch, name, planner)
 
 
-def profile(tokens: int, asked: Any) -> Row:
-    """Write the kernels that a step spends its time in."""
+def profile(ready: Ready, asked: Any) -> Row:
+    """Return the kernels that a call of every method spends its time in: names, launches, microseconds a call."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    device, texts = asked.device.type, []
+    device, found = asked.device.type, {}
+    own_time = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     with torch.inference_mode():
-        for name, method in decode.set_up(tokens, 1, asked)[0].items():
-            method.step()
+        for name, call in ready().items():
+            call()
             with profiled(activities=[getattr(ProfilerActivity, kind) for kind in {"CPU", device.upper()}]) as profiler:
-                for _ in range(5):
-                    method.step()
+                for _ in range(CALLS):
+                    call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
             times = profiler.key_averages()
-            shown = times.table(sort_by=f"self_{device}_time_total", row_limit=8, max_name_column_width=60)
-            texts.append(f"{name}, batch 1, {tokens} tokens, 5 steps\n{shown}")
-    write_text(asked.out.with_name(PROFILE), "\n\n".join(texts))
-    return {"file": PROFILE}
+            events = [event for event in times if device == "cpu" or event.device_type.name == "CUDA"]
+            events.sort(key=lambda event: -getattr(event, own_time))
+            found[name] = [[e.key, e.count / CALLS, getattr(e, own_time) / CALLS] for e in events[:KERNELS]]
+    write_text(asked.out.with_name(PROFILE), _as_text(found))
+    return {"kernels": found}
+
+
+def _as_text(found: dict[str, list[list[Any]]]) -> str:
+    parts = []
+    for name, kernels in found.items():
+        lines = [f"{microseconds:10.1f} us  {count:5.1f} x  {kernel[:110]}" for kernel, count, microseconds in kernels]
+        parts.append("\n".join([f"{name}, a call, batch 1", *lines]))
+    return "\n\n".join(parts) + "\n"
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """Show the best plan of every method, and what it saves."""
+    """Show what calls consist of, and the best plan of every method with what it saves."""
+    lines, kernels = [], results["rows"].get("profile", {}).get("kernels", {})
+    for name, own in kernels.items():
+        shown = "; ".join(f"{_short(kernel)} {microseconds:.1f}" for kernel, _, microseconds in own[:SHOWN])
+        lines.append((name, f"{sum(microseconds for _, _, microseconds in own):.1f}", shown))
+    profiled = Table("Kernels of an attention call, microseconds", ("method", "in all", "kernels"), lines)
+    by_method: dict[str, dict[str, float]] = {}
+    for row in results["rows"].values():
+        if "variant" in row:
+            by_method.setdefault(row["method"], {})[row["variant"]] = row["median"]
     lines = []
-    for name, by_plan in results["rows"].get("plans", {}).get("plans", {}).items():
-        best = min(by_plan, key=lambda label: by_plan[label]["median"])
-        saved = f"{by_plan[AS_PLANNED]['median'] / by_plan[best]['median']:.2f}x"
+    for name, by_plan in by_method.items():
+        if AS_PLANNED not in by_plan:
+            continue
+        best = min(by_plan, key=lambda variant: by_plan[variant])
+        saved = f"{by_plan[AS_PLANNED] / by_plan[best]:.2f}x"
         lines.append((name, str(len(by_plan)), best, saved))
-    return [Table("Plans of the kernels", ("method", "tried", "fastest", "times as fast as planned"), lines)]
+    return [profiled, Table("Plans of the kernels", ("method", "tried", "fastest", "times as fast as planned"), lines)]
+
+
+def _short(kernel: str) -> str:
+    """Return the name of a function without its namespaces and arguments."""
+    words = re.sub(r"<.*|\(.*", "", kernel.removeprefix("void ")).split("::")
+    return words[-1][:28] or kernel[:28]
 
 
 def plan(asked: Any) -> tuple[Row, Jobs]:
-    """Return the settings, a job for plans and one for the profile."""
+    """Return the settings, a job for the profile and one per plan and method."""
     if asked.device == "cpu" and not asked.quick:
-        raise Unavailable("no GPU; --quick shows that a profile is made")
+        raise Unavailable("no GPU; --quick shows what would be made")
     settings, tokens = decode.resolve(asked, TINY if asked.quick else decode.GPU_SHAPE), 256 if asked.quick else TOKENS
-    jobs: Jobs = {"profile": partial(profile, tokens, asked)}
-    if asked.device.type == "cuda" and asked.backend in ("auto", "triton"):
-        jobs = {"plans": partial(tuning, tokens, asked), **jobs}
+
+    @cache
+    def ready() -> dict[str, Call]:
+        with torch.inference_mode():
+            return decode.calls(decode.set_up(tokens, 1, asked)[0])
+
+    jobs: Jobs = {"profile": partial(profile, ready, asked)}
+    if asked.device.type == "cuda" or asked.backend == "triton":
+        variants = VARIANTS[:2] if asked.quick else VARIANTS
+        names = [name for name in asked.methods if name.startswith((*KINDS, PER_HEAD))]
+        jobs |= {
+            f"{name}, {label(variant)}": partial(tuning, name, variant, ready, asked)
+            for variant, name in itertools.product(variants, names)
+        }
     return settings | {"tokens": tokens}, jobs
 
 
-SECONDS = {"type": float, "default": 25.0, "help": "for other plans of the Triton kernels"}
 BENCHMARK = Benchmark(
     plan,
     tables,
-    "a tiny layer and 256 tokens, on a CPU the profile alone",
+    "a tiny layer and 256 tokens; on a CPU other plans are tried with --backend triton alone",
     methods=tuple(methods()),
     gpu_methods=tuple(on_a_gpu()),
-    options=decode.OPTIONS | {"--tuning-seconds": SECONDS},
+    options=decode.OPTIONS | {"--repeats": {"type": int, "default": 10, "help": "calls that are timed of a plan"}},
 )

@@ -39,7 +39,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "joint": {},
     "joint, int8 keys": {"int8_keys": True},
 }
-WARM = 34  # steps of a graph before those that are timed: a group is packed in them
+WARM = 34  # a group is packed in so many steps
 WARM_EAGER = 3
 MOST = 2**17  # tokens of all sequences: more do not fit uncompressed beside the model
 GOAL = 1.5  # times the tokens per second of the fastest uncompressed cache, at 64K tokens
@@ -100,7 +100,7 @@ class Decoder:
 
 def measure(name: str, tokens: int, batch: int, model: LlamaForCausalLM, asked: Any) -> Row:
     """Fill a cache and decode on it. What is attached stays off the model otherwise."""
-    warm = WARM_EAGER if name.endswith(EAGER) else WARM
+    warm = min(asked.warm, WARM_EAGER) if name.endswith(EAGER) else asked.warm
     prompt = torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
     began = clock(model.device)
     decoder = Decoder(name, prompt, warm + asked.steps * asked.rounds + 8, model)
@@ -129,6 +129,27 @@ def tables(results: dict[str, Any]) -> list[Table]:
             lines.append((cell[0], f"{cell[1]} x {cell[2]}", name, f"{speed:.1f}", ratio, share))
     headings = ("model", "tokens", "cache", "tokens/s", "over the fastest uncompressed", "bytes")
     return [Table("Decoding end to end", headings, lines)]
+
+
+def at_a_glance(results: dict[str, Any]) -> Table:
+    """Show tokens per second, and how many times that of the fastest uncompressed cache it is."""
+    rows = results["rows"].values()
+    cells = dict.fromkeys((row["size"], row["batch"], row["tokens"]) for row in rows)
+    by_cell = {
+        cell: {row["method"]: row for row in rows if (row["size"], row["batch"], row["tokens"]) == cell}
+        for cell in cells
+    }
+
+    def show(own: Mapping[str, Row], name: str) -> str:
+        if name not in own:
+            return ""
+        base = fastest(own)
+        return f"{_speed(own[name]):.1f}" + ("" if base is None else f" {_speed(own[name]) / _speed(base):.2f}x")
+
+    names = dict.fromkeys(row["method"] for row in rows)
+    lines = [(name, *(show(own, name) for own in by_cell.values())) for name in names]
+    headings = ("cache", *(f"{size}, {batch} x {tokens}" for size, batch, tokens in cells))
+    return Table("Tokens per second, end to end, x the fastest uncompressed", headings, lines)
 
 
 def goals(results: dict[str, Any]) -> Table:
@@ -201,6 +222,7 @@ BENCHMARK = Benchmark(
     options={
         "--sizes": {"nargs": "+", "choices": tuple(SIZES), "default": tuple(SIZES), "help": "of the Llama"},
         "--steps": {"type": int, "default": 64, "help": "of a stretch of decoding"},
+        "--warm": {"type": int, "default": WARM, "help": "steps of a graph before those that are timed"},
         "--rounds": {"type": int, "default": 5, "help": "stretches"},
     },
 )

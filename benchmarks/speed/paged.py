@@ -208,12 +208,12 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 
 def plan(asked: Any) -> tuple[Row, Jobs]:
-    """Return the settings, and a job per batch of requests as long as each other, and of lengths that are mixed."""
+    """Return the settings, and a job per batch of requests of mixed lengths, first, and as long as each other."""
     shape, size = TINY if asked.quick else SHAPE, asked.block_size
     settings = {"shape": asdict(shape), "block_size": size, "vllm": package_version("vllm"), "device": asked.device}
     jobs = {
         f"{batch} x {context}{', mixed' if mixed else ''}": partial(measure, batch, context, mixed, asked)
-        for mixed in (False, True)
+        for mixed in (True, False)
         for batch, context in asked.cells
         if batch > 1 or not mixed
     }

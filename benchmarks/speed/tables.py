@@ -165,10 +165,9 @@ def gpu_goals(results: dict[str, Any]) -> Table:
     lines = []
     for batch in (1, 8):
         row = _row(results, batch, 64 * K)
-        baseline = BEST if median(row, FLASH) is None else FLASH
         for name, least in GPU_GOALS.items():
             hows = ("seconds", "graph")
-            faster = [_verdict(least, speedup(row, name, baseline, how), _times) for how in hows]
+            faster = [_verdict(least, speedup(row, name, baseline(row), how), _times) for how in hows]
             goals = {f">= {least:g}x FlashDecoding": faster}
             if name.startswith("commuting"):  # nothing is rebuilt
                 of_copy = [_verdict(0.6, _over_copy(results, row, name, how), "{:.0%}".format) for how in hows]
@@ -177,6 +176,37 @@ def gpu_goals(results: dict[str, Any]) -> Table:
                 lines.append((f"batch {batch}, {name}: {goal}", step, call, f"{met or '-'} / {also or '-'}"))
     headings = ("goal", "whole step", "attention call, replayed", "met (step / call)")
     return Table("Goals on a GPU, 64K tokens", headings, lines)
+
+
+def calls_at_a_glance(results: dict[str, Any]) -> Table:
+    """Show the attention call in microseconds, how many times as fast as FlashDecoding it is, and of a copy's speed."""
+    rows = sorted((row for row in cells(results) if "methods" in row), key=lambda row: (-row["tokens"], row["batch"]))
+    if results["rows"].get(COPY):
+        moved = results["rows"][COPY]["bytes_per_second"]["median"] / 1e12
+        title = f"The attention call, replayed: microseconds, x FlashDecoding, share of a copy's {moved:.2f} TB/s"
+    else:
+        title = "The attention call: microseconds, x FlashDecoding"
+
+    def show(row: Row, name: str) -> str:
+        seconds = median(row, name, "graph")
+        if seconds is None:
+            return ""
+        times, share = speedup(row, name, baseline(row), "graph"), _over_copy(results, row, name, "graph")
+        shown = [
+            f"{1e6 * seconds:.0f}",
+            "" if times is None else f"{times:.2f}x",
+            "" if share is None else f"{share:.0%}",
+        ]
+        return " ".join(part for part in shown if part)
+
+    lines = [(name, *(show(row, name) for row in rows)) for name in _names(rows)]
+    headings = ("method", *(f"{row['batch']} x {_thousands(row['tokens'])}" for row in rows))
+    return Table(title, headings, [line for line in lines if any(line[1:])])
+
+
+def baseline(row: Row) -> str:
+    """Return what stands for FlashDecoding: the fastest uncompressed method where that was not measured by itself."""
+    return BEST if median(row, FLASH) is None else FLASH
 
 
 def _row(results: dict[str, Any], batch: int, tokens: int) -> Row:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 from benchmarks.speed import gpu
 from benchmarks.speed.run import main
 from cskv.attention.triton.plan import Shapes, cut, whole
@@ -8,15 +10,24 @@ from cskv.attention.triton.plan import Shapes, cut, whole
 def test_the_profile_needs_no_gpu_to_be_tried(tmp_path, capsys):
     out = ["--out", str(tmp_path / "gpu.json")]
     assert main(["gpu", "--device", "cpu", "--quick", "--methods", "joint", *out]) == 0
-    assert "joint, batch 1, 256 tokens" in (tmp_path / "profile.txt").read_text()
+    assert "joint, a call, batch 1" in (tmp_path / "profile.txt").read_text()
+    (kernels,) = json.loads((tmp_path / "gpu.json").read_text())["rows"]["profile"]["kernels"].values()
+    assert "aten::mm" in [name for name, _, _ in kernels]
     assert main(["gpu", "--device", "cpu", *out]) == 2
     assert "error: no GPU" in capsys.readouterr().err
 
 
 def test_the_best_plan_is_shown_with_what_it_saves():
-    plans = {"joint": {"as planned": {"median": 3.0}, "tile 32": {"median": 2.0}, "warps 8": {"median": 4.0}}}
-    (table,) = gpu.tables({"rows": {"plans": {"plans": plans}}})
+    found = {"as planned": 3.0, "tile 32": 2.0, "warps 8": 4.0}
+    rows = {name: {"method": "joint", "variant": name, "median": seconds} for name, seconds in found.items()}
+    _, table = gpu.tables({"rows": rows | {"other": {"skipped": "it was not set up"}}})
     assert table.rows == [("joint", "3", "tile 32", "1.50x")]
+
+
+def test_the_kernels_of_a_call_are_shown_by_their_short_names():
+    kernels = [["void at::native::vectorized_elementwise_kernel<4, float>(int)", 1.0, 2.5], ["partials", 1.0, 60.0]]
+    table, _ = gpu.tables({"rows": {"profile": {"kernels": {"joint": kernels}}}})
+    assert table.rows == [("joint", "62.5", "vectorized_elementwise_kerne 2.5; partials 60.0")]
 
 
 def test_plans_are_changed_in_the_block_alone():
