@@ -142,8 +142,8 @@ def plan(asked: Any) -> tuple[Row, Jobs]:
     if asked.device.type == "cuda":  # the goals' lengths first
         cells = sorted(cells, key=lambda cell: (-cell[1], cell[0]))
     jobs: Jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, asked) for batch, tokens in cells}
-    if asked.device.type == "cuda":
-        jobs = {COPY: partial(copy_bandwidth, asked.device), **jobs}
+    if asked.device.type == "cuda" or asked.tiny:
+        jobs = {COPY: partial(copy_bandwidth, asked.device, 2**20 if asked.tiny else 2**30), **jobs}
     return settings, jobs
 
 

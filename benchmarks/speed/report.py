@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.common import read_results
 from benchmarks.pages import DOCS, Table, fill_page, measured_on
-from benchmarks.speed import generation, resources, serving
+from benchmarks.speed import generation, gpu, graph, paged, resources, serving
 from benchmarks.speed.methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA
 from benchmarks.speed.registry import Unavailable
 from benchmarks.speed.tables import NAMES, batches, cells, cpu_goals, gpu_goals, median, tables
@@ -24,7 +24,7 @@ def write_pages(folder: Path, docs: Path = DOCS) -> list[Table]:
     decode, generated, served = (read_results(folder / f"{name}.json") for name in ("decode", "generation", "serving"))
     found = []
     if decode["rows"]:
-        found.append(write_decoding(decode, generated, docs / "decode-speed.md"))
+        found.append(write_decoding(decode, generated, docs / "decode-speed.md", folder))
     if served["rows"]:
         (table,) = serving.tables(served)
         fill_page(docs / "vllm.md", "speed/serving", table.markdown(), serving.words(served))
@@ -40,8 +40,8 @@ def write_pages(folder: Path, docs: Path = DOCS) -> list[Table]:
     return found
 
 
-def write_decoding(decode: dict[str, Any], generated: dict[str, Any], page: Path) -> Table:
-    """Fill the page on decoding, and draw the figure beside it; return the goals."""
+def write_decoding(decode: dict[str, Any], generated: dict[str, Any], page: Path, folder: Path) -> Table:
+    """Fill the page on decoding, and draw the figure beside it; return the goals. The folder of a GPU has more."""
     settings, shape = decode["settings"], decode["settings"]["shape"]
     is_gpu = settings["device"] == "cuda"
     script, figure = ("speed/gpu", "decode-speed-gpu.png") if is_gpu else ("speed/decode", "decode-speed.png")
@@ -52,6 +52,8 @@ def write_decoding(decode: dict[str, Any], generated: dict[str, Any], page: Path
     goals = gpu_goals(decode) if is_gpu else cpu_goals(decode, generated)
     parts = [measured_on(decode["environment"], "speed/decode"), layer]
     parts += [table.markdown() for table in (goals, *tables(decode))]
+    if is_gpu:
+        parts += [table.markdown() for table in _of_gpu(folder)]
     if generated["rows"]:
         (speeds,) = generation.tables(generated)
         if is_gpu:
@@ -62,6 +64,20 @@ def write_decoding(decode: dict[str, Any], generated: dict[str, Any], page: Path
     draw(decode, page.parent / "figures" / figure)
     fill_page(page, script, *parts, f"![Time and bytes over the cached tokens](figures/{figure})")
     return goals
+
+
+def _of_gpu(folder: Path) -> list[Table]:
+    """Make the tables of decoding end to end, of pages, and of plans, as far as they were measured."""
+    found = []
+    for name, make in (("graph", _end_to_end), ("paged", paged.tables), ("gpu", gpu.tables)):
+        results = read_results(folder / f"{name}.json")
+        if results["rows"]:
+            found += make(results)
+    return [table for table in found if table.rows]
+
+
+def _end_to_end(results: dict[str, Any]) -> list[Table]:
+    return [graph.goals(results), *graph.tables(results)]
 
 
 @styled

@@ -30,11 +30,17 @@ def test_a_run_fills_its_place_of_the_page(tmp_path, decoded, device):
     (tmp_path / "decode-speed.md").write_text(PAGE)
     results = decoded | {"settings": decoded["settings"] | {"device": device}}
     (tmp_path / "decode.json").write_text(json.dumps(results))
+    whole = {"size": "8B", "batch": 1, "tokens": 65_536, "nbytes": 1, "tokens_per_second": {"median": 50.0}}
+    rows = {name: whole | {"method": name} for name in ("uncompressed, in place", "commuting")}
+    (tmp_path / "graph.json").write_text(json.dumps({"rows": rows}))
     report.write_pages(tmp_path, tmp_path)
     text = (tmp_path / "decode-speed.md").read_text()
     assert "| commuting, 4 bits |" in text
     assert f"Goals on a {'CPU' if device == 'cpu' else 'GPU'}" in text
     assert text.count("old") == 2
+    assert ("| commuting: >= 1.5x tokens/s of the fastest uncompressed | 1.00x | **no** |" in text) == (
+        device == "cuda"
+    )
     name = "decode-speed.png" if device == "cpu" else "decode-speed-gpu.png"
     assert (tmp_path / "figures" / name).stat().st_size > 10_000
 
