@@ -82,7 +82,7 @@ def measure_missing(
             if not keep_going:
                 raise
             traceback.print_exc(limit=-4)
-            failed[name] = error
+            failed[name] = error.with_traceback(None)  # which keeps what the job has made
             if isinstance(error, Lost) or is_lost():
                 results["lost"] = [*lost, str(error) if isinstance(error, Lost) else name]
                 write_results(path, results)

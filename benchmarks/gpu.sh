@@ -95,7 +95,7 @@ esac
 TAIL=5 speed attention 85 decode "${attention[@]}"
 TAIL=5 speed graph 75 graph "${graph[@]}"
 TAIL=5 speed paged 20 paged "${paged[@]}"
-TAIL=5 step ncu 25 "$python" -m benchmarks.speed.ncu "$out"
+TAIL=5 step ncu 40 "$python" -m benchmarks.speed.ncu "$out"
 TAIL=5 speed plans 35 gpu "${plans[@]}"
 
 echo "== summary"

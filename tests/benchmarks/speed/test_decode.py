@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from benchmarks.speed import decode, methods
+from benchmarks.speed.problem import Problem, Shape
+from benchmarks.speed.registry import Unavailable
 
 
 def test_every_method_is_checked_and_timed(decoded):
@@ -99,3 +101,25 @@ def test_what_loses_the_gpu_is_left_out_of_the_next_run(tmp_path, monkeypatch, r
     for row in json.loads(path.read_text())["rows"].values():
         assert row["methods"]["joint"] == {"failed": "it lost the GPU"}
         assert "seconds" in row["methods"][methods.BEST]
+
+
+def test_flash_decoding_attends_by_flash_kernels_alone(tmp_path, run_decode):
+    path = tmp_path / "decode.json"
+    assert run_decode(path, "--methods", methods.FLASH) == 0
+    row = json.loads(path.read_text())["rows"]["2 x 96"]["methods"]
+    assert row[methods.FLASH] == {"skipped": "it needs a GPU"}
+    problem = Problem("joint", Shape(8, 4, 32), 96, 2, torch.float32, torch.device("cpu"))
+    flash = methods.BestUncompressed(problem, only_flash=True)
+    assert decode.relative_error(flash.step()[-1, :, 0], problem.truth()) < 1e-4
+
+
+def test_a_candidate_that_torch_has_no_kernel_for_is_left_out(monkeypatch):
+    problem = Problem("joint", Shape(8, 4, 32), 96, 2, torch.float32, torch.device("cpu"))
+
+    def refuse(*_args, **_how):
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(methods, "scaled_dot_product_attention", refuse)
+    assert "sdpa" not in methods.BestUncompressed(problem).note
+    with pytest.raises(Unavailable, match="No available kernel"):
+        methods.BestUncompressed(problem, only_flash=True)
