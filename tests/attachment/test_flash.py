@@ -1,6 +1,7 @@
 """FlashAttention and flex attention: their own function prefills, ours decodes on latents.
 
-No GPU is needed: FlashAttention is played by a stand-in, and flex attention is not compiled.
+No GPU is needed: FlashAttention is played by stand-ins, of transformers' function or of the package beneath it, and
+flex attention is not compiled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache
 
 import cskv
 from cskv import CSKVConfig
@@ -21,7 +22,7 @@ from cskv.errors import CacheError
 from cskv.models.compat import cache_kwarg
 from tests.attachment.test_generation_modes import MODES, PROMPT, generate
 from tests.models.families import FAMILIES, full_rank_adapter, tiny_model, truncated_adapter
-from tests.models.flash import KERNELS, standing_in, uncompiled_flex_attention
+from tests.models.flash import KERNELS, packaged, standing_in, uncompiled_flex_attention
 
 FLASH, FLEX = "flash_attention_2", "flex_attention"
 SETTINGS = CSKVConfig(0.5, 0.5, window=3, group=4, sinks=2)
@@ -29,6 +30,7 @@ USED = [(family, name) for family in ("llama", "qwen2", "gemma2") for name in (F
 USED += [("gpt-oss", KERNELS[0])]  # flex attention has no sinks on a CPU
 USED += [("llama", name) for name in ("flash_attention_3", "flash_attention_4", KERNELS[1])]
 USED = [(family, name) for family, name in USED if family in FAMILIES]
+OF_PACKAGES = [("llama", FLASH), ("llama", "flash_attention_3"), ("qwen2", FLASH), ("gemma2", FLASH)]
 SMOLLM2 = Path(__file__).resolve().parents[2] / "models" / "smollm2"
 TOKENS = torch.randint(3, 96, (2, 60), generator=torch.Generator().manual_seed(3))
 
@@ -78,6 +80,46 @@ def test_the_tokens_are_those_of_eager_attention(
             found.append(mode(model))
         assert model.config._attn_implementation == implementation
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("mode", [*MODES, assisted], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(("family", "name"), OF_PACKAGES)
+def test_transformers_own_function_gets_what_it_expects(
+    family: str, name: str, mode: Callable[[nn.Module], Tensor]
+) -> None:
+    """Only the package is played: its name, masks, windows and positions go through transformers' code."""
+    found = []
+    with packaged() as package:
+        for implementation in ("eager", name):
+            model = using(family, implementation)
+            with cskv.attach(model, truncated_adapter(model, SETTINGS)):
+                package.lengths.clear()
+                found.append(mode(model))
+    assert package.lengths
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_the_package_is_not_called_by_steps() -> None:
+    tokens = torch.randint(3, 96, (1, 99), generator=torch.Generator().manual_seed(1))
+    expected, cache = tiny_model("llama")(tokens).logits, DynamicCache()
+    model, rows = using("llama", FLASH), []
+    with packaged() as package, cskv.attach(model, full_rank_adapter(model, CSKVConfig(1.0, 1.0, window=3, group=4))):
+        package.lengths.clear()
+        for start, stop in ((0, 20), (20, 21), (21, 30), (30, 31), (31, 96), (96, 97), (97, 99)):
+            rows.append(model(tokens[:, start:stop], **{cache_kwarg(model): cache, "use_cache": True}).logits)
+        assert package.lengths == [(20, 20)] * 2 + [(65, 96)] * 2
+    assert close(torch.cat(rows, dim=1), expected)
+
+
+def test_static_caches_are_refused(flash: object, flex: object) -> None:
+    for name in (FLASH, FLEX):
+        model = using("llama", name)
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        with cskv.attach(model, truncated_adapter(model, SETTINGS)):
+            with pytest.raises(CacheError, match="a static cache needs .* use the default dynamic cache") as caught:
+                model(TOKENS[:1, :20], **{cache_kwarg(model): cache, "use_cache": True})
+            assert "\n" not in str(caught.value)
 
 
 @torch.no_grad()

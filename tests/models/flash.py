@@ -1,20 +1,24 @@
 """A stand-in for FlashAttention, in plain torch: transformers' contract, and complaints where it is not kept.
 
 It takes the padding out of every row, as the real one does, so that nothing of what it computes is a mask of queries
-and keys. Registered in place of transformers' own function, which needs a GPU and a package.
+and keys. Registered in place of transformers' own function, which needs a GPU and a package. Another stands in for the
+package only, so that transformers' own function runs.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, modeling_flash_attention_utils
 from transformers.masking_utils import flash_attention_mask
 
 PACKAGES = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -99,6 +103,89 @@ def standing_in() -> Iterator[Calls]:
             patch.setitem(AttentionInterface._global_mapping, name, calls)
             patch.setitem(AttentionMaskInterface._global_mapping, name, flash_attention_mask)
         yield calls
+
+
+class Package:
+    """What `flash_attn` exports, in plain torch: tokens before heads, causality aligned at the bottom right.
+
+    Attributes:
+        lengths: how many queries and keys each call had, in all its rows.
+    """
+
+    def __init__(self) -> None:
+        self.lengths: list[tuple[int, int]] = []
+
+    def flash_attn_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        deterministic: bool = False,
+    ) -> Tensor:
+        self.lengths.append((q.shape[0] * q.shape[1], k.shape[0] * k.shape[1]))
+        logits = softmax_scale, causal, window_size[0], softcap
+        return torch.stack([_of_text(*row, *logits) for row in zip(q, k, v, strict=True)])
+
+    def flash_attn_varlen_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        deterministic: bool = False,
+    ) -> Tensor:
+        self.lengths.append((q.shape[0], k.shape[0]))
+        of_queries, of_keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        assert max(of_queries) <= max_seqlen_q
+        assert max(of_keys) <= max_seqlen_k
+        texts = zip(q.split(of_queries), k.split(of_keys), v.split(of_keys), strict=True)
+        return torch.cat([_of_text(*text, softmax_scale, causal, window_size[0], softcap) for text in texts])
+
+
+def _of_text(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, left: int, softcap: float) -> Tensor:
+    assert causal
+    q, k, v = (part.transpose(0, 1) for part in (q, k, v))
+    k, v = (part.repeat_interleave(len(q) // len(part), dim=0) for part in (k, v))
+    scores = (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.transpose(1, 2)).float()
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    new, total = scores.shape[1:]
+    behind = torch.arange(total - new, total)[:, None] - torch.arange(total)
+    hidden = (behind < 0) | (behind > left) if left >= 0 else behind < 0
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v).transpose(0, 1)
+
+
+@contextmanager
+def packaged() -> Iterator[Package]:
+    """Let transformers' own function find the packages of FlashAttention 2 and 3, as if they were installed."""
+    package = Package()
+    utils = modeling_flash_attention_utils
+    exports = {"flash_attn_func": package.flash_attn_func, "flash_attn_varlen_func": package.flash_attn_varlen_func}
+    exports["flash_attn_with_kvcache"] = None  # type: ignore[assignment]
+    padding = {"pad_input": utils._pad_input, "unpad_input": utils._unpad_input}
+    modules = {"flash_attn": exports, "flash_attn_interface": exports, "flash_attn.bert_padding": padding}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, contents in modules.items():
+            module = ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            module.__dict__.update(contents)
+            patch.setitem(sys.modules, name, module)
+        patch.setattr(utils, "is_flash_attn_2_available", lambda: True)
+        for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn"):
+            patch.setattr(utils, name, None)
+        yield package
 
 
 @contextmanager
