@@ -72,12 +72,7 @@ class CSKVLayer(DynamicLayer):
         Raises:
             CacheError: there is no step: the model that runs is not the one that the compressor is attached to.
         """
-        step, self.step = self.step, None
-        if step is None:
-            raise CacheError(
-                "this cache holds compressed tokens, and a model without its compressor tried to append to it; "
-                "attach the adapter again, or start a new cache"
-            )
+        step = begun(self)
         self.is_initialized = True
         self.device, self.dtype = key_states.device, key_states.dtype
         return step.append(key_states, value_states)
@@ -159,3 +154,18 @@ class CSKVLayer(DynamicLayer):
         self.store.map_batch(change)
         if self.owns_table and self.table is not None:
             self.table.map_batch(change)
+
+
+def begun(layer: Any) -> Any:
+    """Take the step under way off a compressed layer.
+
+    Raises:
+        CacheError: there is none: the model that runs is not the one that the compressor is attached to.
+    """
+    step, layer.step = layer.step, None
+    if step is None:
+        raise CacheError(
+            "this cache holds compressed tokens, and a model without its compressor tried to append to it; "
+            "attach the adapter again, or start a new cache"
+        )
+    return step

@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cskv.attention.inputs import AttentionInputs, Logits, RMSNorm, Rotation
+from cskv.attention.int8_keys import Int8Keys
 from cskv.attention.triton import launch, outputs, partials, scores
 from cskv.factorization.factors import Factors, LayerFactors
 from cskv.latents.pages import PagedLatents, PageLayout
@@ -54,11 +55,14 @@ class Compiled:
         print(self.kernel.__name__, compiled.metadata.shared)
 
 
-def step(rank: int, packed: bool, rotated: bool, normalised: bool = False, page: int = 0, dtype=torch.bfloat16) -> None:
+def step(
+    rank: int, packed: bool, rotated: bool, normalised: bool = False, page: int = 0, dtype=torch.bfloat16, bits=(3, 4),
+    in_int8: bool = False,
+) -> None:  # fmt: skip
     """One step of an 8B model's layer, with latents in pages of so many tokens unless that is 0."""
     values, exact = torch.zeros(1, 4000, rank).to(dtype), torch.zeros(1, 8, 32, 128).to(dtype)
     k: Latents = PlainLatents(values)
-    v, grids = k, (Grid.uniform(rank, 3, (min(page or 32, 32), 1)), Grid.uniform(rank, 4, (1, 32)))
+    v, grids = k, (Grid.uniform(rank, bits[0], (min(page or 32, 32), 1)), Grid.uniform(rank, bits[1], (1, 32)))
     if page:
         layout = PageLayout(rank, rank, dtype, *grids if packed else ())
         table, lengths = torch.zeros(1, -(-4000 // page), dtype=torch.int32), torch.tensor([4000])
@@ -72,7 +76,8 @@ def step(rank: int, packed: bool, rotated: bool, normalised: bool = False, page:
     rope = Rotation(angles, angles, lambda channels, *_: channels, is_plain=True, norm=norm) if rotated else None
     query = torch.zeros(1, 32, 1, 128).to(dtype)
     layer, logits = LayerFactors(factors, factors), Logits(128**-0.5)
-    launch.attention(query, AttentionInputs(View(exact, exact, k, v), layer, rope, logits))
+    int8_keys = Int8Keys.of(factors) if in_int8 else None
+    launch.attention(query, AttentionInputs(View(exact, exact, k, v), layer, rope, logits, int8_keys=int8_keys))
 
 
 if __name__ == "__main__":
@@ -89,6 +94,10 @@ if __name__ == "__main__":
     step(1024, packed=False, rotated=True)
     step(52, packed=True, rotated=True)
     step(208, packed=False, rotated=True, normalised=True)
+    step(205, packed=False, rotated=True, dtype=torch.float32)
+    step(205, packed=True, rotated=True, bits=(4, 4), in_int8=True)
+    step(24, packed=True, rotated=True, bits=(4, 4), in_int8=True)  # planes shorter than an 8-bit product
+    step(24, packed=False, rotated=True, in_int8=True)
     step(208, packed=False, rotated=True, page=16)  # tiles cross pages
     step(205, packed=True, rotated=False, page=16)
     step(208, packed=False, rotated=False, page=64)  # and do not

@@ -32,7 +32,7 @@ SHAPES = st.fixed_dictionaries({
 
 def shapes_of(heads: int, key_rank: int, value_rank: int, **sizes: int) -> Shapes:
     cuts = {"keys": cut(key_rank), "values": whole(value_rank)}
-    return Shapes(rows=heads * sizes["head_rows"], rotated=True, **cuts, **sizes)  # type: ignore[arg-type]
+    return Shapes(rows=heads * sizes["head_rows"], **cuts, **sizes)  # type: ignore[arg-type]
 
 
 @given(SHAPES, st.sampled_from([1, 2, 132]))
@@ -74,7 +74,8 @@ def test_pieces_leave_out_what_a_power_of_two_would_add() -> None:
     assert cut(52) == Pieces((64,))  # 32 + 16 + 16 are as many
     assert cut(1024) == Pieces((128,), 8)
     assert whole(208) == Pieces((256,))
-    assert by_planes(104, 2) == Pieces((128, 128))
+    assert by_planes(104, 2, 64) == Pieces((128, 128))
+    assert by_planes(12, 2, 32) == Pieces((32, 32))  # 8-bit products take no fewer
 
 
 @given(st.integers(1, 10**6), st.sampled_from([16, 64]), st.integers(0, 500))
@@ -87,7 +88,7 @@ def test_ranges_of_whole_tiles_are_never_empty(tokens: int, tile: int, most: int
 
 
 def test_a_long_context_fills_a_device() -> None:
-    shapes = Shapes(1, 1, 32, 4, 65536, cut(208), whole(208), 128, rotated=True, packed=False)
+    shapes = Shapes(1, 1, 32, 4, 65536, cut(208), whole(208), 128, packed=False)
     assert plan_scores(shapes, 132).heads == 2
     assert plan_scores(shapes, 132).splits == 32  # four blocks of heads: 128 programs
     assert plan_partials(shapes, 132).splits == 256

@@ -31,7 +31,7 @@ def test_the_kernels_of_a_call_are_shown_by_their_short_names():
 
 
 def test_plans_are_changed_in_the_block_alone():
-    shapes = Shapes(1, 1, 8, 4, 4096, cut(64), whole(64), 128, rotated=True, packed=False)
+    shapes = Shapes(1, 1, 8, 4, 4096, cut(64), whole(64), 128, packed=False)
     planned = [gpu.launch.plan_scores(shapes, 8), gpu.launch.plan_partials(shapes, 8)]
     assert planned[0].heads == 2
     with gpu.plans({"tile": 128}) as used:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cskv.attention.attend import per_head
 from cskv.attention.inputs import Logits, Rotation
 from cskv.attention.int8_keys import Int8Keys
-from cskv.attention.triton.plan import LEAST, MOST_KEPT, PIECES, Pieces, by_planes, cut, padded, whole
+from cskv.attention.triton.plan import LEAST, LEAST_SUMS, MOST_KEPT, PIECES, Pieces, by_planes, cut, padded, whole
 from cskv.factorization.factors import Factors
 from cskv.latents.pages import PagedLatents, Pages
 from cskv.latents.view import Latents, PackedLatents, PlainLatents, View
@@ -160,7 +160,7 @@ class Store:
     def pieces(self, letter: str, least: int = LEAST) -> Pieces:
         """Return how latents of keys ("k"), in pieces of at least so many, or of values ("v") are cut."""
         if self.by_planes:
-            return by_planes(self.plane_bytes, 8 // self.bits)
+            return by_planes(self.plane_bytes, 8 // self.bits, least if letter == "k" else LEAST_SUMS)
         return cut(self.rank, least) if letter == "k" else whole(self.rank)
 
     def arguments(self, letter: str, tile: int) -> dict[str, Any]:

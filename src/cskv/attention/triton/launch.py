@@ -144,10 +144,9 @@ class _Sealed:
 
     @classmethod
     def of(cls, query: Tensor, k: Latents, v: Latents, inputs: AttentionInputs) -> _Sealed:
-        factors, rotated = inputs.factors, inputs.rotation is not None
-        in_int8 = rotated and inputs.int8_keys is not None
+        in_int8 = inputs.rotation is not None and inputs.int8_keys is not None
         batch, q_heads, new, head_dim = query.shape
-        groups = factors.k.groups
+        groups = inputs.factors.k.groups
         keys, values = Store.of(k, groups), Store.of(v, groups)
         shapes = Shapes(
             batch=batch,
@@ -158,7 +157,6 @@ class _Sealed:
             keys=keys.pieces("k", LEAST_INT8 if in_int8 else LEAST),
             values=values.pieces("v"),
             columns=2 * padded(head_dim // 2),
-            rotated=rotated,
             packed=keys.packed is not None or values.packed is not None,
             in_int8=in_int8,
             itemsize=query.element_size(),

@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels, from shapes alone, so that a step can be captured in a CUDA graph.
 
 The numbers are reasoned, and held against what the compiler makes of them (`python -m benchmarks.speed resources`), not
-measured: tiles of 64 tokens, as Hopper's products have 64 rows; no kernel spills registers; enough programs for every
+measured: tiles of 64 tokens, as Hopper's products have 64 rows; few registers spilled; enough programs for every
 multiprocessor.
 """
 
@@ -65,9 +65,9 @@ def whole(rank: int) -> Pieces:
     return Pieces((padded(rank, LEAST_SUMS),))
 
 
-def by_planes(plane_bytes: int, planes: int) -> Pieces:
-    """Make a piece of every plane of packed codes."""
-    return Pieces((padded(plane_bytes, LEAST_SUMS if plane_bytes > LEAST else LEAST),) * planes)
+def by_planes(plane_bytes: int, planes: int, least: int) -> Pieces:
+    """Make a piece, of at least so many channels, of every plane of packed codes."""
+    return Pieces((padded(plane_bytes, least),) * planes)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class Shapes:
         tokens: of the compressed branch, a bound where the device knows the lengths.
         keys, values: how the latents of a group are cut.
         columns: padded channels of a head.
-        rotated: whether keys are rebuilt.
         packed: whether any latents are.
         in_int8: whether keys are rebuilt by 8-bit products.
         itemsize: bytes of a number.
@@ -94,7 +93,6 @@ class Shapes:
     keys: Pieces
     values: Pieces
     columns: int
-    rotated: bool
     packed: bool
     in_int8: bool = False
     itemsize: int = 2
