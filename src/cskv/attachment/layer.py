@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from cskv.attachment.step import Step
 
 Grids = tuple[Grid | None, Grid | None]
+NO_COMPRESSOR = (
+    "this cache holds compressed tokens, and a model without its compressor tried to append to it; attach the adapter "
+    "again, or start a new cache"
+)
 
 
 class CSKVLayer(DynamicLayer):
@@ -72,7 +76,9 @@ class CSKVLayer(DynamicLayer):
         Raises:
             CacheError: there is no step: the model that runs is not the one that the compressor is attached to.
         """
-        step = begun(self)
+        step, self.step = self.step, None
+        if step is None:
+            raise CacheError(NO_COMPRESSOR)
         self.is_initialized = True
         self.device, self.dtype = key_states.device, key_states.dtype
         return step.append(key_states, value_states)
@@ -154,18 +160,3 @@ class CSKVLayer(DynamicLayer):
         self.store.map_batch(change)
         if self.owns_table and self.table is not None:
             self.table.map_batch(change)
-
-
-def begun(layer: Any) -> Any:
-    """Take the step under way off a compressed layer.
-
-    Raises:
-        CacheError: there is none: the model that runs is not the one that the compressor is attached to.
-    """
-    step, layer.step = layer.step, None
-    if step is None:
-        raise CacheError(
-            "this cache holds compressed tokens, and a model without its compressor tried to append to it; "
-            "attach the adapter again, or start a new cache"
-        )
-    return step

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from cskv.attachment.layer import begun
+from cskv.attachment.layer import NO_COMPRESSOR
 from cskv.cache.angles import AngleTable
 from cskv.cache.clock import Clock
 from cskv.cache.static import Grids, StaticStore
@@ -54,7 +54,10 @@ class StaticCSKVLayer(StaticLayer):
         Raises:
             CacheError: there is no step: the model that runs is not the one that the compressor is attached to.
         """
-        return begun(self).append(key_states, value_states)
+        step, self.step = self.step, None
+        if step is None:
+            raise CacheError(NO_COMPRESSOR)
+        return step.append(key_states, value_states)
 
     def allocate(self, latents: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
         """Allocate for rows like those of a first forward (see `StaticStore.allocate`)."""

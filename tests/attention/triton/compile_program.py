@@ -21,7 +21,8 @@ from cskv.quantization.triton import kernels as quantization_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int16: "*i16",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.int16: "*i16",
     torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 
