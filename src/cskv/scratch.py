@@ -28,6 +28,11 @@ class Scratch(threading.local):
             storage = self._storages[key] = allocate((size,), dtype, device)
         return storage[:size].view(shape)
 
+    def size(self, name: str) -> int:
+        """Count the bytes that the calling thread has under a name on a CPU, as bytes; 0 for none yet."""
+        storage = self._storages.get((name, torch.uint8, torch.device("cpu")))
+        return 0 if storage is None else storage.shape[0]
+
     def nbytes(self) -> int:
         """Count the bytes allocated for the calling thread."""
         return sum(storage.untyped_storage().nbytes() for storage in self._storages.values())

@@ -27,7 +27,7 @@ from cskv.factorization.factors import Factors
 from cskv.latents.view import Latents, PlainLatents, View
 from cskv.scratch import Scratch
 
-BACKENDS = ("triton", "torch", "reference")
+BACKENDS = ("triton", "cpu", "torch", "reference")
 AUTO = "auto"
 MOST_NEW = 64  # tokens: more are cheaper to attend to on rebuilt keys and values
 MOST_HEAD_ROWS = 128  # query rows of a kv head: for more, Triton would rebuild keys again every 64 rows
@@ -87,6 +87,12 @@ def attention(
         from cskv.attention.triton import launch
 
         if (output := launch.attempt(query, inputs)) is not None:
+            return output.to(dtype)
+    elif (backend == "cpu" or (backend == AUTO and query.is_cpu)) and not torch.compiler.is_compiling():
+        from cskv.attention.cpu import launch as compiled
+
+        scratch = Scratch() if scratch is None else scratch
+        if (output := compiled.attempt(query, inputs, scratch, asked=backend == "cpu")) is not None:
             return output.to(dtype)
     if computed == torch.float16:
         query, inputs = query.float(), inputs.to(torch.float32)

@@ -1,0 +1,161 @@
+"""The fields of a call, in the order of `kernels/call.h`: sizes, addresses and strides in bytes, 8 bytes each."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from struct import Struct
+
+import torch
+from torch import Tensor
+
+from cskv.attention.inputs import AttentionInputs, KeyOffset, Logits, Rotation
+from cskv.factorization.factors import Factors
+from cskv.latents.pages import PagedLatents
+from cskv.latents.view import Latents, PackedLatents
+from cskv.quantization.grid import Grid
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PACKED, BOOL = 3, 4
+CALL = Struct("=23q 32q 5q 6q 8q 2qdq 2d 8q")
+NO_LATENTS = (0,) * 16
+NO_TENSOR = (0,) * 5
+Fields = tuple[int, ...]
+
+
+class Arguments:
+    """The fields of one call.
+
+    Attributes:
+        kept: tensors made for the call, which have to outlive it: the fields hold their addresses alone.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def pack(self, query: Tensor, inputs: AttentionInputs, output: Tensor) -> bytes:
+        """Return the fields as the kernels read them.
+
+        Args:
+            query: (batch, q_heads, new, head_dim), of the dtype of factors and exact tokens.
+            inputs: what the kernels can do, see `refusal`.
+            output: of the query's shape and dtype, packed together.
+        """
+        view, factors, logits = inputs.view, inputs.factors, inputs.logits
+        query, keys, values = self._rows(query), self._rows(view.keys), self._rows(view.values)
+        size = query.element_size()
+        batch, q_heads, new, head_dim = query.shape
+        sealed = 0 if view.k is None else view.k.length
+        return CALL.pack(
+            batch, q_heads, keys.shape[1], new, head_dim, factors.k.groups, KINDS[query.dtype],
+            *_strided(query, size), keys.data_ptr(), values.data_ptr(),
+            *_strided(keys, size)[1:], *_strided(values, size)[1:], keys.shape[2], sealed,
+            *self._exists(view.exists), *self._latents(view.k), *self._latents(view.v), *self._pages(view.k),
+            *self._factors(factors.k, size), *self._factors(factors.v, size),
+            *self._angles(inputs.rotation, inputs.key_offset, size), *self._norm(inputs.rotation),
+            *self._constant(inputs.key_offset), logits.scaling, logits.softcap or 0.0, *self._mask(logits.mask),
+            *self._sinks(logits), output.data_ptr(),
+        )  # fmt: skip
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Return a tensor whose last dimension is packed together."""
+        if tensor.stride(-1) == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        self.kept.append(tensor)
+        return tensor
+
+    def _in_fp32(self, tensor: Tensor) -> int:
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            tensor = tensor.float().contiguous()
+            self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _exists(self, exists: Tensor | None) -> Fields:
+        if exists is None:
+            return 0, 0
+        exists = self._rows(exists)
+        return exists.data_ptr(), exists.stride(0)
+
+    def _latents(self, latents: Latents | None) -> Fields:
+        if latents is None:
+            return NO_LATENTS
+        if isinstance(latents, PagedLatents):
+            pages = latents.pages
+            page, row = pages.data.stride(0), pages.data.stride(1)
+            if pages.grid is None:
+                size = pages.data.element_size()
+                data = pages.data.data_ptr(), KINDS[pages.dtype], pages.rank, 0, row * size
+                return (*data, *(0,) * 8, pages.block_size, page * size, 0)
+            scales, minima = pages.scales, pages.minima
+            return (
+                pages.data.data_ptr(), PACKED, pages.rank, 0, row, scales.data_ptr(), minima.data_ptr(), 0,
+                2 * scales.stride(1), *_blocks(pages.grid), 0, pages.block_size, page, 2 * scales.stride(0),
+            )  # type: ignore[union-attr]  # fmt: skip
+        if isinstance(latents, PackedLatents):
+            payload, scales, minima, rows = latents.payload, latents.scales, latents.minima, latents.token_block
+            own = 0 if rows is None else rows.data_ptr()
+            return (
+                payload.data_ptr(), PACKED, latents.rank, payload.stride(0), payload.stride(1), scales.data_ptr(),
+                minima.data_ptr(), 2 * scales.stride(0), 2 * scales.stride(1), *_blocks(latents.grid), own, 0, 0, 0,
+            )  # fmt: skip
+        tokens = latents.tokens
+        size = tokens.element_size()
+        batch, row = tokens.stride(0) * size, tokens.stride(1) * size
+        return tokens.data_ptr(), KINDS[tokens.dtype], tokens.shape[2], batch, row, *NO_LATENTS[5:]
+
+    def _pages(self, latents: Latents | None) -> Fields:
+        if not isinstance(latents, PagedLatents):
+            return NO_TENSOR
+        table, lengths = self._rows(latents.table), self._rows(latents.lengths)
+        size = table.element_size()
+        return table.data_ptr(), table.stride(0) * size, size, lengths.data_ptr(), lengths.element_size()
+
+    def _factors(self, factors: Factors, size: int) -> Fields:
+        up, bias = self._rows(factors.up), factors.bias
+        return up.data_ptr(), up.stride(0) * size, 0 if bias is None else self._rows(bias).data_ptr()
+
+    def _angles(self, rotation: Rotation | None, offset: KeyOffset | None, size: int) -> Fields:
+        if offset is not None:
+            rotation = offset.rotation
+        if rotation is None or rotation.cos is None or rotation.sin is None:
+            return (0,) * 8
+        cos, sin = self._rows(rotation.cos), self._rows(rotation.sin)
+        by_batch = [0 if part.shape[0] == 1 else part.stride(0) * size for part in (cos, sin)]
+        return (
+            cos.shape[2], cos.data_ptr(), sin.data_ptr(), by_batch[0], cos.stride(1) * size, by_batch[1],
+            sin.stride(1) * size, int(rotation.is_symmetric),
+        )  # fmt: skip
+
+    def _norm(self, rotation: Rotation | None) -> tuple[int, int, float]:
+        if rotation is None or rotation.norm is None:
+            return int(rotation is not None), 0, 0.0
+        return 1, self._rows(rotation.norm.weight).data_ptr(), rotation.norm.eps
+
+    def _constant(self, offset: KeyOffset | None) -> Fields:
+        return (0,) if offset is None else (self._in_fp32(offset.constant),)
+
+    def _mask(self, mask: Tensor | None) -> Fields:
+        if mask is None:
+            return (0,) * 6
+        size, shape = mask.element_size(), mask.shape
+        kind = BOOL if mask.dtype == torch.bool else KINDS[mask.dtype]
+        strides = [0 if shape[dim] == 1 else mask.stride(dim) * size for dim in range(4)]
+        return mask.data_ptr(), kind, *strides
+
+    def _sinks(self, logits: Logits) -> Fields:
+        return (0,) if logits.sinks is None else (self._in_fp32(logits.sinks),)
+
+
+def _strided(tensor: Tensor, size: int) -> Fields:
+    batch, heads, tokens, _ = tensor.stride()
+    return tensor.data_ptr(), batch * size, heads * size, tokens * size
+
+
+@lru_cache(maxsize=1024)
+def _runs(grid: Grid) -> Tensor:
+    return torch.tensor([*(number for run in grid.widths for number in run), 0, 0])
+
+
+def _blocks(grid: Grid) -> Fields:
+    """Return the size of a block, and the runs of widths, which are kept."""
+    return grid.block_tokens, grid.block_channels, _runs(grid).data_ptr()

@@ -1,0 +1,250 @@
+// From cached latents to a tile of numbers in one of two layouts, ready to be the second operand of a product:
+//
+//   by token    tile[t][r], in pairs of tokens where numbers have 16 bits: [t / 2][r][2]
+//   by latent   tile[r][t], in pairs of latents where numbers have 16 bits: [r / 2][t][2]
+//
+// Codes are unpacked here: their bytes are read from memory, and the numbers stay in the core's cache. What a tile has no
+// tokens or latents for is 0.
+#pragma once
+#include "call.h"
+#include "vectors.h"
+
+namespace {
+
+using cskv::Call;
+using cskv::Latents;
+
+constexpr int SLACK = 128;  // numbers behind a row that whole vectors may be read or written over
+constexpr int LANES = 32;  // ranks are padded to so many: one step of a product of 16-bit numbers by tiles
+
+INLINE void zero(void* p, int64_t bytes) { std::memset(p, 0, bytes); }
+
+template <class E>
+INLINE void convert(E* out, const char* in, int64_t kind, int64_t n) {
+  if (kind == (sizeof(E) == 4 ? cskv::FLOAT32 : cskv::BFLOAT16)) {
+    std::memcpy(out, in, n * sizeof(E));
+    return;
+  }
+  int64_t i = 0;
+  if (kind == cskv::FLOAT32) {
+    const float* p = reinterpret_cast<const float*>(in);
+    for (; i + W <= n; i += W) store(out + i, load(p + i));
+  } else if (kind == cskv::BFLOAT16) {
+    const bf16* p = reinterpret_cast<const bf16*>(in);
+    for (; i + W <= n; i += W) store(out + i, load(p + i));
+  }
+#if defined(__F16C__) && defined(__AVX512F__)
+  else {
+    for (; i + W <= n; i += W) store(out + i, (VF)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(in + 2 * i))));
+  }
+#elif defined(__F16C__)
+  else {
+    for (; i + W <= n; i += W) store(out + i, (VF)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in + 2 * i))));
+  }
+#endif
+  for (; i < n; i++) {
+    const float x = number(in + i * (kind == cskv::FLOAT32 ? 4 : 2), kind);
+    if constexpr (sizeof(E) == 4) {
+      out[i] = x;
+    } else {
+      out[i] = narrowed(x);
+    }
+  }
+}
+
+INLINE int64_t whole_number(const char* p, int64_t bytes) {
+  if (bytes == 8) return *reinterpret_cast<const int64_t*>(p);
+  return *reinterpret_cast<const int32_t*>(p);
+}
+
+// Memory of a call, cut off a block piece by piece; only measured where there is no block.
+struct Memory {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* out = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += padded(count * int64_t(sizeof(T)), 64);
+    return out;
+  }
+};
+
+// What unpacking takes beside the latents themselves.
+struct Codes {
+  uint8_t *bytes, *codes;   // of a token
+  float *scale, *minimum;   // of every latent, for the row of blocks that was read last
+  static Codes taken(Memory& memory, const Call& call) {
+    const int64_t latents = (call.k.rank > call.v.rank ? call.k.rank : call.v.rank) + SLACK;
+    uint8_t *bytes = memory.take<uint8_t>(latents + SLACK), *codes = memory.take<uint8_t>(latents);
+    float* scale = memory.take<float>(latents);
+    return Codes{bytes, codes, scale, memory.take<float>(latents)};
+  }
+};
+
+// The latents of one sequence: finds rows, and unpacks codes. The groups of a row are `width` numbers apart.
+template <class E>
+struct Reader {
+  const Call& call;
+  const Latents& latents;
+  int64_t sequence, rank, width;
+  Codes own;
+  const char* parameters = nullptr;  // where the row of blocks is that was read last
+
+  // Write `count` rows from token `start` on, and rows of zeros up to `size`.
+  __attribute__((noinline)) void read(int64_t start, int64_t count, int64_t size, E* out) {
+    const int64_t row = call.groups * width;
+    for (int64_t t = 0; t < count; t++) token(start + t, out + t * row);
+    zero(out + count * row, (size - count) * row * sizeof(E));
+  }
+
+ private:
+  INLINE void token(int64_t token, E* out) {
+    const char *data = latents.data, *scales = latents.scales, *minima = latents.minima;
+    int64_t in_page = token;
+    if (latents.block_size) {
+      const char* entry = call.table + sequence * call.table_batch + token / latents.block_size * call.table_bytes;
+      const int64_t page = whole_number(entry, call.table_bytes);
+      data += page * latents.page, scales += page * latents.parameters_page, minima += page * latents.parameters_page;
+      in_page = token % latents.block_size;
+    } else {
+      data += sequence * latents.batch, scales += sequence * latents.parameters_batch;
+      minima += sequence * latents.parameters_batch;
+    }
+    data += in_page * latents.row;
+    if (latents.kind != cskv::PACKED) {
+      const int64_t bytes = latents.kind == cskv::FLOAT32 ? 4 : 2;
+      for (int64_t group = 0; group < call.groups; group++, out += width, data += rank * bytes) {
+        convert(out, data, latents.kind, rank);
+        zero(out + rank, (width - rank) * sizeof(E));
+      }
+      return;
+    }
+    const int64_t block = latents.token_block ? latents.token_block[token] : in_page / latents.block_tokens;
+    scales += block * latents.parameters_row, minima += block * latents.parameters_row;
+    if (scales != parameters) {
+      spread(scales, own.scale), spread(minima, own.minimum);
+      parameters = scales;
+    }
+    unpack(reinterpret_cast<const uint8_t*>(data));
+    const uint8_t* codes = own.codes;
+    const float *scale = own.scale, *minimum = own.minimum;
+    for (int64_t group = 0; group < call.groups; group++, out += width, codes += rank, scale += rank, minimum += rank) {
+      for (int64_t i = 0; i < rank; i += W) {
+        store(out + i, load(minimum + i) + load(scale + i) * load(codes + i));
+      }
+      zero(out + rank, (width - rank) * sizeof(E));
+    }
+  }
+
+  // Repeat the parameters of a row of blocks for every channel of each.
+  INLINE void spread(const char* in, float* out) {
+    const bf16* p = reinterpret_cast<const bf16*>(in);
+    for (const int64_t* run = latents.runs; run[0]; run += 2) {
+      if (latents.block_channels == 1) {
+        convert(out, reinterpret_cast<const char*>(p), cskv::BFLOAT16, run[1]);
+        out += run[1], p += run[1];
+        continue;
+      }
+      for (int64_t left = run[1]; left > 0; left -= latents.block_channels) {
+        const int64_t channels = left < latents.block_channels ? left : latents.block_channels;
+        const VF x = broadcast(widened(*p++));
+        for (int64_t i = 0; i < channels; i += W) store(out + i, x);  // what is too much is written over next
+        out += channels;
+      }
+    }
+  }
+
+  // Codes of a token as bytes. Whole vectors are read and written: what is too much is written over next.
+  INLINE void unpack(const uint8_t* row) {
+    uint8_t* out = own.codes;
+    for (const int64_t* run = latents.runs; run[0]; run += 2) {
+      const int64_t bits = run[0], channels = run[1];
+      int shift = 0;
+      for (int width = 8; width; width >>= 1) {
+        if (!(bits & width)) continue;
+        const int64_t bytes = (channels * width + 7) / 8;
+        std::memcpy(own.bytes, row, bytes);
+        for (int index = 0; index < 8 / width && index * bytes < channels; index++) {
+          plane(own.bytes, bytes, index * width, (1 << width) - 1, shift, out + index * bytes);
+        }
+        row += bytes, shift += width;
+      }
+      out += channels;
+    }
+  }
+
+  INLINE void plane(const uint8_t* in, int64_t bytes, int right, int mask, int left, uint8_t* out) {
+    typedef uint8_t Bytes __attribute__((vector_size(4 * W)));
+    typedef uint16_t Words __attribute__((vector_size(4 * W)));
+    const Bytes kept = Bytes{} + uint8_t(mask << left);
+    for (int64_t i = 0; i < bytes; i += 4 * W) {
+      Bytes x, y{};
+      std::memcpy(&x, in + i, 4 * W);
+      x = (Bytes)(((Words)x >> right) << left) & kept;  // without the bits that come from or go to a neighbour
+      if (!left) {
+        std::memcpy(out + i, &x, 4 * W);
+        continue;
+      }
+      const int64_t size = bytes - i < 4 * W ? bytes - i : 4 * W;  // nothing is written over codes' lower bits
+      std::memcpy(&y, out + i, size);
+      x |= y;
+      std::memcpy(out + i, &x, size);
+    }
+  }
+};
+
+// Transpose 32-bit words: out[c][t] = in[t][c] of W tokens by W columns.
+INLINE void transpose_words(const uint32_t* in, int64_t in_row, uint32_t* out, int64_t out_row) {
+  VU x[W];
+  for (int t = 0; t < W; t++) x[t] = *reinterpret_cast<const VU1*>(in + t * in_row);
+#if defined(__AVX512F__)
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32((__m512i)x[i], (__m512i)x[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32((__m512i)x[i], (__m512i)x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]), b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]), b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), a[4 + i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+    a[8 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88), a[12 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    _mm512_storeu_si512(out + (i + 0) * out_row, _mm512_shuffle_i32x4(a[i], a[8 + i], 0x88));
+    _mm512_storeu_si512(out + (i + 8) * out_row, _mm512_shuffle_i32x4(a[i], a[8 + i], 0xdd));
+    _mm512_storeu_si512(out + (i + 4) * out_row, _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0x88));
+    _mm512_storeu_si512(out + (i + 12) * out_row, _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0xdd));
+  }
+#else
+  for (int c = 0; c < W; c++) {
+    for (int t = 0; t < W; t++) out[c * out_row + t] = x[t][c];
+  }
+#endif
+}
+
+// rows[t][width] -> [width (/ 2)][tokens (x 2)]: a pair of 16-bit numbers is a word. Rows are `row` numbers apart.
+template <class E>
+__attribute__((noinline)) void by_latent(const E* rows, int64_t row, int64_t width, int64_t tokens, E* out) {
+  const int64_t words = width * sizeof(E) / 4, step = row * sizeof(E) / 4;
+  const uint32_t* in = reinterpret_cast<const uint32_t*>(rows);
+  for (int64_t t = 0; t < tokens; t += W) {
+    for (int64_t c = 0; c < words; c += W) {
+      transpose_words(in + t * step + c, step, reinterpret_cast<uint32_t*>(out) + c * tokens + t, tokens);
+    }
+  }
+}
+
+// rows[t][width] -> [t / 2][width][2] for 16-bit numbers; fp32 rows are what they should be.
+[[maybe_unused]] __attribute__((noinline)) void by_token(const bf16* rows, int64_t row, int64_t width, int64_t tokens, bf16* out) {
+  for (int64_t t = 0; t < tokens; t += 2) {
+    const bf16 *even = rows + t * row, *odd = even + row;
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(out + t * width);
+    for (int64_t i = 0; i < width; i += W) {
+      *reinterpret_cast<VU1*>(pairs + i) = words(even + i) | (words(odd + i) << 16);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,9 @@
+// Attention for one level of instructions. This file is compiled once for each, with LEVEL the name of its function, and
+// all that it includes is local to it: no function of one level is ever called by another.
+#include "attend.h"
+
+namespace cskv {
+
+int64_t LEVEL(const Call& call, int threads, char* scratch, int64_t size) { return run_any(call, threads, scratch, size); }
+
+}  // namespace cskv

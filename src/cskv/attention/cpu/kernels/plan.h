@@ -1,0 +1,198 @@
+// Sizes of a call, its memory, and what is made once for all of its tokens: queries in the layouts that products want.
+#pragma once
+#include "latents.h"
+#include "products.h"
+
+namespace {
+
+constexpr float LEAST = -3.402823466e38f;  // a row's largest logit, where all are hidden, as in torch's path
+constexpr int PAIRS = 16;                  // of channels that RoPE mixes, rebuilt together
+#ifndef REBUILD_TILE
+#define REBUILD_TILE 64
+#endif
+#ifndef MOST
+#define MOST 128
+#endif
+constexpr int MOST_TILE = MOST;
+
+// The two channels of a head that a rotation mixes, of every pair; channels that are not rotated are paired as well.
+struct Pairs {
+  int64_t count, rotated, half, rest, head_dim;
+  Pairs(const Call& call) {
+    head_dim = call.head_dim, rotated = call.rotary / 2, half = rotated, rest = (head_dim - call.rotary + 1) / 2;
+    count = padded(rotated + rest, PAIRS);
+  }
+  int64_t first(int64_t pair) const {
+    if (pair < rotated) return pair;
+    return pair < rotated + rest ? pair + half : -1;
+  }
+  int64_t second(int64_t pair) const {
+    if (pair < rotated) return pair + half;
+    const int64_t channel = pair + half + rest;
+    return pair < rotated + rest && channel < head_dim ? channel : -1;
+  }
+};
+
+template <class E>
+struct Plan {
+  const Call& call;
+  Pairs pairs;
+  int threads;
+  int64_t rows, head_rows, m, heads;  // query rows of a head group and of a kv head; the former padded; kv heads of a group
+  int64_t k_rank, v_rank, k_width, v_width, tile, splits, tasks, angles;
+  // What all threads share, by sequence and group: queries, and partial results.
+  E* absorbed;       // [m][k_width]
+  float* of_bias;    // [m]: the query's product with the bias of keys, where nothing is rebuilt
+  float* turned;     // [rows][2][pairs]: the query by pairs, where keys are rebuilt
+  float* offsets;    // [rows][angles]: what the angles are multiplied by
+  E* up;             // U_k by pairs, where keys are rebuilt: of 16 pairs, 16 first channels, then 16 second ones
+  float *most_logit, *total, *sums;  // by split and group: [m], [m], [m][v_width]
+
+  // What a thread has to itself.
+  struct Own {
+    E *k_rows, *v_rows, *tile, *weights;
+    float *scores, *channels, *angles, *angle_rows, *squares, *exact;
+    Codes codes;
+  };
+  Own* owns;
+
+  Plan(const Call& c, int n, Memory& memory) : call(c), pairs(c), threads(n) {
+    heads = c.kv_heads / c.groups, head_rows = c.q_heads / c.kv_heads * c.added, rows = heads * head_rows;
+    m = padded(rows, 16);
+    k_rank = c.k.rank / c.groups, v_rank = c.v.rank / c.groups;
+    k_width = padded(k_rank, LANES), v_width = padded(v_rank, LANES);
+    tile = c.rebuilds ? REBUILD_TILE : MOST_TILE;
+    while (tile > 32 && tile / 2 >= c.sealed) tile /= 2;
+    splits = n == 1 ? 1 : (n * 2 + c.batch - 1) / c.batch;
+    const int64_t worth = (c.sealed + 255) / 256;
+    splits = splits > worth ? (worth > 0 ? worth : 1) : splits;
+    tasks = c.batch * splits;
+    angles = pairs.count * (c.is_symmetric ? 2 : 4);
+    const int64_t blocks = c.batch * c.groups;
+    if (c.sealed) {
+      absorbed = memory.take<E>(c.rebuilds ? 0 : blocks * m * k_width);
+      of_bias = memory.take<float>(c.rebuilds ? 0 : blocks * m);
+      turned = memory.take<float>(c.rebuilds ? blocks * rows * 2 * pairs.count : 0);
+      offsets = memory.take<float>(c.constant ? blocks * rows * angles : 0);
+      up = memory.take<E>(c.rebuilds ? c.kv_heads * 2 * pairs.count * k_width : 0);
+      most_logit = memory.take<float>(tasks * c.groups * m), total = memory.take<float>(tasks * c.groups * m);
+      sums = memory.take<float>(tasks * c.groups * m * v_width);
+    }
+    static thread_local Own kept[256];
+    owns = kept;
+    const bool turns = c.rebuilds || c.constant;
+    const int64_t width = k_width > v_width ? k_width : v_width;
+    for (int i = 0; i < n; i++) {
+      Own& own = kept[i];
+      own.k_rows = memory.take<E>(tile * c.groups * k_width + SLACK), own.v_rows = memory.take<E>(tile * c.groups * v_width + SLACK);
+      own.tile = memory.take<E>(tile * width);
+      own.weights = memory.take<E>(m * tile), own.scores = memory.take<float>(m * tile);
+      own.channels = memory.take<float>(c.rebuilds ? 2 * PAIRS * tile : 0);
+      own.angles = memory.take<float>(turns ? angles * tile : 0);
+      own.angle_rows = memory.take<float>(turns ? tile * padded(c.rotary, W) : 0);
+      own.squares = memory.take<float>(heads * tile);
+      own.codes = Codes::taken(memory, c);
+      own.exact = memory.take<float>(head_rows * (c.recent + c.head_dim + v_width + 64) + c.head_dim + width + 64);
+    }
+  }
+
+  // The number of a query row in its head: the query's head and new token.
+  const char* query_row(int64_t sequence, int64_t head, int64_t row) const {
+    const int64_t q_head = head * (call.q_heads / call.kv_heads) + row / call.added;
+    return call.query + sequence * call.query_batch + q_head * call.query_head + row % call.added * call.query_token;
+  }
+
+  // Prepare the queries of one kv head of one sequence.
+  __attribute__((noinline)) void prepare(int64_t sequence, int64_t head, Own& own) const {
+    const int64_t group = head / heads, in_group = head % heads, block = sequence * call.groups + group;
+    if (call.rebuilds && sequence == 0) lay_out(head);
+    float *q = own.exact, *line = q + padded(call.head_dim, 16);
+    for (int64_t row = 0; row < head_rows; row++) {
+      const int64_t own_row = in_group * head_rows + row;
+      convert(q, query_row(sequence, head, row), call.kind, call.head_dim);
+      if (call.rebuilds) {
+        float* out = turned + (block * rows + own_row) * 2 * pairs.count;
+        for (int64_t p = 0; p < pairs.count; p++) {
+          out[p] = pairs.first(p) < 0 ? 0 : q[pairs.first(p)];
+          out[pairs.count + p] = pairs.second(p) < 0 ? 0 : q[pairs.second(p)];
+        }
+      } else {
+        absorb(q, head, line);
+        E* out = absorbed + (block * m + own_row) * k_width;
+        convert(out, reinterpret_cast<const char*>(line), cskv::FLOAT32, k_width);
+        of_bias[block * m + own_row] = with_bias(q, head);
+      }
+      if (call.constant) offset(q, head, offsets + (block * rows + own_row) * angles);
+    }
+    if (in_group == 0 && !call.rebuilds) zero(absorbed + (block * m + rows) * k_width, (m - rows) * k_width * sizeof(E));
+  }
+
+  // U_k^T q of one head.
+  void absorb(const float* q, int64_t head, float* out) const {
+    zero(out, k_width * 4);
+    const int64_t size = call.kind == cskv::FLOAT32 ? 4 : 2;
+    const char* up = call.k_factors.up + head * call.head_dim * call.k_factors.row;
+    for (int64_t c = 0; c < call.head_dim; c++, up += call.k_factors.row) axpy(q[c], up, size, k_rank, out);
+  }
+
+  INLINE void axpy(float x, const char* in, int64_t size, int64_t n, float* out) const {
+    int64_t i = 0;
+    if (call.kind != cskv::FLOAT16) {
+      for (; i + W <= n; i += W) {
+        const VF y = size == 4 ? load(reinterpret_cast<const float*>(in) + i) : load(reinterpret_cast<const bf16*>(in) + i);
+        store(out + i, load(out + i) + x * y);
+      }
+    }
+    for (; i < n; i++) out[i] += x * number(in + i * size, call.kind);
+  }
+
+  float with_bias(const float* q, int64_t head) const {
+    float out = 0;
+    for (int64_t c = 0; c < call.head_dim && call.k_factors.bias; c++) out += q[c] * parameter(call.k_factors.bias, head, c);
+    return out;
+  }
+
+  // A channel's number of a bias or a norm, which are of the call's kind.
+  float parameter(const char* of, int64_t head, int64_t channel) const {
+    return number(of + (head * call.head_dim + channel) * (call.kind == cskv::FLOAT32 ? 4 : 2), call.kind);
+  }
+
+  // q . R_t b is linear in cos and sin: what they are multiplied by.
+  void offset(const float* q, int64_t head, float* out) const {
+    const float* b = reinterpret_cast<const float*>(call.constant) + head * call.head_dim;
+    const int64_t n = pairs.count;
+    for (int64_t p = 0; p < n; p++) {
+      const int64_t i = pairs.first(p), j = pairs.second(p);
+      const float q1 = i < 0 ? 0 : q[i], q2 = j < 0 ? 0 : q[j], b1 = i < 0 ? 0 : b[i], b2 = j < 0 ? 0 : b[j];
+      out[p] = q1 * b1, out[n + p] = -q1 * b2;
+      if (call.is_symmetric) {
+        out[p] += q2 * b2, out[n + p] += q2 * b1;
+      } else {
+        out[2 * n + p] = q2 * b2, out[3 * n + p] = q2 * b1;
+      }
+    }
+  }
+
+  // Where the 32 rows of U_k of 16 pairs of a head are laid out; the same pairs of all heads follow one another.
+  E* rows_of_up(int64_t head, int64_t begin) const {
+    return up + ((head / heads * pairs.count + begin) * heads + head % heads * PAIRS) * 2 * k_width;
+  }
+
+  // Lay out the rows of U_k of one head by pairs.
+  void lay_out(int64_t head) const {
+    for (int64_t begin = 0; begin < pairs.count; begin += PAIRS) {
+      E* out = rows_of_up(head, begin);
+      for (int64_t row = 0; row < 2 * PAIRS; row++, out += k_width) {
+        const int64_t pair = begin + row % PAIRS, channel = row < PAIRS ? pairs.first(pair) : pairs.second(pair);
+        if (channel < 0) {
+          zero(out, k_width * sizeof(E));
+          continue;
+        }
+        convert(out, call.k_factors.up + (head * call.head_dim + channel) * call.k_factors.row, call.kind, k_rank);
+        zero(out + k_rank, (k_width - k_rank) * sizeof(E));
+      }
+    }
+  }
+};
+
+}  // namespace

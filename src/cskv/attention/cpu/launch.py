@@ -1,0 +1,94 @@
+"""Attention on the compressed cache by one call of the compiled kernels, or why they cannot do it."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cskv.attention.attend import attends_to_latents
+from cskv.attention.cpu.arguments import KINDS, Arguments
+from cskv.attention.cpu.library import MISSING, Library, library
+from cskv.attention.inputs import AttentionInputs, Rotation
+from cskv.latents.pages import PagedLatents
+from cskv.scratch import Scratch
+
+MOST_THREADS = 256
+Query = Float[Tensor, "batch q_heads new head_dim"]
+
+
+def attempt(query: Query, inputs: AttentionInputs, scratch: Scratch, *, asked: bool) -> Query | None:
+    """Compute `attention` where the kernels can; else say once why not, and return None.
+
+    Args:
+        query, inputs: of `attention`.
+        scratch: memory to use again.
+        asked: whether these kernels were asked for by name. Where they were not, it is no news that there are none.
+    """
+    loaded = library()
+    if loaded is None:
+        if asked:
+            _say_once(MISSING)
+        return None
+    reason = refusal(query, inputs)
+    if reason is None:
+        return attention(query, inputs, scratch, loaded)
+    _say_once(reason)
+    return None
+
+
+@cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"attention on the compressed cache by torch, not by the CPU kernels: {reason}", stacklevel=4)
+
+
+def attention(query: Query, inputs: AttentionInputs, scratch: Scratch, loaded: Library) -> Query:
+    """Compute `cskv.attention.attend.attention` by the kernels of a library, sums in fp32.
+
+    `refusal` has to be None for the same arguments.
+    """
+    output = torch.empty(query.shape, dtype=query.dtype)
+    arguments = Arguments()
+    call = arguments.pack(query, inputs, output)
+    threads, size = min(torch.get_num_threads(), MOST_THREADS), scratch.size("cpu kernels")
+    while needed := _attend(loaded, call, threads, scratch, size):
+        size = needed
+    return output
+
+
+def _attend(loaded: Library, call: bytes, threads: int, scratch: Scratch, size: int) -> int:
+    memory = scratch.take("cpu kernels", (size,), torch.uint8, torch.device("cpu"))
+    needed: int = loaded.attend(loaded.level, call, threads, memory.data_ptr(), size)
+    return needed
+
+
+def refusal(query: Query, inputs: AttentionInputs) -> str | None:
+    """Return why the kernels cannot do this; None where they can."""
+    view, factors, rotation, offset = inputs.view, inputs.factors, inputs.rotation, inputs.key_offset
+    if query.dtype not in KINDS:
+        return f"they compute in 16 or 32 bits, and the query is {query.dtype}"
+    if not attends_to_latents(query.shape[2], query.shape[1], view.keys.shape[1]):
+        return f"{query.shape[2]} new tokens are too many, as in a prefill: rebuild keys and values for them"
+    if view.k is None or view.v is None:
+        return None
+    if inputs.value_heads is not None:
+        return "they do not normalise values"
+    if inputs.int8_keys is not None and rotation is not None:
+        return "they rebuild no keys in 8 bits"
+    if not (_can_rotate(rotation) and _can_rotate(None if offset is None else offset.rotation)):
+        return "they normalise keys by head and rotate them by halves, and do nothing else to them"
+    if factors.k.groups != factors.v.groups:
+        return f"they share a tile of tokens: {factors.k.groups} groups of keys, {factors.v.groups} of values"
+    paged = isinstance(view.k, PagedLatents), isinstance(view.v, PagedLatents)
+    if any(paged) and not (all(paged) and view.k.table is view.v.table and view.k.lengths is view.v.lengths):  # type: ignore[union-attr]
+        return "they find keys and values by one table of pages"
+    if torch.is_grad_enabled() and (query.requires_grad or view.keys.requires_grad or factors.k.up.requires_grad):
+        return "they record no gradients; attend under torch.no_grad()"
+    return None
+
+
+def _can_rotate(rotation: Rotation | None) -> bool:
+    return rotation is None or (rotation.is_plain and rotation.cos is not None and rotation.sin is not None)
