@@ -20,7 +20,8 @@ struct Attention {
 
   int64_t length(int64_t sequence) const {
     if (!call.lengths) return call.sealed;
-    return whole_number(call.lengths + sequence * call.lengths_bytes, call.lengths_bytes);
+    const int64_t own = whole_number(call.lengths + sequence * call.lengths_bytes, call.lengths_bytes);
+    return own < call.sealed ? own : call.sealed;
   }
 
   // Attend to one range of a sequence's sealed tokens in all head groups.
@@ -33,27 +34,36 @@ struct Attention {
     const int64_t end = tiles * (split + 1) / plan.splits * tile, stop = end < held ? end : held;
     Reader<E> keys{call, call.k, sequence, plan.k_rank, plan.k_width, own.codes};
     Reader<E> values{call, call.v, sequence, plan.v_rank, plan.v_width, own.codes};
-    Scores<E> scores{plan, own};
+    Prefetch prefetch;
+    Scores<E> scores{plan, own, prefetch};
     for (int64_t start = tiles * split / plan.splits * tile; start < stop; start += tile) {
       const int64_t count = stop - start < tile ? stop - start : tile;
       keys.parameters = values.parameters = nullptr;
       keys.read(start, count, tile, own.k_rows);
       values.read(start, count, tile, own.v_rows);
       scores.take_angles(sequence, start, count);
+      prefetch = Prefetch{};
+      if (const int64_t next = start + count; next < stop) {
+        const int64_t more = stop - next < tile ? stop - next : tile;
+        keys.announce(next, more, prefetch), values.announce(next, more, prefetch);
+        scores.announce(sequence, next, more);
+      }
+      prefetch.divide(call.rebuilds ? call.kv_heads * plan.pairs.count / PAIRS : call.groups * plan.rows);
       for (int64_t group = 0; group < call.groups; group++) {
-        by_latent(own.k_rows + group * plan.k_width, call.groups * plan.k_width, plan.k_width, tile, own.tile);
         scores.compute(sequence, group);
-        sum_up(task * call.groups + group, sequence, group, start, count, own, scores.rows_of_product());
+        sum_up(task * call.groups + group, sequence, group, start, count, own, scores.rows_of_product(), prefetch);
       }
     }
   }
 
   // Weigh the values of a tile by a group's scores.
-  void sum_up(int64_t block, int64_t sequence, int64_t group, int64_t start, int64_t count, Own& own, int64_t m) const {
+  void sum_up(int64_t block, int64_t sequence, int64_t group, int64_t start, int64_t count, Own& own, int64_t m,
+              Prefetch& prefetch) const {
     const int64_t tile = plan.tile, width = plan.v_width, row_of_values = call.groups * width;
     float *most_logit = plan.most_logit + block * plan.m, *total = plan.total + block * plan.m;
     float* sums = plan.sums + block * plan.m * width;
     for (int64_t row = 0; row < plan.rows; row++) {
+      if (!call.rebuilds) prefetch.step();
       float* logits = own.scores + row * tile;
       const int64_t q_head = (group * plan.rows + row) / call.added;
       to_logits(call, logits, count, sequence, q_head, row % call.added, start);

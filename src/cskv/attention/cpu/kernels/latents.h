@@ -73,11 +73,39 @@ struct Memory {
 struct Codes {
   uint8_t *bytes, *codes;   // of a token
   float *scale, *minimum;   // of every latent, for the row of blocks that was read last
+  uint32_t* blocks;         // the block of every latent
   static Codes taken(Memory& memory, const Call& call) {
     const int64_t latents = (call.k.rank > call.v.rank ? call.k.rank : call.v.rank) + SLACK;
     uint8_t *bytes = memory.take<uint8_t>(latents + SLACK), *codes = memory.take<uint8_t>(latents);
-    float* scale = memory.take<float>(latents);
-    return Codes{bytes, codes, scale, memory.take<float>(latents)};
+    float *scale = memory.take<float>(latents), *minimum = memory.take<float>(latents);
+    return Codes{bytes, codes, scale, minimum, memory.take<uint32_t>(latents)};
+  }
+};
+
+// Fetches memory into the core's cache while something else is computed, a few lines at a time.
+struct Prefetch {
+  struct Range {
+    const char* first;
+    int64_t bytes;
+  };
+  Range ranges[16];
+  int count = 0, at = 0;
+  int64_t offset = 0, pieces = 1, total = 0;
+
+  void add(const char* first, int64_t bytes) {
+    if (bytes <= 0 || count == 16) return;
+    ranges[count++] = Range{first, bytes}, total += bytes;
+  }
+
+  // Begin anew, to fetch all in so many steps.
+  void divide(int64_t steps) { pieces = (total + steps * 64 - 1) / (steps * 64), at = 0, offset = 0; }
+
+  INLINE void step() {
+    for (int64_t line = 0; line < pieces && at < count; line++) {
+      __builtin_prefetch(ranges[at].first + offset, 0, 2);
+      offset += 64;
+      if (offset >= ranges[at].bytes) at++, offset = 0;
+    }
   }
 };
 
@@ -89,12 +117,32 @@ struct Reader {
   int64_t sequence, rank, width;
   Codes own;
   const char* parameters = nullptr;  // where the row of blocks is that was read last
+  bool names_blocks = false;         // whether latents find the parameters of their block in a register
 
   // Write `count` rows from token `start` on, and rows of zeros up to `size`.
   __attribute__((noinline)) void read(int64_t start, int64_t count, int64_t size, E* out) {
     const int64_t row = call.groups * width;
+#if defined(__AVX512BF16__)
+    if (latents.kind == cskv::PACKED) names_blocks = name_blocks();
+#endif
     for (int64_t t = 0; t < count; t++) token(start + t, out + t * row);
     zero(out + count * row, (size - count) * row * sizeof(E));
+  }
+
+  // Name the memory of `count` rows from token `start` on.
+  void announce(int64_t start, int64_t count, Prefetch& prefetch) const {
+    if (!latents.block_size) {
+      prefetch.add(latents.data + sequence * latents.batch + start * latents.row, count * latents.row);
+      return;
+    }
+    for (int64_t stop = start + count; start < stop;) {
+      const int64_t in_page = start % latents.block_size, left = latents.block_size - in_page;
+      const int64_t rows = left < stop - start ? left : stop - start;
+      const char* entry = call.table + sequence * call.table_batch + start / latents.block_size * call.table_bytes;
+      const int64_t page = whole_number(entry, call.table_bytes);
+      prefetch.add(latents.data + page * latents.page + in_page * latents.row, rows * latents.row);
+      start += rows;
+    }
   }
 
  private:
@@ -121,6 +169,21 @@ struct Reader {
     }
     const int64_t block = latents.token_block ? latents.token_block[token] : in_page / latents.block_tokens;
     scales += block * latents.parameters_row, minima += block * latents.parameters_row;
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(E) == 2) {
+      const int64_t bits = latents.runs[0];
+      if (call.groups == 1 && latents.runs[2] == 0 && (bits == 8 || bits == 4 || bits == 2)) {
+        const uint8_t* in = reinterpret_cast<const uint8_t*>(data);
+        if (names_blocks) {
+          of_width<true>(bits, in, scales, minima, out);
+        } else {
+          of_width<false>(bits, in, scales, minima, out);
+        }
+        zero(out + rank, (width - rank) * sizeof(E));
+        return;
+      }
+    }
+#endif
     if (scales != parameters) {
       spread(scales, own.scale), spread(minima, own.minimum);
       parameters = scales;
@@ -135,6 +198,64 @@ struct Reader {
       zero(out + rank, (width - rank) * sizeof(E));
     }
   }
+
+#if defined(__AVX512BF16__)
+  // Name the block of every latent, where there are at most 16 of more than a latent each.
+  bool name_blocks() const {
+    if (latents.block_channels == 1 || latents.runs[2] || (rank + latents.block_channels - 1) / latents.block_channels > 16) {
+      return false;
+    }
+    for (int64_t i = 0; i < rank; i++) own.blocks[i] = uint32_t(i / latents.block_channels);
+    return true;
+  }
+
+  // Codes of one width, without a detour through memory.
+  template <bool NAMED>
+  INLINE void of_width(int64_t bits, const uint8_t* in, const char* scales, const char* minima, E* out) {
+    if (bits == 8) one_width<8, NAMED>(in, scales, minima, out);
+    if (bits == 4) one_width<4, NAMED>(in, scales, minima, out);
+    if (bits == 2) one_width<2, NAMED>(in, scales, minima, out);
+  }
+
+  template <int BITS, bool NAMED>
+  INLINE void one_width(const uint8_t* in, const char* scales, const char* minima, E* out) {
+    VF scale{}, minimum{};
+    if (NAMED) {
+      const int64_t n = (rank + latents.block_channels - 1) / latents.block_channels;
+      const __mmask16 some = __mmask16((1u << n) - 1);
+      scale = (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, scales)), 16);
+      minimum = (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, minima)), 16);
+    } else if (scales != parameters) {
+      spread(scales, own.scale), spread(minima, own.minimum);
+      parameters = scales;
+    }
+    const int64_t bytes = (rank * BITS + 7) / 8;
+#pragma GCC unroll 4
+    for (int index = 0; index < 8 / BITS; index++) {
+      const int64_t begin = index * bytes;
+      if (begin >= rank) break;
+      for (int64_t i = 0; i < bytes; i += 2 * W) {
+        const int64_t j = i + W;
+        const VF low = latent<BITS, NAMED>(in + i, bytes - i, index, begin + i, scale, minimum);
+        const VF high = latent<BITS, NAMED>(in + j, bytes - j, index, begin + j, scale, minimum);
+        _mm512_storeu_si512(out + begin + i, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+      }
+    }
+  }
+
+  // 16 latents, of which `left` bytes can be read.
+  template <int BITS, bool NAMED>
+  INLINE VF latent(const uint8_t* in, int64_t left, int index, int64_t channel, VF scale, VF minimum) {
+    const __mmask16 some = left >= W ? __mmask16(0xffff) : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
+    __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, in));
+    if (index) code = _mm512_srli_epi32(code, unsigned(index * BITS));
+    if ((index + 1) * BITS < 8) code = _mm512_and_si512(code, _mm512_set1_epi32((1 << BITS) - 1));
+    const VF number = (VF)_mm512_cvtepi32_ps(code);
+    if (!NAMED) return load(own.minimum + channel) + load(own.scale + channel) * number;
+    const __m512i block = _mm512_loadu_si512(own.blocks + channel);
+    return (VF)_mm512_permutexvar_ps(block, (__m512)minimum) + (VF)_mm512_permutexvar_ps(block, (__m512)scale) * number;
+  }
+#endif
 
   // Repeat the parameters of a row of blocks for every channel of each.
   INLINE void spread(const char* in, float* out) {

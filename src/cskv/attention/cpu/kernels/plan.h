@@ -8,7 +8,7 @@ namespace {
 constexpr float LEAST = -3.402823466e38f;  // a row's largest logit, where all are hidden, as in torch's path
 constexpr int PAIRS = 16;                  // of channels that RoPE mixes, rebuilt together
 #ifndef REBUILD_TILE
-#define REBUILD_TILE 64
+#define REBUILD_TILE 32
 #endif
 #ifndef MOST
 #define MOST 128
@@ -43,14 +43,15 @@ struct Plan {
   // What all threads share, by sequence and group: queries, and partial results.
   E* absorbed;       // [m][k_width]
   float* of_bias;    // [m]: the query's product with the bias of keys, where nothing is rebuilt
-  float* turned;     // [rows][2][pairs]: the query by pairs, where keys are rebuilt
+  E* by_pairs;       // the query by pairs of channels, where keys are rebuilt: see `lay_out_query`
   float* offsets;    // [rows][angles]: what the angles are multiplied by
   E* up;             // U_k by pairs, where keys are rebuilt: of 16 pairs, 16 first channels, then 16 second ones
   float *most_logit, *total, *sums;  // by split and group: [m], [m], [m][v_width]
 
   // What a thread has to itself.
   struct Own {
-    E *k_rows, *v_rows, *tile, *weights;
+    E *k_rows, *v_rows, *tile, *weights, *turned, *across;
+    int64_t sequence = -1;  // whose absorbed queries `across` has
     float *scores, *channels, *angles, *angle_rows, *squares, *exact;
     Codes codes;
   };
@@ -61,7 +62,7 @@ struct Plan {
     m = padded(rows, 16);
     k_rank = c.k.rank / c.groups, v_rank = c.v.rank / c.groups;
     k_width = padded(k_rank, LANES), v_width = padded(v_rank, LANES);
-    tile = c.rebuilds ? REBUILD_TILE : MOST_TILE;
+    tile = c.rebuilds ? REBUILD_TILE : sizeof(E) == 2 ? 2 * MOST_TILE : MOST_TILE;
     while (tile > 32 && tile / 2 >= c.sealed) tile /= 2;
     splits = n == 1 ? 1 : (n * 2 + c.batch - 1) / c.batch;
     const int64_t worth = (c.sealed + 255) / 256;
@@ -72,7 +73,7 @@ struct Plan {
     if (c.sealed) {
       absorbed = memory.take<E>(c.rebuilds ? 0 : blocks * m * k_width);
       of_bias = memory.take<float>(c.rebuilds ? 0 : blocks * m);
-      turned = memory.take<float>(c.rebuilds ? blocks * rows * 2 * pairs.count : 0);
+      by_pairs = memory.take<E>(c.rebuilds ? blocks * heads * padded(head_rows, 16) * 2 * pairs.count : 0);
       offsets = memory.take<float>(c.constant ? blocks * rows * angles : 0);
       up = memory.take<E>(c.rebuilds ? c.kv_heads * 2 * pairs.count * k_width : 0);
       most_logit = memory.take<float>(tasks * c.groups * m), total = memory.take<float>(tasks * c.groups * m);
@@ -85,14 +86,18 @@ struct Plan {
     for (int i = 0; i < n; i++) {
       Own& own = kept[i];
       own.k_rows = memory.take<E>(tile * c.groups * k_width + SLACK), own.v_rows = memory.take<E>(tile * c.groups * v_width + SLACK);
+      own.sequence = -1;
       own.tile = memory.take<E>(tile * width);
+      own.turned = memory.take<E>(c.rebuilds ? 2 * pairs.count * tile : 0);
+      own.across = memory.take<E>(c.rebuilds ? 0 : c.groups * m * k_width);
       own.weights = memory.take<E>(m * tile), own.scores = memory.take<float>(m * tile);
-      own.channels = memory.take<float>(c.rebuilds ? 2 * PAIRS * tile : 0);
+      // Rebuilt channels and scores of a head; or scores by token.
+      own.channels = memory.take<float>(c.rebuilds ? (2 * PAIRS + padded(head_rows, 16)) * tile : m * tile);
       own.angles = memory.take<float>(turns ? angles * tile : 0);
       own.angle_rows = memory.take<float>(turns ? tile * padded(c.rotary, W) : 0);
       own.squares = memory.take<float>(heads * tile);
       own.codes = Codes::taken(memory, c);
-      own.exact = memory.take<float>(head_rows * (c.recent + c.head_dim + v_width + 64) + c.head_dim + width + 64);
+      own.exact = memory.take<float>(head_rows * (c.recent + c.head_dim + v_width + 64) + c.head_dim + 4 * width + 64);
     }
   }
 
@@ -106,44 +111,80 @@ struct Plan {
   __attribute__((noinline)) void prepare(int64_t sequence, int64_t head, Own& own) const {
     const int64_t group = head / heads, in_group = head % heads, block = sequence * call.groups + group;
     if (call.rebuilds && sequence == 0) lay_out(head);
-    float *q = own.exact, *line = q + padded(call.head_dim, 16);
+    const int64_t hd = padded(call.head_dim, 16);
+    float *queries = own.exact, *lines_of_four = queries + hd * head_rows;
     for (int64_t row = 0; row < head_rows; row++) {
-      const int64_t own_row = in_group * head_rows + row;
+      float* q = queries + row * hd;
       convert(q, query_row(sequence, head, row), call.kind, call.head_dim);
-      if (call.rebuilds) {
-        float* out = turned + (block * rows + own_row) * 2 * pairs.count;
-        for (int64_t p = 0; p < pairs.count; p++) {
-          out[p] = pairs.first(p) < 0 ? 0 : q[pairs.first(p)];
-          out[pairs.count + p] = pairs.second(p) < 0 ? 0 : q[pairs.second(p)];
-        }
-      } else {
-        absorb(q, head, line);
-        E* out = absorbed + (block * m + own_row) * k_width;
-        convert(out, reinterpret_cast<const char*>(line), cskv::FLOAT32, k_width);
-        of_bias[block * m + own_row] = with_bias(q, head);
-      }
-      if (call.constant) offset(q, head, offsets + (block * rows + own_row) * angles);
+      if (call.rebuilds) lay_out_query(q, block * heads + in_group, row);
+      if (call.constant) offset(q, head, offsets + (block * rows + in_group * head_rows + row) * angles);
     }
-    if (in_group == 0 && !call.rebuilds) zero(absorbed + (block * m + rows) * k_width, (m - rows) * k_width * sizeof(E));
+    for (int64_t row = 0; row < head_rows && !call.rebuilds;) {
+      const float* q = queries + row * hd;
+      const int64_t some = head_rows - row >= 4 ? 4 : 1, first = block * m + in_group * head_rows + row;
+      if (some == 4) {
+        absorb<4>(q, hd, head, lines_of_four);
+      } else {
+        absorb<1>(q, hd, head, lines_of_four);
+      }
+      for (int64_t r = 0; r < some; r++, row++) {
+        convert(absorbed + (first + r) * k_width, reinterpret_cast<const char*>(lines_of_four + r * k_width), cskv::FLOAT32, k_width);
+        of_bias[first + r] = with_bias(q + r * hd, head);
+      }
+    }
+    if (call.rebuilds) {
+      const int64_t lines = padded(head_rows, 16), width = 2 * pairs.count;
+      zero(by_pairs + ((block * heads + in_group) * lines + head_rows) * width, (lines - head_rows) * width * sizeof(E));
+    } else if (in_group == 0) {
+      zero(absorbed + (block * m + rows) * k_width, (m - rows) * k_width * sizeof(E));
+    }
   }
 
-  // U_k^T q of one head.
-  void absorb(const float* q, int64_t head, float* out) const {
-    zero(out, k_width * 4);
+  // By pairs of channels: 16-bit numbers as [rows][pairs][2], fp32 as [rows][2][pairs].
+  void lay_out_query(const float* q, int64_t head, int64_t row) const {
+    E* out = by_pairs + (head * padded(head_rows, 16) + row) * 2 * pairs.count;
+    for (int64_t p = 0; p < pairs.count; p++) {
+      const float first = pairs.first(p) < 0 ? 0 : q[pairs.first(p)], second = pairs.second(p) < 0 ? 0 : q[pairs.second(p)];
+      if constexpr (sizeof(E) == 2) {
+        out[2 * p] = narrowed(first), out[2 * p + 1] = narrowed(second);
+      } else {
+        out[p] = first, out[pairs.count + p] = second;
+      }
+    }
+  }
+
+  // U_k^T q of the rows of one head, some at a time.
+  template <int R>
+  INLINE void absorb(const float* q, int64_t q_row, int64_t head, float* out) const {
     const int64_t size = call.kind == cskv::FLOAT32 ? 4 : 2;
     const char* up = call.k_factors.up + head * call.head_dim * call.k_factors.row;
-    for (int64_t c = 0; c < call.head_dim; c++, up += call.k_factors.row) axpy(q[c], up, size, k_rank, out);
-  }
-
-  INLINE void axpy(float x, const char* in, int64_t size, int64_t n, float* out) const {
     int64_t i = 0;
-    if (call.kind != cskv::FLOAT16) {
-      for (; i + W <= n; i += W) {
-        const VF y = size == 4 ? load(reinterpret_cast<const float*>(in) + i) : load(reinterpret_cast<const bf16*>(in) + i);
-        store(out + i, load(out + i) + x * y);
+    for (; i + 4 * W <= k_rank && call.kind != cskv::FLOAT16; i += 4 * W) absorb_some<R, 4>(q, q_row, up, i, out);
+    for (; i + W <= k_rank && call.kind != cskv::FLOAT16; i += W) absorb_some<R, 1>(q, q_row, up, i, out);
+    for (; i < k_rank; i++) {
+      for (int r = 0; r < R; r++) {
+        float sum = 0;
+        for (int64_t c = 0; c < call.head_dim; c++) sum += q[r * q_row + c] * number(up + c * call.k_factors.row + i * size, call.kind);
+        out[r * k_width + i] = sum;
       }
     }
-    for (; i < n; i++) out[i] += x * number(in + i * size, call.kind);
+    for (int r = 0; r < R; r++) zero(out + r * k_width + k_rank, (k_width - k_rank) * 4);
+  }
+
+  template <int R, int N>
+  INLINE void absorb_some(const float* q, int64_t q_row, const char* up, int64_t first, float* out) const {
+    const int64_t size = call.kind == cskv::FLOAT32 ? 4 : 2;
+    VF sums[R][N] = {};
+    const char* in = up + first * size;
+    for (int64_t c = 0; c < call.head_dim; c++, in += call.k_factors.row) {
+      for (int j = 0; j < N; j++) {
+        const VF y = size == 4 ? load(reinterpret_cast<const float*>(in) + j * W) : load(reinterpret_cast<const bf16*>(in) + j * W);
+        for (int r = 0; r < R; r++) sums[r][j] += q[r * q_row + c] * y;
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      for (int j = 0; j < N; j++) store(out + r * k_width + first + j * W, sums[r][j]);
+    }
   }
 
   float with_bias(const float* q, int64_t head) const {

@@ -8,26 +8,22 @@ template <class E>
 struct Scores {
   const Plan<E>& plan;
   typename Plan<E>::Own& own;
+  Prefetch& prefetch;  // of the next tile
   const Call& call = plan.call;
 
-  // Compute the scores of a group with the tile whose latents lie in `own.tile` by latent.
+  // Compute the scores of a group with a tile of tokens, whose latents are rows of `own.k_rows`.
   void compute(int64_t sequence, int64_t group) {
-    const int64_t block = sequence * call.groups + group, tile = plan.tile;
+    const int64_t block = sequence * call.groups + group, row = call.groups * plan.k_width;
+    const E* latents = own.k_rows + group * plan.k_width;
     if (call.rebuilds) {
+      by_latent(latents, row, plan.k_width, plan.tile, own.tile);
       rebuild(block, group);
     } else {
-      const E* absorbed = plan.absorbed + block * plan.m * plan.k_width;
-      product(absorbed, plan.k_width, own.tile, tile, own.scores, tile, rows_of_product(), tile, plan.k_width, false);
-      if (call.k_factors.bias) {
-        for (int64_t row = 0; row < plan.rows; row++) {
-          const float x = plan.of_bias[block * plan.m + row];
-          for (int64_t t = 0; t < tile; t += W) store(own.scores + row * tile + t, load(own.scores + row * tile + t) + x);
-        }
-      }
+      absorbed(sequence, group, latents, row);
     }
     if (call.constant) {
       const float* offsets = plan.offsets + block * plan.rows * plan.angles;
-      product(offsets, plan.angles, own.angles, tile, own.scores, tile, plan.rows, tile, plan.angles, true);
+      product(offsets, plan.angles, own.angles, plan.tile, own.scores, plan.tile, plan.rows, plan.tile, plan.angles, true);
     }
   }
 
@@ -37,6 +33,13 @@ struct Scores {
     if (sizeof(E) == 2) return plan.m;
 #endif
     return plan.rows;
+  }
+
+  // Name the memory of cos and sin of `count` tokens.
+  void announce(int64_t sequence, int64_t start, int64_t count) const {
+    if (!call.rebuilds && !call.constant) return;
+    prefetch.add(call.cos + sequence * call.cos_batch + start * call.cos_row, count * call.cos_row);
+    prefetch.add(call.sin + sequence * call.sin_batch + start * call.sin_row, count * call.sin_row);
   }
 
   // Take cos and sin of `count` tokens by pair, [pairs][tile] each: of first channels, and behind them of second ones where these differ.
@@ -51,14 +54,13 @@ struct Scores {
         float* out = own.angles + (2 * half + which) * n * tile;
         const char* in = parts[which] + sequence * batches[which] + start * rows[which];
         in += half * rotated * (call.kind == cskv::FLOAT32 ? 4 : 2);
-        for (int64_t t = 0; t < tile; t++) {
-          if (t < count) {
-            convert(own.angle_rows + t * width, in + t * rows[which], call.kind, rotated);
-          } else {
-            zero(own.angle_rows + t * width, rotated * 4);
-          }
+        if (call.kind == cskv::BFLOAT16 && rotated % (2 * W) == 0 && count == tile) {
+          transposed_pairs(in, rows[which], rotated, out);
+        } else {
+          for (int64_t t = 0; t < count; t++) convert(own.angle_rows + t * width, in + t * rows[which], call.kind, rotated);
+          for (int64_t t = count; t < tile; t++) zero(own.angle_rows + t * width, rotated * 4);
+          transposed(own.angle_rows, width, rotated, out);
         }
-        transposed(own.angle_rows, width, rotated, out);
         const VF rest = broadcast(which ? 0.0f : 1.0f);
         for (float* p = out + rotated * tile; p < out + n * tile; p += W) store(p, rest);
       }
@@ -66,6 +68,25 @@ struct Scores {
   }
 
  private:
+  // Products with absorbed queries, by token at first: there are more latents of a token to transpose than scores.
+  void absorbed(int64_t sequence, int64_t group, const E* latents, int64_t row) {
+    const int64_t tile = plan.tile, m = plan.m, size = m * plan.k_width;
+    if (own.sequence != sequence) {
+      own.sequence = sequence;
+      for (int64_t other = 0; other < call.groups; other++) {
+        const E* of_group = plan.absorbed + (sequence * call.groups + other) * size;
+        by_latent(of_group, plan.k_width, plan.k_width, m, own.across + other * size);
+      }
+    }
+    product(latents, row, own.across + group * size, m, own.channels, m, tile, m, plan.k_width, false);
+    transposed(own.channels, m, m, own.scores);
+    for (int64_t line = 0; line < plan.rows && call.k_factors.bias; line++) {
+      const float x = plan.of_bias[(sequence * call.groups + group) * m + line];
+      float* p = own.scores + line * tile;
+      for (int64_t t = 0; t < tile; t += W) store(p + t, load(p + t) + x);
+    }
+  }
+
   INLINE void transposed(const float* rows, int64_t width, int64_t channels, float* out) {
     const int64_t tile = plan.tile;
     int64_t c = 0;
@@ -80,33 +101,60 @@ struct Scores {
     }
   }
 
-  // Rebuild the keys of a tile, 16 pairs of channels of a head at a time, and meet the queries with them. The same pairs
-  // of all heads follow one another: they turn by the same angles, which stay in the core's nearest cache.
+  // The same of rows of 16-bit numbers, two channels a word.
+  INLINE void transposed_pairs(const char* rows, int64_t row_bytes, int64_t channels, float* out) {
+    const int64_t tile = plan.tile;
+    alignas(64) uint32_t words[W * W];
+    for (int64_t c = 0; c < channels; c += 2 * W) {
+      for (int64_t t = 0; t < tile; t += W) {
+        const char* in = rows + t * row_bytes + 2 * c;
+        transpose_words(reinterpret_cast<const uint32_t*>(in), row_bytes / 4, words, W);
+        for (int i = 0; i < W; i++) {
+          const VU both = *reinterpret_cast<const VU1*>(words + i * W);
+          store(out + (c + 2 * i) * tile + t, (VF)(both << 16));
+          store(out + (c + 2 * i + 1) * tile + t, (VF)(both & 0xffff0000u));
+        }
+      }
+    }
+  }
+
+  // Rebuild the keys of a tile, 16 pairs of channels of a head at a time, and meet the queries with them.
   __attribute__((noinline)) void rebuild(int64_t block, int64_t group) {
-    const int64_t tile = plan.tile, n = plan.pairs.count;
-    zero(own.scores, plan.rows * tile * 4);
+    const int64_t tile = plan.tile, n = plan.pairs.count, lines = padded(plan.head_rows, 16);
     if (call.norm) zero(own.squares, plan.heads * tile * 4);
-    for (int64_t begin = 0; begin < n; begin += PAIRS) {
-      for (int64_t head = 0; head < plan.heads; head++) {
+    for (int64_t head = 0; head < plan.heads; head++) {
+      const E* query = plan.by_pairs + (block * plan.heads + head) * lines * 2 * n;
+      float *scores = own.scores + head * plan.head_rows * tile, *padded_scores = own.channels + 2 * PAIRS * tile;
+      if (sizeof(E) == 4) zero(scores, plan.head_rows * tile * 4);
+      for (int64_t begin = 0; begin < n; begin += PAIRS) {
+        prefetch.step();
         const E* up = plan.rows_of_up(group * plan.heads + head, begin);
         product(up, plan.k_width, own.tile, tile, own.channels, tile, 2 * PAIRS, tile, plan.k_width, false);
         adjust(group * plan.heads + head, begin, own.squares + head * tile);
-        const float* turned = plan.turned + (block * plan.rows + head * plan.head_rows) * 2 * n + begin;
-        meet_all(turned, begin, own.scores + head * plan.head_rows * tile);
+        if constexpr (sizeof(E) == 2) {
+          turn(begin);
+        } else {
+          meet_all(query + begin, begin, scores);
+        }
+      }
+      if constexpr (sizeof(E) == 2) {
+        product(query, 2 * n, own.turned, tile, padded_scores, tile, lines, tile, 2 * n, false);
+        std::memcpy(scores, padded_scores, plan.head_rows * tile * 4);
       }
     }
     if (call.norm) normalise();
   }
 
-  void meet_all(const float* q, int64_t begin, float* out) {
-    const int64_t step = 2 * plan.pairs.count, tile = plan.tile;
-    int64_t row = 0;
-    for (; row + 8 <= plan.head_rows; row += 8) meet<8>(q + row * step, begin, out + row * tile);
-    const int64_t left = plan.head_rows - row;
-    if (left & 4) meet<4>(q + row * step, begin, out + row * tile), row += 4;
-    if ((left & 3) == 3) meet<3>(q + row * step, begin, out + row * tile);
-    if ((left & 3) == 2) meet<2>(q + row * step, begin, out + row * tile);
-    if ((left & 3) == 1) meet<1>(q + row * step, begin, out + row * tile);
+  // Rotate the channels of 16 pairs; the two of a pair lie side by side then, for a product of 16-bit numbers.
+  INLINE void turn(int64_t begin) {
+    const int64_t tile = plan.tile, n = plan.pairs.count;
+    const float *cos1 = own.angles + begin * tile, *sin1 = cos1 + n * tile;
+    const float *cos2 = call.is_symmetric ? cos1 : cos1 + 2 * n * tile, *sin2 = call.is_symmetric ? sin1 : sin1 + 2 * n * tile;
+    bf16* out = reinterpret_cast<bf16*>(own.turned) + 2 * begin * tile;
+    for (int64_t at = 0; at < PAIRS * tile; at += W) {
+      const VF a = load(own.channels + at), b = load(own.channels + PAIRS * tile + at);
+      store_pairs(out + 2 * at, a * load(cos1 + at) - b * load(sin1 + at), b * load(cos2 + at) + a * load(sin2 + at));
+    }
   }
 
   // Add the bias to rebuilt channels; sum their squares, and weigh them, for a norm.
@@ -138,6 +186,17 @@ struct Scores {
       float* p = own.scores + row * tile;
       for (int64_t t = 0; t < tile; t += W) store(p + t, load(p + t) * load(factor + t));
     }
+  }
+
+  void meet_all(const float* q, int64_t begin, float* out) {
+    const int64_t step = 2 * plan.pairs.count, tile = plan.tile;
+    int64_t row = 0;
+    for (; row + 8 <= plan.head_rows; row += 8) meet<8>(q + row * step, begin, out + row * tile);
+    const int64_t left = plan.head_rows - row;
+    if (left & 4) meet<4>(q + row * step, begin, out + row * tile), row += 4;
+    if ((left & 3) == 3) meet<3>(q + row * step, begin, out + row * tile);
+    if ((left & 3) == 2) meet<2>(q + row * step, begin, out + row * tile);
+    if ((left & 3) == 1) meet<1>(q + row * step, begin, out + row * tile);
   }
 
   // Rotate the channels of 16 pairs and add their products with R query rows to the scores.

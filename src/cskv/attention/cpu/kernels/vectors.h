@@ -83,6 +83,18 @@ INLINE void store(bf16* p, VF x) {
 #endif
 }
 
+// Two vectors as pairs of 16-bit numbers: a[i], b[i] in word i.
+[[maybe_unused]] INLINE void store_pairs(bf16* p, VF a, VF b) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both));
+#else
+  for (int i = 0; i < W; i++) p[2 * i] = narrowed(a[i]), p[2 * i + 1] = narrowed(b[i]);
+#endif
+}
+
 INLINE float widened_half(uint16_t x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x);
