@@ -8,6 +8,7 @@ the compiler.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shlex
@@ -91,7 +92,7 @@ class BuildKernels(build_ext):
         )
         if complaint is not None:
             raise CompileError(complaint)
-        self.announce(f"CPU kernels for {', '.join(built)}{'' if threads else ', without OpenMP: one thread'}", level=2)
+        self.announce(f"CPU kernels for {', '.join(built)}{'' if threads else ', without OpenMP'}", logging.INFO)
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return where the library lies, under a name without an ABI of Python."""
