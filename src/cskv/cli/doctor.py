@@ -45,6 +45,7 @@ def doctor() -> None:
         "required": required,
         "optional": {name: installed_version(name) for name in OPTIONAL},
         "devices": devices(),
+        "cpu_kernels": cpu_kernels(),
     }
     report["ok"] = all(entry["ok"] for entry in required.values())
     for line in describe(report):
@@ -93,6 +94,18 @@ def devices() -> dict[str, Any]:
     return {"cpu_cores": os.cpu_count(), "cuda": cuda, "mps": torch.backends.mps.is_available()}
 
 
+def cpu_kernels() -> dict[str, Any]:
+    """Return what the compiled attention for CPUs is built for and uses here, or why there is none and what to do."""
+    try:
+        from cskv.attention.cpu.library import lacking, library
+    except ImportError as error:  # torch's, see `devices`
+        return {"level": None, "lacking": str(error)}
+    found = library()
+    if found is None:
+        return {"level": None, "lacking": lacking()}
+    return {"level": found.name, "built": found.built, "threaded": found.is_threaded, "lacking": None}
+
+
 def describe(report: dict[str, Any]) -> list[str]:
     """Return the report as lines for a person."""
     lines = [f"cskv {report['cskv']} on Python {report['python']}", "", "required:"]
@@ -112,4 +125,12 @@ def describe(report: dict[str, Any]) -> list[str]:
         lines.append("  mps (Apple GPU)")
     if not found.get("cuda") and not found.get("mps"):
         lines.append("  no GPU: everything runs on the CPU, which is slow for large models")
-    return lines
+    return [*lines, "", "attention on CPUs:", *describe_kernels(report["cpu_kernels"])]
+
+
+def describe_kernels(kernels: dict[str, Any]) -> list[str]:
+    """Return what a person reads of the compiled kernels."""
+    if kernels["lacking"] is not None:
+        return [f"  --  torch computes it, more slowly: {kernels['lacking']}"]
+    threads = "" if kernels["threaded"] else ", on one thread: the compiler had no OpenMP"
+    return [f"  ok  compiled kernels for {kernels['level']}, of {', '.join(kernels['built'])}{threads}"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cskv.attention.attend import attends_to_latents
 from cskv.attention.cpu.arguments import KINDS, Arguments
-from cskv.attention.cpu.library import MISSING, Library, library
+from cskv.attention.cpu.library import Library, lacking, library
 from cskv.attention.inputs import AttentionInputs, Rotation
 from cskv.latents.pages import PagedLatents
 from cskv.scratch import Scratch
@@ -31,7 +31,7 @@ def attempt(query: Query, inputs: AttentionInputs, scratch: Scratch, *, asked: b
     loaded = library()
     if loaded is None:
         if asked:
-            _say_once(MISSING)
+            _say_once(str(lacking()))
         return None
     reason = refusal(query, inputs)
     if reason is None:

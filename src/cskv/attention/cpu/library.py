@@ -13,9 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cskv.errors import ConfigError, first_line
+
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+OFF = "off"
 VARIABLE = "CSKV_CPU_KERNELS"  # the highest level to use, or "off"
 MISSING = "the compiled CPU kernels are not installed: install cskv again where there is a C++ compiler"
+SWITCHED_OFF = f"the compiled CPU kernels are switched off: unset the variable {VARIABLE}"
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,38 @@ class Library:
         return LEVELS[self.level]
 
 
-@cache
 def library() -> Library | None:
-    """Load the library; None where it was not built or `CSKV_CPU_KERNELS=off` rules it out."""
+    """Return the library; None where there is none to use, see `lacking`.
+
+    Raises:
+        ConfigError: `CSKV_CPU_KERNELS` is no level.
+    """
+    found = _load()
+    return found if isinstance(found, Library) else None
+
+
+def lacking() -> str | None:
+    """Return why there is no library to use, and what to do; None where there is one."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+@cache
+def _load() -> Library | str:
+    most = os.environ.get(VARIABLE) or LEVELS[-1]
+    if most == OFF:
+        return SWITCHED_OFF
+    if most not in LEVELS:
+        raise ConfigError(f"{VARIABLE} is {most!r}; expected the highest level to use, {', '.join(LEVELS)}, or {OFF}")
+    path = next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)
+    if path is None:
+        return MISSING
     import torch  # noqa: F401  loads its OpenMP, which the library then finds
 
-    most = os.environ.get(VARIABLE, LEVELS[-1])
-    path = next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)
-    if path is None or most == "off":
-        return None
-    loaded = ctypes.CDLL(str(path))
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the compiled CPU kernels cannot be loaded, install cskv again: {first_line(error)}"
     attend = loaded.cskv_attend
     attend.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)
     attend.restype = ctypes.c_int64
