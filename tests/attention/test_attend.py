@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import cskv
 from cskv.attention import attend, reference
 from cskv.attention.attend import Partial, attention
+from cskv.attention.cpu.library import library
 from cskv.attention.inputs import Rotation, rebuilt, split_heads
 from cskv.attention.triton import launch
 from cskv.latents.view import PackedLatents, View
@@ -49,11 +51,14 @@ rules = st.fixed_dictionaries(
 )
 
 
+by_torch, by_kernels = (partial(attention, backend=backend) for backend in ("torch", "auto"))
+
+
 def outputs(problem: Problem, told: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> tuple:
     """Of the reference in fp64 and of the torch backend in `dtype`."""
     query, inputs = problem.query().to(dtype), problem.inputs(problem.logits(**told), dtype)
     expected = reference.attention(query.double(), replace(inputs, rotation=problem.rope(torch.float64)))
-    got = attention(query, inputs, **options)
+    got = by_torch(query, inputs, **options)
     assert got.dtype == dtype
     return expected, got.double()
 
@@ -106,7 +111,7 @@ def test_blocks_that_a_crop_cut_short() -> None:
     cut = View(view.keys, view.values, *(replace(part, token_block=rows) for part in (view.k, view.v)))
     assert isinstance(cut.k, PackedLatents)
     expected = reference.attention(problem.query(), problem.inputs(view=cut))
-    got = attention(problem.query(), problem.inputs(view=cut))
+    got = by_torch(problem.query(), problem.inputs(view=cut))
     assert torch.allclose(got, expected, atol=3e-5)
     other = reference.attention(problem.query(), problem.inputs(view=view))
     assert not torch.allclose(expected, other, atol=1e-3)  # the rows matter
@@ -123,13 +128,13 @@ def test_norms_of_keys_and_values_are_applied_to_what_is_rebuilt(groups: int) ->
 
     inputs = replace(problem.inputs(), rotation=Rotation(None, None, unit), value_heads=unit)
     expected = reference.attention(problem.query(), inputs)
-    assert torch.allclose(attention(problem.query(), inputs), expected, atol=3e-5)
+    assert torch.allclose(by_torch(problem.query(), inputs), expected, atol=3e-5)
 
 
 LEAST = torch.finfo(torch.float32).min
 
 
-@pytest.mark.parametrize("compute", [attention, reference.attention])
+@pytest.mark.parametrize("compute", [by_torch, by_kernels, reference.attention])
 @pytest.mark.parametrize("hiding", [False, -torch.inf, LEAST], ids=["bool", "infinite", "least"])
 @pytest.mark.parametrize("rotary", [None, 16])
 def test_what_masks_hide_is_hidden_as_by_the_models_own_attention(
@@ -152,7 +157,7 @@ def test_what_masks_hide_is_hidden_as_by_the_models_own_attention(
 def test_large_logits_do_not_overflow() -> None:
     problem = Problem(sealed=70, rotary=None)
     query, inputs = problem.query() * 3000, problem.inputs()
-    assert torch.allclose(attention(query, inputs), reference.attention(query, inputs), atol=1e-3)
+    assert torch.allclose(by_torch(query, inputs), reference.attention(query, inputs), atol=1e-3)
 
 
 PROBLEM = Problem()
@@ -162,8 +167,8 @@ def by(backend: str) -> torch.Tensor:
     return attention(PROBLEM.query(), PROBLEM.inputs(), backend=backend)
 
 
-def test_auto_on_a_cpu_is_torch_and_silent() -> None:
-    assert torch.equal(by("auto"), by("torch"))
+def test_auto_on_a_cpu_is_the_compiled_kernels_and_silent() -> None:
+    assert torch.equal(by("auto"), by("torch" if library() is None else "cpu"))
 
 
 def test_the_reference_can_be_asked_for() -> None:
@@ -171,7 +176,7 @@ def test_the_reference_can_be_asked_for() -> None:
 
 
 def test_an_unknown_backend_is_one_line() -> None:
-    with pytest.raises(cskv.ConfigError, match="attention is 'flash'; expected one of auto, triton, torch, reference"):
+    with pytest.raises(cskv.ConfigError, match="attention is 'flash'; expected one of auto, triton, cpu, torch, reference"):
         by("flash")
 
 
@@ -185,7 +190,7 @@ def test_what_a_backend_cannot_do_falls_to_the_next_and_is_said_once(monkeypatch
     launch._say_once.cache_clear()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
 def test_autocast_changes_nothing(backend: str) -> None:
     expected, keys = by(backend), rebuilt(PROBLEM.inputs())[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -193,7 +198,7 @@ def test_autocast_changes_nothing(backend: str) -> None:
         assert torch.equal(rebuilt(PROBLEM.inputs())[0], keys)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton", "reference"])
 @pytest.mark.parametrize("rotary", [None, 16])
 @pytest.mark.parametrize("of_latents", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("of_query", [torch.float32, torch.bfloat16])

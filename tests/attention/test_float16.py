@@ -17,7 +17,7 @@ from tests.attention.problems import Problem
 from tests.interpreter import mend_interpreter
 
 HALF = torch.float16
-LENGTHS = {"reference": 2**15, "torch": 2**15, "triton": 2**11}  # an interpreted kernel is slow
+LENGTHS = {"reference": 2**15, "torch": 2**15, "auto": 2**15, "triton": 2**11}  # an interpreted kernel is slow
 
 
 def large(problem: Problem, query: float, scaling: float) -> tuple[Tensor, AttentionInputs]:

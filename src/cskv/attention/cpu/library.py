@@ -30,12 +30,14 @@ class Library:
         attend: of a level, the fields of a call as bytes, threads, and the address and size of scratch memory; returns
             0, or the bytes of scratch memory that it needs.
         level: the best that was built and that this processor has.
+        usable: those that this processor has.
         built: all that were.
         is_threaded: whether it was built with OpenMP.
     """
 
     attend: Any
     level: int
+    usable: tuple[str, ...]
     built: tuple[str, ...]
     is_threaded: bool
 
@@ -81,6 +83,6 @@ def _load() -> Library | str:
     attend.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)
     attend.restype = ctypes.c_int64
     bits = loaded.cskv_levels()
-    usable = [level for level in range(len(LEVELS)) if bits >> level & 1 and level <= LEVELS.index(most)]
+    usable = tuple(name for level, name in enumerate(LEVELS[: LEVELS.index(most) + 1]) if bits >> level & 1)
     built = tuple(name for level, name in enumerate(LEVELS) if bits >> (16 + level) & 1)
-    return Library(attend, usable[-1], built, bool(loaded.cskv_threaded()))
+    return Library(attend, LEVELS.index(usable[-1]), usable, built, bool(loaded.cskv_threaded()))
