@@ -9,6 +9,7 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#include <sched.h>
 
 namespace {
 
@@ -38,9 +39,8 @@ struct Attention {
     Scores<E> scores{plan, own, prefetch};
     for (int64_t start = tiles * split / plan.splits * tile; start < stop; start += tile) {
       const int64_t count = stop - start < tile ? stop - start : tile;
-      keys.parameters = values.parameters = nullptr;
       keys.read(start, count, tile, own.k_rows);
-      values.read(start, count, tile, own.v_rows);
+      values.read_by_token(start, count, tile, own.values, own.tile);
       scores.take_angles(sequence, start, count);
       prefetch = Prefetch{};
       if (const int64_t next = start + count; next < stop) {
@@ -66,21 +66,17 @@ struct Attention {
       if (!call.rebuilds) prefetch.step();
       float* logits = own.scores + row * tile;
       const int64_t q_head = (group * plan.rows + row) / call.added;
-      to_logits(call, logits, count, sequence, q_head, row % call.added, start);
+      const float scaling = to_logits(call, logits, count, sequence, q_head, row % call.added, start);
       const float before = most_logit[row];
-      const float of_tile = to_weights(logits, count, tile, before, most_logit[row], own.weights + row * tile);
+      const float of_tile = to_weights(logits, scaling, count, tile, before, most_logit[row], own.weights + row * tile);
       if (most_logit[row] != before) {
         const float factor = __builtin_expf(before - most_logit[row]);
         total[row] *= factor, scale(sums + row * width, width, factor);
       }
       total[row] += of_tile;
     }
-    if constexpr (sizeof(E) == 2) {
-      by_token(own.v_rows + group * width, row_of_values, width, tile, own.tile);
-      product(own.weights, tile, own.tile, width, sums, width, m, width, tile, true);
-    } else {
-      product(own.weights, tile, own.v_rows + group * width, row_of_values, sums, width, m, width, tile, true);
-    }
+    const E* values = own.values + group * width * (sizeof(E) == 2 ? tile : 1);
+    product(own.weights, tile, values, sizeof(E) == 2 ? width : row_of_values, sums, width, m, width, tile, true);
   }
 
   // Join the ranges of one kv head's query rows with its exact tokens.
@@ -107,7 +103,7 @@ struct Attention {
     for (int64_t row = 0; row < rows; row++) {
       const int64_t added = row % call.added, q_head = head * per_head + row / call.added;
       float* own_logits = logits + row * recent;
-      to_logits(call, own_logits, call.recent, sequence, q_head, added, call.sealed);
+      const float scaling = to_logits(call, own_logits, call.recent, sequence, q_head, added, call.sealed);
       const int64_t read_until = call.mask ? call.recent : call.recent - call.added + added + 1;
       for (int64_t t = read_until; t < call.recent; t++) own_logits[t] = -__builtin_inff();
       if (call.exists) {
@@ -115,7 +111,7 @@ struct Attention {
           if (!call.exists[sequence * call.exists_batch + t]) own_logits[t] = -__builtin_inff();
         }
       }
-      total[row] = to_weights(own_logits, call.recent, recent, LEAST, most_logit[row], own_logits);
+      total[row] = to_weights(own_logits, scaling, call.recent, recent, LEAST, most_logit[row], own_logits);
       join(sequence, head, row, most_logit[row], total[row], of_values[row], own_logits, recent, means + row * width);
       if (call.sink_logits) {
         const float sink = reinterpret_cast<const float*>(call.sink_logits)[q_head];
@@ -199,6 +195,27 @@ struct Attention {
   }
 };
 
+// Where all threads of a call wait for the last. Whoever waits long gives its processor to others: they may be what the
+// last one waits for.
+struct Barrier {
+  int waiting = 0, generation = 0;
+
+  void wait(int threads) {
+    if (threads == 1) return;
+    const int current = __atomic_load_n(&generation, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&waiting, 1, __ATOMIC_ACQ_REL) == threads) {
+      __atomic_store_n(&waiting, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&generation, current + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == current; spins++) {
+      if (spins > MOST_SPINS) sched_yield();
+    }
+  }
+
+  static constexpr int MOST_SPINS = 20000;  // some tens of microseconds
+};
+
 template <class E>
 int64_t run(const Call& call, int threads, char* scratch, int64_t size) {
   Memory measured{nullptr};
@@ -212,6 +229,7 @@ int64_t run(const Call& call, int threads, char* scratch, int64_t size) {
   const Attention<E> attention{plan};
   const int64_t heads = call.batch * call.kv_heads, tasks = plan.tasks;
   int64_t tickets[3] = {0, 0, 0};
+  Barrier barrier;
   auto next = [&tickets](int stage) { return __atomic_fetch_add(&tickets[stage], 1, __ATOMIC_RELAXED); };
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -219,8 +237,10 @@ int64_t run(const Call& call, int threads, char* scratch, int64_t size) {
   {
 #if defined(_OPENMP)
     auto& own = plan.owns[omp_get_thread_num()];
+    const int together = omp_get_num_threads();
 #else
     auto& own = plan.owns[0];
+    const int together = 1;
 #endif
 #if defined(__AMX_BF16__)
     alignas(64) char before[64];
@@ -230,13 +250,9 @@ int64_t run(const Call& call, int threads, char* scratch, int64_t size) {
 #endif
     if (call.sealed) {
       for (int64_t i = next(0); i < heads; i = next(0)) plan.prepare(i / call.kv_heads, i % call.kv_heads, own);
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
+      barrier.wait(together);
       for (int64_t i = next(1); i < tasks; i = next(1)) attention.range(i, own);
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
+      barrier.wait(together);
     }
     for (int64_t i = next(2); i < heads; i = next(2)) attention.output(i / call.kv_heads, i % call.kv_heads, own);
 #if defined(__AMX_BF16__)

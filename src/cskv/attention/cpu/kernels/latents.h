@@ -109,6 +109,17 @@ struct Prefetch {
   }
 };
 
+// rows[t][width] -> [t / 2][width][2] for 16-bit numbers; fp32 rows are what they should be.
+[[maybe_unused]] __attribute__((noinline)) void by_token(const bf16* rows, int64_t row, int64_t width, int64_t tokens, bf16* out) {
+  for (int64_t t = 0; t < tokens; t += 2) {
+    const bf16 *even = rows + t * row, *odd = even + row;
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(out + t * width);
+    for (int64_t i = 0; i < width; i += W) {
+      *reinterpret_cast<VU1*>(pairs + i) = words(even + i) | (words(odd + i) << 16);
+    }
+  }
+}
+
 // The latents of one sequence: finds rows, and unpacks codes. The groups of a row are `width` numbers apart.
 template <class E>
 struct Reader {
@@ -119,14 +130,53 @@ struct Reader {
   const char* parameters = nullptr;  // where the row of blocks is that was read last
   bool names_blocks = false;         // whether latents find the parameters of their block in a register
 
+  Reader(const Call& c, const Latents& l, int64_t of, int64_t r, int64_t w, Codes codes)
+      : call(c), latents(l), sequence(of), rank(r), width(w), own(codes) {
+#if defined(__AVX512BF16__)
+    names_blocks = latents.kind == cskv::PACKED && name_blocks();
+#endif
+  }
+
   // Write `count` rows from token `start` on, and rows of zeros up to `size`.
   __attribute__((noinline)) void read(int64_t start, int64_t count, int64_t size, E* out) {
     const int64_t row = call.groups * width;
-#if defined(__AVX512BF16__)
-    if (latents.kind == cskv::PACKED) names_blocks = name_blocks();
-#endif
+    parameters = nullptr;
     for (int64_t t = 0; t < count; t++) token(start + t, out + t * row);
     zero(out + count * row, (size - count) * row * sizeof(E));
+  }
+
+  // The same by token, one group after the other: [size / 2][width][2] of 16-bit numbers, else rows. `rows` is room.
+  __attribute__((noinline)) void read_by_token(int64_t start, int64_t count, int64_t size, E* out, E* rows) {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(E) == 2) {
+      if (latents.kind != cskv::BFLOAT16 && !(is_of_one_width() && names_blocks)) {
+        read(start, count, size, rows);
+        for (int64_t group = 0; group < call.groups; group++) {
+          by_token(rows + group * width, call.groups * width, width, size, out + group * size * width);
+        }
+        return;
+      }
+      const int64_t filled = (count + 1) / 2;
+      for (int64_t pair = 0; pair < filled; pair++) {
+        // A token without another is there twice: the second has no weight.
+        const Where even = find(start + 2 * pair), odd = find(start + (2 * pair + 1 < count ? 2 * pair + 1 : 2 * pair));
+        for (int64_t group = 0; group < call.groups; group++) {
+          bf16* own_out = out + (group * size + 2 * pair) * width;
+          if (latents.kind == cskv::BFLOAT16) {
+            join(even.data + 2 * group * rank, odd.data + 2 * group * rank, own_out);
+          } else {
+            join_codes(even, odd, own_out);
+          }
+        }
+      }
+      for (int64_t group = 0; group < call.groups; group++) {
+        zero(out + (group * size + 2 * filled) * width, (size - 2 * filled) * width * sizeof(E));
+      }
+      return;
+    }
+#endif
+    (void)rows;
+    read(start, count, size, out);
   }
 
   // Name the memory of `count` rows from token `start` on.
@@ -146,7 +196,12 @@ struct Reader {
   }
 
  private:
-  INLINE void token(int64_t token, E* out) {
+  // Where a token's latents are, and the scales and minima of its codes.
+  struct Where {
+    const char *data, *scales, *minima;
+  };
+
+  INLINE Where find(int64_t token) const {
     const char *data = latents.data, *scales = latents.scales, *minima = latents.minima;
     int64_t in_page = token;
     if (latents.block_size) {
@@ -159,6 +214,15 @@ struct Reader {
       minima += sequence * latents.parameters_batch;
     }
     data += in_page * latents.row;
+    if (latents.kind != cskv::PACKED) return Where{data, nullptr, nullptr};
+    const int64_t block = latents.token_block             ? latents.token_block[token]
+                          : latents.block_tokens == 1 ? in_page
+                                                          : in_page / latents.block_tokens;
+    return Where{data, scales + block * latents.parameters_row, minima + block * latents.parameters_row};
+  }
+
+  INLINE void token(int64_t token, E* out) {
+    auto [data, scales, minima] = find(token);
     if (latents.kind != cskv::PACKED) {
       const int64_t bytes = latents.kind == cskv::FLOAT32 ? 4 : 2;
       for (int64_t group = 0; group < call.groups; group++, out += width, data += rank * bytes) {
@@ -167,12 +231,10 @@ struct Reader {
       }
       return;
     }
-    const int64_t block = latents.token_block ? latents.token_block[token] : in_page / latents.block_tokens;
-    scales += block * latents.parameters_row, minima += block * latents.parameters_row;
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(E) == 2) {
-      const int64_t bits = latents.runs[0];
-      if (call.groups == 1 && latents.runs[2] == 0 && (bits == 8 || bits == 4 || bits == 2)) {
+      if (is_of_one_width()) {
+        const int64_t bits = latents.runs[0];
         const uint8_t* in = reinterpret_cast<const uint8_t*>(data);
         if (names_blocks) {
           of_width<true>(bits, in, scales, minima, out);
@@ -200,6 +262,53 @@ struct Reader {
   }
 
 #if defined(__AVX512BF16__)
+  bool is_of_one_width() const {
+    const int64_t bits = latents.kind == cskv::PACKED ? latents.runs[0] : 0;
+    return call.groups == 1 && bits && latents.runs[2] == 0 && (bits == 8 || bits == 4 || bits == 2);
+  }
+
+  // Two rows of 16-bit numbers side by side.
+  INLINE void join(const char* even, const char* odd, bf16* out) const {
+    for (int64_t i = 0; i < width; i += W) {
+      const int64_t left = rank - i;
+      const __mmask16 some = left >= W ? __mmask16(0xffff) : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, even + 2 * i));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, odd + 2 * i));
+      _mm512_storeu_si512(out + 2 * i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+
+  INLINE void join_codes(Where even, Where odd, bf16* out) {
+    if (latents.runs[0] == 8) join_codes<8>(even, odd, out);
+    if (latents.runs[0] == 4) join_codes<4>(even, odd, out);
+    if (latents.runs[0] == 2) join_codes<2>(even, odd, out);
+  }
+
+  template <int BITS>
+  INLINE void join_codes(Where even, Where odd, bf16* out) {
+    const uint8_t *low = reinterpret_cast<const uint8_t*>(even.data), *high = reinterpret_cast<const uint8_t*>(odd.data);
+    const VF scales[2] = {of_blocks(even.scales), of_blocks(odd.scales)};
+    const VF minima[2] = {of_blocks(even.minima), of_blocks(odd.minima)};
+    const int64_t bytes = (rank * BITS + 7) / 8;
+#pragma GCC unroll 4
+    for (int index = 0; index < 8 / BITS; index++) {
+      const int64_t begin = index * bytes;
+      if (begin >= rank) break;
+      for (int64_t i = 0; i < bytes; i += W) {
+        const VF x = latent<BITS, true>(low + i, bytes - i, index, begin + i, scales[0], minima[0]);
+        const VF y = latent<BITS, true>(high + i, bytes - i, index, begin + i, scales[1], minima[1]);
+        store_pairs(out + 2 * (begin + i), x, y);
+      }
+    }
+    zero(out + 2 * rank, 2 * (width - rank) * sizeof(bf16));
+  }
+
+  // The parameters of all blocks of a token, at most 16.
+  INLINE VF of_blocks(const char* in) const {
+    const int64_t n = (rank + latents.block_channels - 1) / latents.block_channels;
+    return (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), in)), 16);
+  }
+
   // Name the block of every latent, where there are at most 16 of more than a latent each.
   bool name_blocks() const {
     if (latents.block_channels == 1 || latents.runs[2] || (rank + latents.block_channels - 1) / latents.block_channels > 16) {
@@ -221,10 +330,7 @@ struct Reader {
   INLINE void one_width(const uint8_t* in, const char* scales, const char* minima, E* out) {
     VF scale{}, minimum{};
     if (NAMED) {
-      const int64_t n = (rank + latents.block_channels - 1) / latents.block_channels;
-      const __mmask16 some = __mmask16((1u << n) - 1);
-      scale = (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, scales)), 16);
-      minimum = (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, minima)), 16);
+      scale = of_blocks(scales), minimum = of_blocks(minima);
     } else if (scales != parameters) {
       spread(scales, own.scale), spread(minima, own.minimum);
       parameters = scales;
@@ -353,17 +459,6 @@ __attribute__((noinline)) void by_latent(const E* rows, int64_t row, int64_t wid
   for (int64_t t = 0; t < tokens; t += W) {
     for (int64_t c = 0; c < words; c += W) {
       transpose_words(in + t * step + c, step, reinterpret_cast<uint32_t*>(out) + c * tokens + t, tokens);
-    }
-  }
-}
-
-// rows[t][width] -> [t / 2][width][2] for 16-bit numbers; fp32 rows are what they should be.
-[[maybe_unused]] __attribute__((noinline)) void by_token(const bf16* rows, int64_t row, int64_t width, int64_t tokens, bf16* out) {
-  for (int64_t t = 0; t < tokens; t += 2) {
-    const bf16 *even = rows + t * row, *odd = even + row;
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(out + t * width);
-    for (int64_t i = 0; i < width; i += W) {
-      *reinterpret_cast<VU1*>(pairs + i) = words(even + i) | (words(odd + i) << 16);
     }
   }
 }

@@ -50,7 +50,7 @@ struct Plan {
 
   // What a thread has to itself.
   struct Own {
-    E *k_rows, *v_rows, *tile, *weights, *turned, *across;
+    E *k_rows, *values, *tile, *weights, *turned, *across;
     int64_t sequence = -1;  // whose absorbed queries `across` has
     float *scores, *channels, *angles, *angle_rows, *squares, *exact;
     Codes codes;
@@ -85,9 +85,9 @@ struct Plan {
     const int64_t width = k_width > v_width ? k_width : v_width;
     for (int i = 0; i < n; i++) {
       Own& own = kept[i];
-      own.k_rows = memory.take<E>(tile * c.groups * k_width + SLACK), own.v_rows = memory.take<E>(tile * c.groups * v_width + SLACK);
+      own.k_rows = memory.take<E>(tile * c.groups * k_width + SLACK), own.values = memory.take<E>(tile * c.groups * v_width + SLACK);
       own.sequence = -1;
-      own.tile = memory.take<E>(tile * width);
+      own.tile = memory.take<E>(tile * c.groups * width + SLACK);
       own.turned = memory.take<E>(c.rebuilds ? 2 * pairs.count * tile : 0);
       own.across = memory.take<E>(c.rebuilds ? 0 : c.groups * m * k_width);
       own.weights = memory.take<E>(m * tile), own.scores = memory.take<float>(m * tile);
