@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 
+HOST_MEMORY = ("memory", torch.uint8, torch.device("cpu"))
+
+
 class Scratch(threading.local):
     """Named scratch tensors, others in every thread. A name's tensor is valid until its thread takes the name again."""
 
@@ -28,10 +31,12 @@ class Scratch(threading.local):
             storage = self._storages[key] = allocate((size,), dtype, device)
         return storage[:size].view(shape)
 
-    def size(self, name: str) -> int:
-        """Count the bytes that the calling thread has under a name on a CPU, as bytes; 0 for none yet."""
-        storage = self._storages.get((name, torch.uint8, torch.device("cpu")))
-        return 0 if storage is None else storage.shape[0]
+    def memory(self, size: int) -> Tensor:
+        """Return at least so many bytes on the host, for what divides them itself; the same ones until more are asked."""
+        storage = self._storages.get(HOST_MEMORY)
+        if storage is None or storage.shape[0] < size:
+            storage = self._storages[HOST_MEMORY] = allocate((size,), torch.uint8, HOST_MEMORY[2])
+        return storage
 
     def nbytes(self) -> int:
         """Count the bytes allocated for the calling thread."""

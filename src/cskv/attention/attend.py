@@ -93,7 +93,7 @@ def attention(
 
         scratch = Scratch() if scratch is None else scratch
         if (output := compiled.attempt(query, inputs, scratch, asked=backend == "cpu")) is not None:
-            return output.to(dtype)
+            return output if output.dtype == dtype else output.to(dtype)
     if computed == torch.float16:
         query, inputs = query.float(), inputs.to(torch.float32)
     part = exact(query, inputs.view, inputs.logits)

@@ -42,7 +42,7 @@ class Arguments:
         """
         view, factors, logits = inputs.view, inputs.factors, inputs.logits
         query, keys, values = self._rows(query), self._rows(view.keys), self._rows(view.values)
-        size = query.element_size()
+        size = 4 if query.dtype == torch.float32 else 2
         batch, q_heads, new, head_dim = query.shape
         sealed = 0 if view.k is None else view.k.length
         return CALL.pack(
@@ -58,7 +58,7 @@ class Arguments:
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """Return a tensor whose last dimension is packed together."""
-        if tensor.stride(-1) == 1:
+        if tensor.stride()[-1] == 1:
             return tensor
         tensor = tensor.contiguous()
         self.kept.append(tensor)
@@ -98,10 +98,10 @@ class Arguments:
                 payload.data_ptr(), PACKED, latents.rank, payload.stride(0), payload.stride(1), scales.data_ptr(),
                 minima.data_ptr(), 2 * scales.stride(0), 2 * scales.stride(1), *_blocks(latents.grid), own, 0, 0, 0,
             )  # fmt: skip
-        tokens = latents.tokens
-        size = tokens.element_size()
-        batch, row = tokens.stride(0) * size, tokens.stride(1) * size
-        return tokens.data_ptr(), KINDS[tokens.dtype], tokens.shape[2], batch, row, *NO_LATENTS[5:]
+        tokens, kind = latents.tokens, KINDS[latents.tokens.dtype]
+        size = 2 if kind else 4
+        batch, row, _ = tokens.stride()
+        return tokens.data_ptr(), kind, tokens.shape[2], batch * size, row * size, *NO_LATENTS[5:]
 
     def _pages(self, latents: Latents | None) -> Fields:
         if not isinstance(latents, PagedLatents):
@@ -112,7 +112,7 @@ class Arguments:
 
     def _factors(self, factors: Factors, size: int) -> Fields:
         up, bias = self._rows(factors.up), factors.bias
-        return up.data_ptr(), up.stride(0) * size, 0 if bias is None else self._rows(bias).data_ptr()
+        return up.data_ptr(), up.stride()[0] * size, 0 if bias is None else self._rows(bias).data_ptr()
 
     def _angles(self, rotation: Rotation | None, offset: KeyOffset | None, size: int) -> Fields:
         if offset is not None:
@@ -120,10 +120,14 @@ class Arguments:
         if rotation is None or rotation.cos is None or rotation.sin is None:
             return (0,) * 8
         cos, sin = self._rows(rotation.cos), self._rows(rotation.sin)
-        by_batch = [0 if part.shape[0] == 1 else part.stride(0) * size for part in (cos, sin)]
+        cos_batch, cos_row, _ = cos.stride()
+        sin_batch, sin_row, _ = sin.stride()
+        several, _, rotary = cos.shape
+        if several == 1:
+            cos_batch = sin_batch = 0
         return (
-            cos.shape[2], cos.data_ptr(), sin.data_ptr(), by_batch[0], cos.stride(1) * size, by_batch[1],
-            sin.stride(1) * size, int(rotation.is_symmetric),
+            rotary, cos.data_ptr(), sin.data_ptr(), cos_batch * size, cos_row * size, sin_batch * size, sin_row * size,
+            int(rotation.is_symmetric),
         )  # fmt: skip
 
     def _norm(self, rotation: Rotation | None) -> tuple[int, int, float]:

@@ -53,16 +53,10 @@ def attention(query: Query, inputs: AttentionInputs, scratch: Scratch, loaded: L
     output = torch.empty(query.shape, dtype=query.dtype)
     arguments = Arguments()
     call = arguments.pack(query, inputs, output)
-    threads, size = min(torch.get_num_threads(), MOST_THREADS), scratch.size("cpu kernels")
-    while needed := _attend(loaded, call, threads, scratch, size):
-        size = needed
+    threads, memory = min(torch.get_num_threads(), MOST_THREADS), scratch.memory(0)
+    while needed := loaded.attend(loaded.level, call, threads, memory.data_ptr(), memory.shape[0]):
+        memory = scratch.memory(needed)
     return output
-
-
-def _attend(loaded: Library, call: bytes, threads: int, scratch: Scratch, size: int) -> int:
-    memory = scratch.take("cpu kernels", (size,), torch.uint8, torch.device("cpu"))
-    needed: int = loaded.attend(loaded.level, call, threads, memory.data_ptr(), size)
-    return needed
 
 
 def refusal(query: Query, inputs: AttentionInputs) -> str | None:

@@ -33,8 +33,8 @@ struct Attention {
     zero(own.weights + plan.rows * tile, (plan.m - plan.rows) * tile * sizeof(E));
     const int64_t held = length(sequence), tiles = (held + tile - 1) / tile;
     const int64_t end = tiles * (split + 1) / plan.splits * tile, stop = end < held ? end : held;
-    Reader<E> keys{call, call.k, sequence, plan.k_rank, plan.k_width, own.codes};
-    Reader<E> values{call, call.v, sequence, plan.v_rank, plan.v_width, own.codes};
+    Reader<E> keys{call, call.k, sequence, plan.k_rank, plan.k_width, own.k_codes};
+    Reader<E> values{call, call.v, sequence, plan.v_rank, plan.v_width, own.v_codes};
     Prefetch prefetch;
     Scores<E> scores{plan, own, prefetch};
     for (int64_t start = tiles * split / plan.splits * tile; start < stop; start += tile) {

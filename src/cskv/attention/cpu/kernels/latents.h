@@ -74,8 +74,8 @@ struct Codes {
   uint8_t *bytes, *codes;   // of a token
   float *scale, *minimum;   // of every latent, for the row of blocks that was read last
   uint32_t* blocks;         // the block of every latent
-  static Codes taken(Memory& memory, const Call& call) {
-    const int64_t latents = (call.k.rank > call.v.rank ? call.k.rank : call.v.rank) + SLACK;
+  static Codes taken(Memory& memory, int64_t rank) {
+    const int64_t latents = rank + SLACK;
     uint8_t *bytes = memory.take<uint8_t>(latents + SLACK), *codes = memory.take<uint8_t>(latents);
     float *scale = memory.take<float>(latents), *minimum = memory.take<float>(latents);
     return Codes{bytes, codes, scale, minimum, memory.take<uint32_t>(latents)};

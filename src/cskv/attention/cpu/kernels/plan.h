@@ -53,7 +53,7 @@ struct Plan {
     E *k_rows, *values, *tile, *weights, *turned, *across;
     int64_t sequence = -1;  // whose absorbed queries `across` has
     float *scores, *channels, *angles, *angle_rows, *squares, *exact;
-    Codes codes;
+    Codes k_codes, v_codes;
   };
   Own* owns;
 
@@ -96,7 +96,7 @@ struct Plan {
       own.angles = memory.take<float>(turns ? angles * tile : 0);
       own.angle_rows = memory.take<float>(turns ? tile * padded(c.rotary, W) : 0);
       own.squares = memory.take<float>(heads * tile);
-      own.codes = Codes::taken(memory, c);
+      own.k_codes = Codes::taken(memory, c.k.rank), own.v_codes = Codes::taken(memory, c.v.rank);
       own.exact = memory.take<float>(head_rows * (c.recent + c.head_dim + v_width + 64) + c.head_dim + 4 * width + 64);
     }
   }
