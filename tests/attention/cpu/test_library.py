@@ -95,8 +95,8 @@ def test_an_unknown_level_is_one_line() -> None:
     done = start("sse9")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "cskv.errors.ConfigError: CSKV_CPU_KERNELS is 'sse9'; expected the highest level to use, baseline, avx2, avx512, "
-        "avx512_bf16, amx, or off"
+        "cskv.errors.ConfigError: CSKV_CPU_KERNELS is 'sse9'; expected the highest level to use, baseline, avx2, "
+        "avx512, avx512_bf16, amx, or off"
     )
 
 
