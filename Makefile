@@ -3,6 +3,7 @@
 #   make demo    install, fetch SmolLM2-135M into models/ (without a network: the bundled model), then compress it, generate
 #                side by side and print one table: four to six minutes on two cores
 #   make test    install, then run the tests
+#   make test-fallback   install, then run what attends on a CPU without the compiled kernels, as where there is no C++ compiler
 #   make test-lm-eval   install lm-evaluation-harness as well, then run the tests of docs/lm-eval.md
 #   make check   install, then lint, format, types and import layers
 #   make bench   install, then measure decoding speed (a quarter of an hour on two cores, on a quiet machine), and fill
@@ -14,7 +15,8 @@
 #   make test-vllm   the tests that need vLLM, in an environment of its own with an older transformers: vLLM's CPU build, or
 #                on a machine with an NVIDIA GPU the usual one. VLLM_PYTEST_ARGS="-k export" picks some of them; under
 #                CSKV_LOAD_SECONDS=10 the server is under load for so long, not for a minute
-#   make venv    install only
+#   make venv    install only. With a C++ compiler that builds the CPU kernels, too, and again when they are edited;
+#                CSKV_BUILD_KERNELS=0 builds none, =1 makes it an error where they cannot be built
 #   make clean   remove the environment and everything that was built
 #
 # PYTHON=python3.12 picks the interpreter, VENV=path another environment, PYTEST_ARGS="-k cache" some of the tests.
@@ -32,12 +34,13 @@ SUITES ?= caches tokens generation factors widths blocks texts texts-other rebui
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.cskv-installed
+BUILD := pyproject.toml setup.py $(wildcard src/cskv/attention/cpu/kernels/*)  # what an installation is made from
 
-.PHONY: venv check test test-kvpress test-lm-eval test-vllm demo bench results clean
+.PHONY: venv check test test-fallback test-kvpress test-lm-eval test-vllm demo bench results clean
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt scripts/install_torch.sh
+$(STAMP): $(BUILD) constraints.txt scripts/install_torch.sh
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "cskv needs Python 3.11 or newer; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	scripts/install_torch.sh $(BIN)/python
@@ -52,6 +55,13 @@ check: venv
 
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Every layout and rule, and models of every family that decode: a minute on two cores.
+test-fallback: venv
+	CSKV_CPU_KERNELS=off $(BIN)/python -m pytest $(PYTEST_ARGS) -k "not triton" \
+		tests/attention --ignore=tests/attention/triton --ignore=tests/attention/cpu \
+		tests/attachment/test_quantised_modes.py \
+		tests/attachment/test_generation_modes.py::test_full_rank_logits_agree_at_every_step
 
 # Not part of `test`: the harness brings forty packages. In an environment that has it, `test` runs these as well.
 test-lm-eval: venv
@@ -68,7 +78,7 @@ bench: venv
 	$(BIN)/python -m benchmarks.speed report
 
 # kvpress takes transformers below 5.3, so it gets an environment of its own; the library runs with both.
-$(KVPRESS)/ready: pyproject.toml constraints-kvpress.txt scripts/install_torch.sh
+$(KVPRESS)/ready: $(BUILD) constraints-kvpress.txt scripts/install_torch.sh
 	test -x $(KVPRESS)/bin/python || $(PYTHON) -m venv $(KVPRESS)
 	scripts/install_torch.sh $(KVPRESS)/bin/python
 	$(KVPRESS)/bin/python -m pip install --quiet -c constraints-kvpress.txt -e '.[data]' kvpress pytest hypothesis beartype
@@ -78,7 +88,7 @@ test-kvpress: $(KVPRESS)/ready
 	$(KVPRESS)/bin/python -m pytest tests/methods tests/evaluation
 
 # vLLM takes transformers below 5.20. In its environment nothing of ours may move what it is held at.
-$(VLLM)/ready: pyproject.toml constraints.txt constraints-vllm.txt scripts/install_torch.sh scripts/install_vllm.sh
+$(VLLM)/ready: $(BUILD) constraints.txt constraints-vllm.txt scripts/install_torch.sh scripts/install_vllm.sh
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	scripts/install_vllm.sh $(VLLM)/bin/python -e . pytest hypothesis beartype
 	touch $@
@@ -108,5 +118,5 @@ results: venv $(KVPRESS)/ready $(MODELS:%=models/%/config.json) $(WIKITEXT)
 	$(BIN)/python -m benchmarks.quality $(if $(filter docs/results,$(RESULTS)),report,check $(RESULTS))
 
 clean:
-	rm -rf $(VENV) $(KVPRESS) $(VLLM) build dist outputs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(KVPRESS) $(VLLM) build dist outputs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/cskv/attention/cpu/_kernels*.so
 	find src tests examples tinymodel benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -65,8 +65,7 @@ class BuildKernels(build_ext):
         compiler = find_compiler()
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
-        # Elsewhere torch brings an OpenMP of LLVM's, which aborts a process that holds two of it.
-        threads = ["-fopenmp"] if sys.platform == "linux" and has_openmp(compiler, objects) else []
+        threads = ["-fopenmp"] if has_openmp(compiler, objects) else []
         levels = {"baseline": [], **(LEVELS if platform.machine() == "x86_64" else {})}
 
         def compile_level(level: str) -> str | None:
@@ -88,7 +87,7 @@ class BuildKernels(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         linked = [str(objects / f"{part}.o") for part in (*built, "library")]
         complaint = compile_file("library", ["-fvisibility=default", *defined], objects / "library.o") or run(
-            [*compiler, "-shared", *threads, *linked, "-o", str(library)]
+            [*compiler, "-shared", *linked, "-o", str(library)]  # with no OpenMP of its own: torch's is there
         )
         if complaint is not None:
             raise CompileError(complaint)
@@ -124,10 +123,13 @@ def find_compiler() -> list[str]:
 
 
 def has_openmp(compiler: list[str], folder: Path) -> bool:
-    """Return whether a compiler has OpenMP, and the library that this needs."""
+    """Return whether a compiler has the OpenMP that torch brings: GNU's on Linux.
+
+    Clang's code needs LLVM's, and a process should not hold two; on macOS it is aborted when they are both LLVM's.
+    """
     source = folder / "openmp.cpp"
-    source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
-    return run([*compiler, "-fPIC", "-shared", "-fopenmp", str(source), "-o", str(folder / "openmp.so")]) is None
+    source.write_text("#include <omp.h>\n#ifdef __clang__\n#error no OpenMP of GNU's\n#endif\n")
+    return sys.platform == "linux" and run([*compiler, "-fopenmp", "-fsyntax-only", str(source)]) is None
 
 
 def run(command: list[str]) -> str | None:

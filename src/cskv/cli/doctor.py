@@ -132,5 +132,5 @@ def describe_kernels(kernels: dict[str, Any]) -> list[str]:
     """Return what a person reads of the compiled kernels."""
     if kernels["lacking"] is not None:
         return [f"  --  torch computes it, more slowly: {kernels['lacking']}"]
-    threads = "" if kernels["threaded"] else ", on one thread: the compiler had no OpenMP"
+    threads = "" if kernels["threaded"] else ", on one thread: the compiler had no OpenMP, install g++ and cskv again"
     return [f"  ok  compiled kernels for {kernels['level']}, of {', '.join(kernels['built'])}{threads}"]

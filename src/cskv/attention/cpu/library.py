@@ -1,7 +1,7 @@
 """The shared library of the kernels: found beside this file where it was built, and loaded when it is first wanted.
 
 It is plain C++ without a word of Python or torch, so that one build serves all their versions, and is called by ctypes.
-It shares the OpenMP of torch, which is loaded before.
+It is linked with no OpenMP: it takes the functions of torch's, which is loaded before, whatever that file is called.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _load() -> Library | str:
     path = next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)
     if path is None:
         return MISSING
-    import torch  # noqa: F401  loads its OpenMP, which the library then finds
+    import torch  # noqa: F401  loads its OpenMP for all to use
 
     try:
         loaded = ctypes.CDLL(str(path))
