@@ -199,7 +199,7 @@ def test_what_is_asked_of_attention_and_capacity_is_checked() -> None:
     model = tiny_model("llama")
     adapter = truncated_adapter(model, CSKVConfig())
     with pytest.raises(
-        cskv.ConfigError, match="attention is 'flash'; expected one of auto, triton, torch, reference, rebuild"
+        cskv.ConfigError, match="attention is 'flash'; expected one of auto, triton, cpu, torch, reference, rebuild"
     ):
         cskv.attach(model, adapter, attention="flash")
     with pytest.raises(cskv.ConfigError, match="max_cache_len is 0"):

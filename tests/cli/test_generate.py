@@ -52,7 +52,7 @@ def test_any_attention_says_the_same(run: Run, model_folder: Path, full_rank: Pa
 
 def test_unknown_attention_is_one_line(run: Run, full_rank: Path) -> None:
     options = ["--adapter", full_rank, "--prompt", PROMPT, "--attention", "flash"]
-    assert "expected one of auto, triton, torch, reference" in mistake(run("generate", *options))
+    assert "expected one of auto, triton, cpu, torch, reference" in mistake(run("generate", *options))
 
 
 def test_bytes_are_those_of_the_tensors(run: Run, model_folder: Path) -> None:
