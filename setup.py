@@ -66,31 +66,34 @@ class BuildKernels(build_ext):
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
         threads = ["-fopenmp"] if has_openmp(compiler, objects) else []
-        levels = {"baseline": [], **(LEVELS if platform.machine() == "x86_64" else {})}
+        start = [*compiler, *FLAGS, *threads, "-c"]
 
-        def compile_level(level: str) -> str | None:
-            return compile_file("level", [f"-DLEVEL={level}", *levels[level]], objects / f"{level}.o")
+        def target(name: str) -> str:
+            return str(objects / f"{name}.o")
 
-        def compile_file(name: str, flags: list[str], made: Path) -> str | None:
-            return run([*compiler, *FLAGS, *threads, *flags, "-c", str(KERNELS / f"{name}.cpp"), "-o", str(made)])
-
+        commands = {
+            level: [*start, *flags, f"-DLEVEL={level}", str(KERNELS / "level.cpp"), "-o", target(level)]
+            for level, flags in {"baseline": [], **(LEVELS if platform.machine() == "x86_64" else {})}.items()
+        }
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            complaints = dict(zip(levels, pool.map(compile_level, levels)))
+            complaints = dict(zip(commands, pool.map(run, commands.values())))
         for level, complaint in complaints.items():
             if complaint is not None:
                 if level == "baseline" or WANTED == "1":
                     raise CompileError(f"{level}: {complaint}")
                 self.warn(f"CPU kernels without {level}: {complaint}")
         built = [level for level, complaint in complaints.items() if complaint is None]
-        defined = [f"-DBUILT_{level.upper()}" for level in built]
+
+        flags = ["-fvisibility=default", *(f"-DBUILT_{level.upper()}" for level in built)]
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        linked = [str(objects / f"{part}.o") for part in (*built, "library")]
-        complaint = compile_file("library", ["-fvisibility=default", *defined], objects / "library.o") or run(
-            [*compiler, "-shared", *linked, "-o", str(library)]  # with no OpenMP of its own: torch's is there
-        )
-        if complaint is not None:
-            raise CompileError(complaint)
+        for command in (
+            [*start, *flags, str(KERNELS / "library.cpp"), "-o", target("library")],
+            # Without -fopenmp: the functions are those of torch's OpenMP, which is loaded before.
+            [*compiler, "-shared", *map(target, (*built, "library")), "-o", str(library)],
+        ):
+            if (complaint := run(command)) is not None:
+                raise CompileError(complaint)
         self.announce(f"CPU kernels for {', '.join(built)}{'' if threads else ', without OpenMP'}", logging.INFO)
 
     def get_ext_filename(self, fullname: str) -> str:
