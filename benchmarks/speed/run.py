@@ -67,7 +67,9 @@ def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> Any:
     known = (*benchmark.methods, *benchmark.gpu_methods)
     if benchmark.methods:
         made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        made.add_argument("--backend", default="auto", help="what attends to latents: auto, triton, cpu, torch, reference")
+        made.add_argument(
+            "--backend", default="auto", help="what attends to latents: auto, triton, cpu, torch, reference"
+        )
         choices = {
             "choices": known,
             "metavar": "METHOD",

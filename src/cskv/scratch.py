@@ -11,7 +11,6 @@ import threading
 import torch
 from torch import Tensor
 
-
 HOST_MEMORY = ("memory", torch.uint8, torch.device("cpu"))
 
 
@@ -32,7 +31,7 @@ class Scratch(threading.local):
         return storage[:size].view(shape)
 
     def memory(self, size: int) -> Tensor:
-        """Return at least so many bytes on the host, for what divides them itself; the same ones until more are asked."""
+        """Return at least so many bytes on the host, for what divides them itself: the same until more are asked."""
         storage = self._storages.get(HOST_MEMORY)
         if storage is None or storage.shape[0] < size:
             storage = self._storages[HOST_MEMORY] = allocate((size,), torch.uint8, HOST_MEMORY[2])

@@ -176,7 +176,9 @@ def test_the_reference_can_be_asked_for() -> None:
 
 
 def test_an_unknown_backend_is_one_line() -> None:
-    with pytest.raises(cskv.ConfigError, match="attention is 'flash'; expected one of auto, triton, cpu, torch, reference"):
+    with pytest.raises(
+        cskv.ConfigError, match="attention is 'flash'; expected one of auto, triton, cpu, torch, reference"
+    ):
         by("flash")
 
 

@@ -95,7 +95,7 @@ def attach(
     Args:
         model: a transformers decoder model (with or without a language-model head).
         adapter: factors made for it.
-        attention: what attends to old tokens. "auto", "triton", "torch" and "reference" read their latents (see
+        attention: what attends to old tokens. "auto", "triton", "cpu", "torch" and "reference" read their latents (see
             `cskv.attention.attend`); "rebuild" makes their keys and values in full at every step, for the model's own
             attention function. Layers whose attention is none that `cskv.models.masks` knows, or is not understood, do
             that too.

@@ -63,8 +63,8 @@ def attention(
     Args:
         query: after norm and RoPE. Query heads that share a kv head follow one another.
         inputs: what it reads and is told.
-        backend: "auto" (Triton on a GPU where it is installed, else torch), "triton" (torch, with a warning, where the
-            kernels cannot do it), "torch" or "reference".
+        backend: "auto" (Triton on a GPU where it is installed, the compiled kernels on a CPU where they are, else
+            torch), "triton" or "cpu" (torch, with a warning, where the kernels cannot do it), "torch" or "reference".
         scratch: scratch tensors to use again from step to step.
 
     Returns:

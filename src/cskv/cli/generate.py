@@ -38,7 +38,7 @@ class DecodingOptions:
     attention: Annotated[
         str,
         decoding_option(
-            help="What reads old tokens: auto, triton, cpu, torch or reference read latents; rebuild makes keys and values."
+            help="What reads old tokens: auto, triton, cpu, torch or reference, latents; rebuild, keys and values."
         ),
     ] = "auto"
     seed: opt.Seed = 0

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 # Of the largest output, as for latents that are not in pages.
 TOLERANCES = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
+
 def run(problem: PagedProblem, logits: Logits, dtype: torch.dtype = torch.float32) -> Tensor:
     """By the kernels, all requests together."""
     query, inputs = problem.query().to(dtype), problem.inputs(logits, dtype)

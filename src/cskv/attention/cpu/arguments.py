@@ -87,10 +87,12 @@ class Arguments:
                 data = pages.data.data_ptr(), KINDS[pages.dtype], pages.rank, 0, row * size
                 return (*data, *(0,) * 8, pages.block_size, page * size, 0)
             scales, minima = pages.scales, pages.minima
+            assert scales is not None, "packed pages have parameters"
+            assert minima is not None, "packed pages have parameters"
             return (
                 pages.data.data_ptr(), PACKED, pages.rank, 0, row, scales.data_ptr(), minima.data_ptr(), 0,
                 2 * scales.stride(1), *_blocks(pages.grid), 0, pages.block_size, page, 2 * scales.stride(0),
-            )  # type: ignore[union-attr]  # fmt: skip
+            )  # fmt: skip
         if isinstance(latents, PackedLatents):
             payload, scales, minima, rows = latents.payload, latents.scales, latents.minima, latents.token_block
             own = 0 if rows is None else rows.data_ptr()

@@ -88,6 +88,9 @@ int64_t cskv_attend(int level, const cskv::Call* call, int threads, char* scratc
   return cskv::FUNCTIONS[level](*call, threads, scratch, size);
 }
 
+// The bytes of a call: Python compares them with what it writes.
+int cskv_call_bytes() { return int(sizeof(cskv::Call)); }
+
 int cskv_threaded() {
 #if defined(_OPENMP)
   return 1;
