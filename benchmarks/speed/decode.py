@@ -23,6 +23,7 @@ from benchmarks.speed.problem import KINDS, PER_HEAD, Problem, Shape
 from benchmarks.speed.registry import Benchmark, Unavailable
 from benchmarks.speed.tables import COPY, decode_tables
 from benchmarks.speed.timing import Call, Stopwatch, Turns, copy_bandwidth, free_bytes, summary, take_turns, time_calls
+from cskv.attention.cpu.library import library
 
 SHAPE = Shape()
 GPU_SHAPE = Shape(density=192 / 1024)  # whole blocks of 8 latents, in 8 groups too: 16 bytes at a time
@@ -136,22 +137,28 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
 
 
 def plan(asked: Any) -> tuple[Row, Jobs]:
-    """Return the settings and a job per length and batch size; on a GPU, one for the bandwidth of a copy too."""
+    """Return the settings, a job for the bandwidth of a copy, and one per length and batch size."""
     settings = resolve(asked, TINY if asked.tiny else GPU_SHAPE if asked.device == "cuda" else SHAPE)
     cells = asked.cells
     if asked.device.type == "cuda":  # the goals' lengths first
         cells = sorted(cells, key=lambda cell: (-cell[1], cell[0]))
     jobs: Jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, asked) for batch, tokens in cells}
-    if asked.device.type == "cuda" or asked.tiny:
-        jobs = {COPY: partial(copy_bandwidth, asked.device, 2**20 if asked.tiny else 2**30), **jobs}
-    return settings, jobs
+    size = 2**20 if asked.tiny or asked.quick else 2**30 if asked.device.type == "cuda" else 2**28
+    return settings, {COPY: partial(copy_bandwidth, asked.device, size), **jobs}
 
 
 def resolve(asked: Any, shape: Shape) -> Row:
     """Turn names into what they name, take a layer in, and return the settings that rows of one file share."""
     name, device = asked.dtype, torch.device(asked.device)
     asked.shape, asked.dtype, asked.device = shape, getattr(torch, name), device
-    return {"shape": asdict(shape), "dtype": name, "device": device.type, "threads": torch.get_num_threads()}
+    kernels = {"kernels": cpu_kernels()} if device.type == "cpu" else {}
+    return {"shape": asdict(shape), "dtype": name, "device": device.type, "threads": torch.get_num_threads()} | kernels
+
+
+def cpu_kernels() -> str:
+    """Return the level of instructions of the compiled kernels, or that there are none."""
+    loaded = library()
+    return "none" if loaded is None else loaded.name
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

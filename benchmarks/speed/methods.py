@@ -21,6 +21,7 @@ from benchmarks.speed.registry import Unavailable
 from benchmarks.speed.timing import Stopwatch
 from cskv.attachment.cache_bytes import allocated_bytes
 from cskv.attention.attend import AUTO, attention
+from cskv.attention.cpu.library import library
 from cskv.attention.inputs import rebuilt
 from cskv.attention.int8_keys import Int8Keys
 from cskv.cache.bibranch import BiBranchStore
@@ -218,6 +219,13 @@ def best_uncompressed(problem: Problem) -> Method:
     return Method(best.step, best.nbytes, lambda: problem.exact_nbytes, call=best.call, note=best.note)
 
 
+def by_torch(problem: Problem, bits: int = 16) -> Method:
+    """Attend by the library's torch backend, which a machine without compiled kernels has."""
+    if problem.device.type != "cpu" or library() is None:
+        raise Unavailable("it is what the rows without a name of a backend are")
+    return ours(problem, bits, "torch")
+
+
 def ours(problem: Problem, bits: int = 16, backend: str = AUTO, in_int8: bool = False) -> Method:
     """Attend by the library to latents and the exact window in a `BiBranchStore`."""
     scratch, int8_keys = Scratch(), Int8Keys.of(problem.factors.k) if in_int8 else None
@@ -274,10 +282,16 @@ def methods(backend: str = AUTO) -> dict[str, tuple[str, Callable[[Problem], Met
     """Name -> the kind of problem that it solves, and how it is set up."""
     plain = {SDPA: transformers_sdpa, BEST: best_uncompressed, QUANTIZED: quantized, DENSE: dense_rebuild}
     result = {name: ("joint", make) for name, make in plain.items()}
-    for kind in KINDS:
-        result[kind] = (kind, partial(ours, backend=backend))
-        result[f"{kind}, 4 bits"] = (kind, partial(ours, bits=4, backend=backend))
+    for name, kind, bits in _latents():
+        result[name] = (kind, partial(ours, bits=bits, backend=backend))
+    if backend == AUTO:
+        result |= {f"{name}, by torch": (kind, partial(by_torch, bits=bits)) for name, kind, bits in _latents()}
     return result | {POSITIONS: ("joint", cos_and_sin)}
+
+
+def _latents() -> list[tuple[str, str, int]]:
+    """List the name, kind and bits of every method on latents."""
+    return [(f"{kind}, 4 bits" if bits == 4 else kind, kind, bits) for kind in KINDS for bits in (16, 4)]
 
 
 def on_a_gpu(backend: str = AUTO) -> dict[str, tuple[str, Callable[[Problem], Method]]]:

@@ -14,6 +14,8 @@ from benchmarks.common import Jobs, Row, Show
 # Modules of this folder, which are loaded when they are asked for: not every environment has what all of them need.
 BENCHMARKS: Mapping[str, str] = {
     "decode": "one layer's decode step on compressed, uncompressed and quantised caches",
+    "levels": "the attention call on a CPU: by each level of instructions, by torch, and by torch.compile",
+    "models": "SmolLM2-135M and Qwen2.5-Coder-1.5B on real prompts: tokens per second, by cache",
     "generation": "greedy decoding end to end: tokens per second after a real prefill",
     "graph": "the same of Llamas of 8B's and 1B's shape by CUDA graphs (GPU)",
     "paged": "one layer's decode attention on latents in pages, beside vLLM's (GPU)",

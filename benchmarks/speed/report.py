@@ -10,10 +10,10 @@ from typing import Any
 
 from benchmarks.common import read_results
 from benchmarks.pages import DOCS, Table, fill_page, measured_on
-from benchmarks.speed import generation, gpu, graph, paged, resources, serving
+from benchmarks.speed import generation, gpu, graph, levels, models, paged, resources, serving
 from benchmarks.speed.methods import BEST, DENSE, POSITIONS, QUANTIZED, SDPA
 from benchmarks.speed.registry import Unavailable
-from benchmarks.speed.tables import NAMES, batches, cells, cpu_goals, gpu_goals, median, tables
+from benchmarks.speed.tables import NAMES, batches, cells, cpu_goals, gpu_goals, kernels_of, median, tables
 from cskv.plots.style import COLOURS, MARKERS, new_figure, save, styled
 
 COLOUR_OF = {SDPA: 0, BEST: 0, QUANTIZED: 5, DENSE: 3, "joint": 1, "grouped": 4, "commuting": 2}
@@ -35,6 +35,12 @@ def write_pages(folder: Path, docs: Path = DOCS) -> list[Table]:
         words = f"Compiled by Triton {compiled['settings']['triton']} for sm_90. Reproduce with "
         command = "`python -m benchmarks.speed resources`."
         fill_page(docs / "decode-speed.md", "speed/resources", words + command, table.markdown())
+    for name, module in (("levels", levels), ("models", models)):
+        results = read_results(folder / f"{name}.json")
+        if results["rows"]:
+            where = measured_on(results["environment"], f"speed/{name}")
+            parts = [table.markdown() for table in module.tables(results)]  # type: ignore[attr-defined]
+            fill_page(docs / "decode-speed.md", f"speed/{name}", where, *parts)
     if not found:
         raise Unavailable(f"{folder} has no rows of decode.json or serving.json; measure them first")
     return found
@@ -48,6 +54,7 @@ def write_decoding(decode: dict[str, Any], generated: dict[str, Any], page: Path
     layer = (
         f"{shape['q_heads']} query heads, {shape['kv_heads']} kv heads, head_dim {shape['head_dim']}, "
         f"{settings['dtype']}, {100 * (1 - shape['density']):.0f} % of the channels left out."
+        + ("" if is_gpu else f" Compiled kernels: {kernels_of(decode)}.")
     )
     goals = gpu_goals(decode) if is_gpu else cpu_goals(decode, generated)
     parts = [measured_on(decode["environment"], "speed/decode"), layer]
