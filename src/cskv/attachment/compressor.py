@@ -13,6 +13,8 @@ from torch.nn.functional import linear
 from cskv.adapter.adapter import CSKVAdapter
 from cskv.attachment.layer import CSKVLayer
 from cskv.attachment.static_layer import StaticCSKVLayer
+from cskv.attention.attend import AUTO
+from cskv.attention.cpu.project import project
 from cskv.attention.inputs import KeyOffset, RMSNorm, Rotation, split_heads
 from cskv.attention.int8_keys import Int8Keys
 from cskv.cache.angles import AngleTable
@@ -35,6 +37,7 @@ class _Placed(NamedTuple):
         down, down_bias: the down-projections that read the layer's input, one below the other, and their biases. Those
             of `factors` are views of these.
         constant: (kv_dim,) before RoPE, what latents of commuting keys and `factors` leave out; None for nothing.
+        k_rank: how many of the latents that `down` gives are keys'.
         norm: of rebuilt keys, as a kernel can do it, or None.
         int8_keys: the key factors in 8 bits, where keys that are rotated are to be rebuilt by those.
     """
@@ -43,6 +46,7 @@ class _Placed(NamedTuple):
     down: Tensor
     down_bias: Tensor | None
     constant: Tensor | None
+    k_rank: int
     norm: RMSNorm | None
     int8_keys: Int8Keys | None
 
@@ -93,6 +97,7 @@ class LayerCompressor:
         self.value_heads: Callable[[Tensor], Tensor] | None = None
         if recipe.values.norm_style is not NormStyle.NONE:
             self.value_heads = lambda channels: recipe.values.heads(channels, None, None)
+        self._project = project if setup.backend in (AUTO, "cpu") else linear
         self._factors = setup.adapter.factors(site.layer_idx)
         self._placed: _Placed | None = None
 
@@ -112,15 +117,18 @@ class LayerCompressor:
             call: what the attention module was called with.
             keys: (batch, kv_heads, new, head_dim), after norm and RoPE; commuting factors read these.
         """
-        with torch.no_grad():
-            of_input = linear(call.x.to(placed.down.dtype), placed.down, placed.down_bias)
-            if self.commuting:
-                if placed.constant is not None:  # in full precision: it may be hundreds of times what varies
-                    keys = keys.float() - self._rotated(placed.constant, call)
-                channels = keys.to(placed.down.dtype).transpose(1, 2).flatten(2)
-                return placed.factors.k.latents(channels), of_input
-        rank = placed.factors.k.down.shape[0]
-        return of_input[..., :rank], of_input[..., rank:]
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.latents(placed, call, keys)
+        x, down = call.x, placed.down
+        of_input = self._project(x if x.dtype == down.dtype else x.to(down.dtype), down, placed.down_bias)
+        if not self.commuting:
+            rank = placed.k_rank
+            return of_input[..., :rank], of_input[..., rank:]
+        if placed.constant is not None:  # in full precision: it may be hundreds of times what varies
+            keys = keys.float() - self._rotated(placed.constant, call)
+        channels = keys.to(down.dtype).transpose(1, 2).flatten(2)
+        return self._project(channels, placed.factors.k.down, placed.factors.k.down_bias), of_input
 
     def key_offset(self, placed: _Placed, cos: Tensor, sin: Tensor) -> KeyOffset | None:
         """Return what commuting latents leave out of sealed keys, given cos and sin of these; None where nothing."""
@@ -194,7 +202,7 @@ class LayerCompressor:
         if norm is not None:
             norm = RMSNorm(norm.weight.to(like.device, like.dtype), norm.eps)
         int8_keys = Int8Keys.of(keys) if self.setup.int8_keys and not self.is_linear else None
-        return _Placed(LayerFactors(keys, values), down, bias, constant, norm, int8_keys)
+        return _Placed(LayerFactors(keys, values), down, bias, constant, keys.rank, norm, int8_keys)
 
 
 def needs_positions(adapter: CSKVAdapter, layer_idx: int) -> bool:

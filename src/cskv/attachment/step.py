@@ -310,11 +310,16 @@ def attend(
         keys, values = step.rebuilt()
         mask = mask[..., : keys.shape[2]] if isinstance(mask, Tensor) else mask
         return original(module, query, keys, values, mask, **kwargs)
-    with torch.no_grad():
-        mask = step.mask(mask, kwargs.get("sliding_window"))
-        logits = logits_of(query, mask, kwargs, step.compressor.recipe.attention.ignored)
-        output = step.attend(query, logits)
-    return output.transpose(1, 2).contiguous(), None
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _on_latents(step, query, mask, kwargs), None
+    return _on_latents(step, query, mask, kwargs), None
+
+
+def _on_latents(step: Step, query: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
+    mask = step.mask(mask, kwargs.get("sliding_window"))
+    logits = logits_of(query, mask, kwargs, step.compressor.recipe.attention.ignored)
+    return step.attend(query, logits).transpose(1, 2).contiguous()
 
 
 def _of_last(module: nn.Module, new: int, key: Tensor) -> Tensor | None:

@@ -29,6 +29,7 @@ class Library:
     Attributes:
         attend: of a level, the fields of a call as bytes, threads, and the address and size of scratch memory; returns
             0, or the bytes of scratch memory that it needs.
+        project: of a level, the fields of a projection as bytes, and threads.
         level: the best that was built and that this processor has.
         usable: those that this processor has.
         built: all that were.
@@ -36,6 +37,7 @@ class Library:
     """
 
     attend: Any
+    project: Any
     level: int
     usable: tuple[str, ...]
     built: tuple[str, ...]
@@ -86,7 +88,9 @@ def _load() -> Library | str:
     attend = loaded.cskv_attend
     attend.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)
     attend.restype = ctypes.c_int64
+    project = loaded.cskv_project
+    project.argtypes, project.restype = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int), None
     bits = loaded.cskv_levels()
     usable = tuple(name for level, name in enumerate(LEVELS[: LEVELS.index(most) + 1]) if bits >> level & 1)
     built = tuple(name for level, name in enumerate(LEVELS) if bits >> (16 + level) & 1)
-    return Library(attend, LEVELS.index(usable[-1]), usable, built, bool(loaded.cskv_threaded()))
+    return Library(attend, project, LEVELS.index(usable[-1]), usable, built, bool(loaded.cskv_threaded()))

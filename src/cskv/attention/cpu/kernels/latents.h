@@ -390,9 +390,14 @@ struct Reader {
       for (int width = 8; width; width >>= 1) {
         if (!(bits & width)) continue;
         const int64_t bytes = (channels * width + 7) / 8;
+#if defined(__AVX512BW__)
+        const uint8_t* in = row;  // masks keep from reading behind it
+#else
+        const uint8_t* in = own.bytes;
         std::memcpy(own.bytes, row, bytes);
+#endif
         for (int index = 0; index < 8 / width && index * bytes < channels; index++) {
-          plane(own.bytes, bytes, index * width, (1 << width) - 1, shift, out + index * bytes);
+          plane(in, bytes, index * width, (1 << width) - 1, shift, out + index * bytes);
         }
         row += bytes, shift += width;
       }
@@ -405,6 +410,14 @@ struct Reader {
     typedef uint16_t Words __attribute__((vector_size(4 * W)));
     const Bytes kept = Bytes{} + uint8_t(mask << left);
     for (int64_t i = 0; i < bytes; i += 4 * W) {
+#if defined(__AVX512BW__)
+      const __mmask64 some = bytes - i < 64 ? (uint64_t(1) << (bytes - i)) - 1 : ~uint64_t(0);
+      Bytes code = (Bytes)_mm512_maskz_loadu_epi8(some, in + i);
+      code = (Bytes)(((Words)code >> right) << left) & kept;
+      if (left) code |= (Bytes)_mm512_maskz_loadu_epi8(some, out + i);
+      _mm512_mask_storeu_epi8(out + i, some, (__m512i)code);
+      continue;
+#endif
       Bytes x, y{};
       std::memcpy(&x, in + i, 4 * W);
       x = (Bytes)(((Words)x >> right) << left) & kept;  // without the bits that come from or go to a neighbour

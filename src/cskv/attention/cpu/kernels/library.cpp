@@ -12,29 +12,39 @@ namespace cskv {
 
 using Function = int64_t (*)(const Call&, int, char*, int64_t);
 
-int64_t baseline(const Call&, int, char*, int64_t);
+using Project = void (*)(const void*, int);
+
+#define DECLARE(level)                                   \
+  int64_t level(const Call&, int, char*, int64_t);       \
+  void project_##level(const void*, int);
+#define LACK(level)                           \
+  constexpr Function level = nullptr;         \
+  constexpr Project project_##level = nullptr;
+
+DECLARE(baseline)
 #if defined(BUILT_AVX2)
-int64_t avx2(const Call&, int, char*, int64_t);
+DECLARE(avx2)
 #else
-constexpr Function avx2 = nullptr;
+LACK(avx2)
 #endif
 #if defined(BUILT_AVX512)
-int64_t avx512(const Call&, int, char*, int64_t);
+DECLARE(avx512)
 #else
-constexpr Function avx512 = nullptr;
+LACK(avx512)
 #endif
 #if defined(BUILT_AVX512_BF16)
-int64_t avx512_bf16(const Call&, int, char*, int64_t);
+DECLARE(avx512_bf16)
 #else
-constexpr Function avx512_bf16 = nullptr;
+LACK(avx512_bf16)
 #endif
 #if defined(BUILT_AMX)
-int64_t amx(const Call&, int, char*, int64_t);
+DECLARE(amx)
 #else
-constexpr Function amx = nullptr;
+LACK(amx)
 #endif
 
 constexpr Function FUNCTIONS[] = {baseline, avx2, avx512, avx512_bf16, amx};
+constexpr Project PROJECTIONS[] = {project_baseline, project_avx2, project_avx512, project_avx512_bf16, project_amx};
 constexpr int LEVELS = 5;
 
 // Linux gives a process tiles when it asks for them.
@@ -87,6 +97,9 @@ int cskv_levels() {
 int64_t cskv_attend(int level, const cskv::Call* call, int threads, char* scratch, int64_t size) {
   return cskv::FUNCTIONS[level](*call, threads, scratch, size);
 }
+
+// Compute the latents of a few tokens; `call` is a Projection of project.h.
+void cskv_project(int level, const void* call, int threads) { cskv::PROJECTIONS[level](call, threads); }
 
 // The bytes of a call: Python compares them with what it writes.
 int cskv_call_bytes() { return int(sizeof(cskv::Call)); }
