@@ -39,8 +39,7 @@ def ways(query: Tensor, inputs: AttentionInputs) -> dict[str, Callable[[], Tenso
     loaded = library()
     if loaded is None:
         raise Unavailable("the compiled CPU kernels are not installed")
-    # A scratch is of no use to torch.compile, which plans memory itself.
-    compiled = torch.compile(partial(attention, backend="torch"), dynamic=False, fullgraph=True)
+    compiled = torch.compile(partial(attention, backend="torch", scratch=Scratch()), dynamic=False, fullgraph=True)
     scratch = Scratch()
     found = {
         name: partial(launch.attention, query, inputs, scratch, replace(loaded, level=LEVELS.index(name)))

@@ -9,7 +9,7 @@ from cskv.attention.triton.plan import Shapes, cut, whole
 
 def test_the_profile_needs_no_gpu_to_be_tried(tmp_path, capsys):
     out = ["--out", str(tmp_path / "gpu.json")]
-    assert main(["gpu", "--device", "cpu", "--quick", "--methods", "joint", *out]) == 0
+    assert main(["gpu", "--device", "cpu", "--backend", "torch", "--quick", "--methods", "joint", *out]) == 0
     assert "joint, a call, batch 1" in (tmp_path / "profile.txt").read_text()
     (kernels,) = json.loads((tmp_path / "gpu.json").read_text())["rows"]["profile"]["kernels"].values()
     assert "aten::mm" in [name for name, _, _ in kernels]

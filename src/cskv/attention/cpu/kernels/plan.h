@@ -7,13 +7,8 @@ namespace {
 
 constexpr float LEAST = -3.402823466e38f;  // a row's largest logit, where all are hidden, as in torch's path
 constexpr int PAIRS = 16;                  // of channels that RoPE mixes, rebuilt together
-#ifndef REBUILD_TILE
-#define REBUILD_TILE 32
-#endif
-#ifndef MOST
-#define MOST 128
-#endif
-constexpr int MOST_TILE = MOST;
+// Tokens of a tile. Where keys are rebuilt, it, a head's angles and 32 rows of U_k share the nearest cache.
+constexpr int REBUILT_TILE = 32, MOST_TILE = 128;
 
 // The two channels of a head that a rotation mixes, of every pair; channels that are not rotated are paired as well.
 struct Pairs {
@@ -62,7 +57,7 @@ struct Plan {
     m = padded(rows, 16);
     k_rank = c.k.rank / c.groups, v_rank = c.v.rank / c.groups;
     k_width = padded(k_rank, LANES), v_width = padded(v_rank, LANES);
-    tile = c.rebuilds ? REBUILD_TILE : sizeof(E) == 2 ? 2 * MOST_TILE : MOST_TILE;
+    tile = c.rebuilds ? REBUILT_TILE : sizeof(E) == 2 ? 2 * MOST_TILE : MOST_TILE;
     while (tile > 32 && tile / 2 >= c.sealed) tile /= 2;
     splits = n == 1 ? 1 : (n * 2 + c.batch - 1) / c.batch;
     const int64_t worth = (c.sealed + 255) / 256;
