@@ -56,7 +56,7 @@ def write_decoding(decode: dict[str, Any], generated: dict[str, Any], page: Path
         f"{settings['dtype']}, {100 * (1 - shape['density']):.0f} % of the channels left out."
         + ("" if is_gpu else f" Compiled kernels: {kernels_of(decode)}.")
     )
-    goals = gpu_goals(decode) if is_gpu else cpu_goals(decode, generated)
+    goals = gpu_goals(decode) if is_gpu else cpu_goals(decode, read_results(folder / "models.json"))
     parts = [measured_on(decode["environment"], "speed/decode"), layer]
     parts += [table.markdown() for table in (goals, *tables(decode))]
     if is_gpu:

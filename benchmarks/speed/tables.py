@@ -151,9 +151,10 @@ def _skipped(results: dict[str, Any]) -> Table:
     return Table("Not measured", ("what", "why"), sorted(lines))
 
 
-def cpu_goals(decode: dict[str, Any], generation: dict[str, Any]) -> Table:
-    """Compare with the goals on two cores, 80 % of the channels left out."""
-    short, long, whole = _row(decode, 1, 16 * K), _row(decode, 1, 64 * K), _row(generation, 1, 16 * K)
+def cpu_goals(decode: dict[str, Any], on_models: dict[str, Any]) -> Table:
+    """Compare with the goals on two cores, 80 % of the channels left out: of a layer, and of SmolLM2 end to end."""
+    short, long = _row(decode, 1, 16 * K), _row(decode, 1, 64 * K)
+    whole = on_models["rows"].get("smollm2, 1024", {"methods": {}})
     in_16, kernels = {"commuting": 4, "grouped": 1, "joint": 1 if "amx" in kernels_of(decode) else 0.7}, []
     for name, least in (in_16 | {"commuting, 4 bits": 5}).items():
         kernels.append((f"{name}, 16K: >= {least:g}x the best uncompressed path", least, speedup(short, name, BEST)))
@@ -166,8 +167,8 @@ def cpu_goals(decode: dict[str, Any], generation: dict[str, Any]) -> Table:
         goals.append((goal, 1, speedup(long, f"{kind}, 4 bits", kind)))
     for name in ("joint", "joint, 4 bits", "commuting", "commuting, 4 bits"):
         slower = speedup(whole, name, "uncompressed, sdpa", "tokens_per_second")
-        goal = f"end to end, 16K, {name}: tokens/s at least the uncompressed cache's"
-        goals.append((goal, 1, None if slower is None else 1 / slower))
+        goal = f"SmolLM2 after 1K tokens, {name}: >= 0.9x the uncompressed cache's tokens/s"
+        goals.append((goal, 0.9, None if slower is None else 1 / slower))
     lines = [(goal, *_verdict(least, found, _times)) for goal, least, found in goals]
     return Table("Goals on a CPU, two cores, batch 1", ("goal", "measured", "met"), lines)
 

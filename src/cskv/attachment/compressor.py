@@ -80,6 +80,7 @@ class LayerCompressor:
     Attributes:
         layer_idx: its index in the cache.
         q_heads: its query heads.
+        owner_idx: the layer that keeps the positions, by its index in the cache; None where keys are not rotated.
         recipe: how its keys and values follow from its projections.
         setup: what holds for all layers.
         commuting: whether keys become latents after their rotation, and so need none when they are read.
@@ -91,6 +92,7 @@ class LayerCompressor:
         self.layer_idx, self.q_heads = site.layer_idx, site.q.kv_dim // site.head_dim
         self.recipe = recipe
         self.setup = setup
+        self.owner_idx = setup.owners.get(site.layer_idx)
         self.commuting = setup.adapter.config.key_factors == "commuting"
         plain = recipe.keys.norm_style is NormStyle.NONE and recipe.keys.rope_style is RopeStyle.NONE
         self.is_linear = self.commuting or plain
@@ -165,11 +167,6 @@ class LayerCompressor:
         table = AngleTable(own) if owns else None if owner is None else owner.table
         grids = self.setup.adapter.grids(self.layer_idx)
         return StaticCSKVLayer(own, clock is None, grids, table, owns, self.setup.fingerprint)
-
-    @property
-    def owner_idx(self) -> int | None:
-        """The layer that keeps the positions, by its index in the cache; None where keys are not rotated."""
-        return self.setup.owners.get(self.layer_idx)
 
     def _turn(self, channels: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """Apply RoPE alone: (batch, tokens, kv_dim) to (batch, kv_heads, tokens, head_dim)."""

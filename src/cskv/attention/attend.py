@@ -73,7 +73,8 @@ def attention(
     Raises:
         ConfigError: an unknown backend.
     """
-    check_backend(backend)
+    if backend != AUTO:
+        check_backend(backend)
     dtype, view = query.dtype, inputs.view
     if backend == "reference":
         return reference.attention(query, inputs).to(dtype)

@@ -47,12 +47,15 @@ class CallReader:
         Raises:
             UnsupportedModelError: there is no layer input, or the position embeddings are not (cos, sin).
         """
-        given = dict(zip(self._names, args, strict=False)) | kwargs
+        given = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
         x = given.get("hidden_states")
         if not isinstance(x, Tensor):
             raise UnsupportedModelError(f"{self._family} was called without hidden_states; its input cannot be found")
         cos, sin = self._cos_sin(given.get("position_embeddings"))
-        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+        cache = None
+        for name in CACHE_NAMES:
+            if (cache := given.get(name)) is not None:
+                break
         return AttentionCall(x, cos, sin, given.get("position_ids"), cache, given.get("attention_mask"))
 
     def _cos_sin(self, embeddings: Any) -> tuple[Tensor | None, Tensor | None]:
