@@ -1,4 +1,4 @@
-"""The latents of a few new tokens on a CPU: torch's own product of 16-bit numbers takes longer to begin than to compute."""
+"""The latents of a few new tokens on a CPU, where torch takes longer to begin a product of 16-bit numbers than to do it."""
 
 from __future__ import annotations
 
