@@ -1,4 +1,4 @@
-"""The latents of a few new tokens on a CPU, where torch takes longer to begin a product of 16-bit numbers than to do it."""
+"""The latents of a few new tokens on a CPU, where torch takes longer to begin such a product than to compute it."""
 
 from __future__ import annotations
 
