@@ -74,7 +74,7 @@ demo: venv
 bench: venv
 	$(if $(PEERS),$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]' || echo "no peers: hqq needs a C++ compiler; its rows are left out")
 	$(BIN)/python -m benchmarks.speed decode $(BENCH_ARGS)
-	$(if $(wildcard models/smollm2/config.json),$(BIN)/python -m benchmarks.speed models --models smollm2)
+	test ! -f models/smollm2/config.json || $(BIN)/python -m benchmarks.speed models --models smollm2
 	$(BIN)/python -m benchmarks.speed levels
 	$(BIN)/python -m benchmarks.speed generation
 	$(BIN)/python -m benchmarks.speed report

@@ -144,7 +144,8 @@ def plan(asked: Any) -> tuple[Row, Jobs]:
         cells = sorted(cells, key=lambda cell: (-cell[1], cell[0]))
     jobs: Jobs = {f"{batch} x {tokens}": partial(measure, tokens, batch, asked) for batch, tokens in cells}
     size = 2**20 if asked.tiny or asked.quick else 2**30 if asked.device.type == "cuda" else 2**28
-    return settings, {COPY: partial(copy_bandwidth, asked.device, size), **jobs}
+    copy = {COPY: partial(copy_bandwidth, asked.device, size)}
+    return settings, copy | jobs if asked.device.type == "cuda" or asked.tiny else jobs | copy
 
 
 def resolve(asked: Any, shape: Shape) -> Row:

@@ -119,7 +119,7 @@ def _decode(ready: Subject, caches: dict[str, Any], last: dict[str, Tensor], nam
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """Show speed and bytes over the uncompressed cache's."""
-    rows = results["rows"]
+    rows = dict(sorted(results["rows"].items(), key=lambda row: (MODELS.index(row[0].split(",")[0]), row[1]["tokens"])))
 
     def show(row: Row, name: str) -> str:
         own, base = row["methods"].get(name), row["methods"][UNCOMPRESSED]

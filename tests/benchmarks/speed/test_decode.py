@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-from benchmarks.speed import decode, methods
+from benchmarks.speed import decode, methods, tables
 from benchmarks.speed.problem import Problem, Shape
 from benchmarks.speed.registry import Unavailable
 
 
 def test_every_method_is_checked_and_timed(decoded):
-    assert set(decoded["rows"]) == {"2 x 96", "2 x 160"}
-    for row in decoded["rows"].values():
+    assert set(decoded["rows"]) == {"2 x 96", "2 x 160", tables.COPY}
+    assert decoded["rows"][tables.COPY]["bytes_per_second"]["median"] > 0
+    for row in tables.cells(decoded):
         assert set(row["methods"]) == set(methods.methods())
         for name, own in row["methods"].items():
             if "skipped" in own or name == methods.POSITIONS:
@@ -80,7 +81,7 @@ def test_a_method_that_fails_stops_no_other_where_a_run_keeps_going(tmp_path, mo
     monkeypatch.setattr(methods, "attention", broken)
     path = tmp_path / "decode.json"
     assert run_decode(path, "--keep-going", "--methods", "joint", "commuting") == 3
-    for row in json.loads(path.read_text())["rows"].values():
+    for row in tables.cells(json.loads(path.read_text())):
         assert row["methods"]["commuting"] == {"failed": "RuntimeError: no such kernel"}
         assert row["methods"]["joint"]["seconds"]["median"] > 0
     assert "no such kernel" in capsys.readouterr().out
@@ -98,7 +99,7 @@ def test_what_loses_the_gpu_is_left_out_of_the_next_run(tmp_path, monkeypatch, r
         assert json.loads(path.read_text())["lost"] == ["joint"]
     monkeypatch.undo()
     assert run_decode(path, *asked) == 3
-    for row in json.loads(path.read_text())["rows"].values():
+    for row in tables.cells(json.loads(path.read_text())):
         assert row["methods"]["joint"] == {"failed": "it lost the GPU"}
         assert "seconds" in row["methods"][methods.BEST]
 
