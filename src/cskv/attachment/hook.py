@@ -81,10 +81,6 @@ class SiteHook:
             CacheError: the cache is of a kind that cannot hold compressed layers, or another compressor filled it.
         """
         index, layers = self._compressor.layer_idx, getattr(cache, "layers", None)
-        if isinstance(layers, list) and index < len(layers) and not getattr(cache, "offloading", False):
-            layer = layers[index]
-            if type(layer) is CSKVLayer and layer.fingerprint == self._compressor.setup.fingerprint:  # as in any step
-                return layer
         if not isinstance(layers, list):
             raise CacheError(_refusal(type(cache).__name__))
         if getattr(cache, "offloading", False):

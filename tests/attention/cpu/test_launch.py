@@ -193,6 +193,15 @@ def test_tensors_that_are_not_packed_together_are_read_where_they_lie(level: Lib
     assert torch.equal(run(apart, level), run(made, level))
 
 
+def test_angles_biases_and_norms_may_be_of_other_dtypes(level: Library) -> None:
+    made = make(Case(sealed=70, rotary_dim=16, bias=True, norm=True, dtype=torch.bfloat16, device="cpu"))
+    rope, factors = made.inputs.rotation, made.inputs.factors
+    assert rope is not None
+    wide = LayerFactors(factors.k.to(dtype=torch.float32), replace(factors.v, bias=factors.v.bias.float()))  # type: ignore[union-attr]
+    others = made.told(rotation=rope.to(torch.float32), factors=wide)
+    assert torch.equal(run(others, level), run(made, level))
+
+
 def test_nothing_sealed(level: Library) -> None:
     made = make(Case(softcap=2.0, sinks=True, device="cpu"))
     made = made.told(view=View(made.inputs.view.keys, made.inputs.view.values))
@@ -207,6 +216,8 @@ REFUSED = {
     "do not normalise values": Case(),
     "no keys in 8 bits": Case(rotary_dim=16),
     "record no gradients": Case(),
+    "need a CPU": Case(),
+    "masks of 16 or 32 bits": Case(mask="added"),
 }
 
 
@@ -222,6 +233,12 @@ def test_says_what_it_refuses(reason: str) -> None:
         made = made.told(value_heads=torch.nn.Identity())
     if reason == "no keys in 8 bits":
         made = made.told(int8_keys=Int8Keys.of(factors.k))
+    if reason == "need a CPU":
+        made = replace(made, query=made.query.to("meta"))
+    if reason == "masks of 16 or 32 bits":
+        mask = made.inputs.logits.mask
+        assert mask is not None
+        made = made.told(logits=replace(made.inputs.logits, mask=mask.double()))
     if reason == "record no gradients":
         made.query.requires_grad_()
     refused = made.by(launch.refusal)

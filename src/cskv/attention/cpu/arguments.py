@@ -50,8 +50,8 @@ class Arguments:
             *_strided(query, size), keys.data_ptr(), values.data_ptr(),
             *_strided(keys, size)[1:], *_strided(values, size)[1:], keys.shape[2], sealed,
             *self._exists(view.exists), *self._latents(view.k), *self._latents(view.v), *self._pages(view.k),
-            *self._factors(factors.k, size), *self._factors(factors.v, size),
-            *self._angles(inputs.rotation, inputs.key_offset, size), *self._norm(inputs.rotation),
+            *self._factors(factors.k, query.dtype), *self._factors(factors.v, query.dtype),
+            *self._angles(inputs.rotation, inputs.key_offset, query.dtype), *self._norm(inputs.rotation, query.dtype),
             *self._constant(inputs.key_offset), logits.scaling, logits.softcap or 0.0, *self._mask(logits.mask),
             *self._sinks(logits), output.data_ptr(),
         )  # fmt: skip
@@ -64,11 +64,13 @@ class Arguments:
         self.kept.append(tensor)
         return tensor
 
-    def _in_fp32(self, tensor: Tensor) -> int:
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            tensor = tensor.float().contiguous()
-            self.kept.append(tensor)
-        return tensor.data_ptr()
+    def _typed(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor of the dtype that the kernels take it for, its last dimension packed together."""
+        if tensor.dtype == dtype and tensor.stride()[-1] == 1:
+            return tensor
+        tensor = tensor.to(dtype).contiguous()
+        self.kept.append(tensor)
+        return tensor
 
     def _exists(self, exists: Tensor | None) -> Fields:
         if exists is None:
@@ -112,16 +114,18 @@ class Arguments:
         size = table.element_size()
         return table.data_ptr(), table.stride(0) * size, size, lengths.data_ptr(), lengths.element_size()
 
-    def _factors(self, factors: Factors, size: int) -> Fields:
-        up, bias = self._rows(factors.up), factors.bias
-        return up.data_ptr(), up.stride()[0] * size, 0 if bias is None else self._rows(bias).data_ptr()
+    def _factors(self, factors: Factors, dtype: torch.dtype) -> Fields:
+        up, bias = self._typed(factors.up, dtype), factors.bias
+        row = up.stride()[0] * up.element_size()
+        return up.data_ptr(), row, 0 if bias is None else self._typed(bias, dtype).data_ptr()
 
-    def _angles(self, rotation: Rotation | None, offset: KeyOffset | None, size: int) -> Fields:
+    def _angles(self, rotation: Rotation | None, offset: KeyOffset | None, dtype: torch.dtype) -> Fields:
         if offset is not None:
             rotation = offset.rotation
         if rotation is None or rotation.cos is None or rotation.sin is None:
             return (0,) * 8
-        cos, sin = self._rows(rotation.cos), self._rows(rotation.sin)
+        cos, sin = self._typed(rotation.cos, dtype), self._typed(rotation.sin, dtype)
+        size = cos.element_size()
         cos_batch, cos_row, _ = cos.stride()
         sin_batch, sin_row, _ = sin.stride()
         several, _, rotary = cos.shape
@@ -132,13 +136,13 @@ class Arguments:
             int(rotation.is_symmetric),
         )  # fmt: skip
 
-    def _norm(self, rotation: Rotation | None) -> tuple[int, int, float]:
+    def _norm(self, rotation: Rotation | None, dtype: torch.dtype) -> tuple[int, int, float]:
         if rotation is None or rotation.norm is None:
             return int(rotation is not None), 0, 0.0
-        return 1, self._rows(rotation.norm.weight).data_ptr(), rotation.norm.eps
+        return 1, self._typed(rotation.norm.weight, dtype).data_ptr(), rotation.norm.eps
 
     def _constant(self, offset: KeyOffset | None) -> Fields:
-        return (0,) if offset is None else (self._in_fp32(offset.constant),)
+        return (0,) if offset is None else (self._typed(offset.constant, torch.float32).data_ptr(),)
 
     def _mask(self, mask: Tensor | None) -> Fields:
         if mask is None:
@@ -149,7 +153,7 @@ class Arguments:
         return mask.data_ptr(), kind, *strides
 
     def _sinks(self, logits: Logits) -> Fields:
-        return (0,) if logits.sinks is None else (self._in_fp32(logits.sinks),)
+        return (0,) if logits.sinks is None else (self._typed(logits.sinks, torch.float32).data_ptr(),)
 
 
 def _strided(tensor: Tensor, size: int) -> Fields:

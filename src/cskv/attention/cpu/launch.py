@@ -62,8 +62,13 @@ def attention(query: Query, inputs: AttentionInputs, scratch: Scratch, loaded: L
 def refusal(query: Query, inputs: AttentionInputs) -> str | None:
     """Return why the kernels cannot do this; None where they can."""
     view, factors, rotation, offset = inputs.view, inputs.factors, inputs.rotation, inputs.key_offset
+    if not query.is_cpu:
+        return f"they need a CPU, and the query is on {query.device.type}"
     if query.dtype not in KINDS:
         return f"they compute in 16 or 32 bits, and the query is {query.dtype}"
+    mask = inputs.logits.mask
+    if mask is not None and mask.dtype != torch.bool and mask.dtype not in KINDS:
+        return f"they add masks of 16 or 32 bits, and this is {mask.dtype}"
     if not attends_to_latents(query.shape[2], query.shape[1], view.keys.shape[1]):
         return f"{query.shape[2]} new tokens are too many, as in a prefill: rebuild keys and values for them"
     if view.k is None or view.v is None:
@@ -79,7 +84,8 @@ def refusal(query: Query, inputs: AttentionInputs) -> str | None:
     paged = isinstance(view.k, PagedLatents), isinstance(view.v, PagedLatents)
     if any(paged) and not (all(paged) and view.k.table is view.v.table and view.k.lengths is view.v.lengths):  # type: ignore[union-attr]
         return "they find keys and values by one table of pages"
-    if torch.is_grad_enabled() and (query.requires_grad or view.keys.requires_grad or factors.k.up.requires_grad):
+    read = query, view.keys, view.values, factors.k.up, factors.v.up
+    if torch.is_grad_enabled() and any(part.requires_grad for part in read):
         return "they record no gradients; attend under torch.no_grad()"
     return None
 
