@@ -51,6 +51,20 @@ class _Placed(NamedTuple):
     int8_keys: Int8Keys | None
 
 
+class Turned(NamedTuple):
+    """What the rotation of sealed keys is, see `AttentionInputs`.
+
+    Attributes:
+        placed: the factors that it goes with.
+        rotation: of rebuilt keys.
+        offset: what commuting latents leave out; None where they leave out nothing.
+    """
+
+    placed: _Placed
+    rotation: Rotation | None
+    offset: KeyOffset | None
+
+
 @dataclass(frozen=True)
 class Setup:
     """What an attachment decides for all its layers.
@@ -132,11 +146,14 @@ class LayerCompressor:
         channels = keys.to(down.dtype).transpose(1, 2).flatten(2)
         return self._project(channels, placed.factors.k.down, placed.factors.k.down_bias), of_input
 
-    def key_offset(self, placed: _Placed, cos: Tensor, sin: Tensor) -> KeyOffset | None:
-        """Return what commuting latents leave out of sealed keys, given cos and sin of these; None where nothing."""
-        if placed.constant is None:
-            return None
-        return KeyOffset(Rotation(cos, sin, self._turn, self.recipe.plain_rope), placed.constant)
+    def turned(self, placed: _Placed, cos: Tensor | None, sin: Tensor | None) -> Turned:
+        """Return what follows from the sealed tokens' cos and sin, which are None where keys are not rotated."""
+        recipe, rotation, offset = self.recipe, None, None
+        if not self.is_linear:
+            rotation = Rotation(cos, sin, recipe.keys.heads, recipe.plain_rope, placed.norm, recipe.equal_halves)
+        elif cos is not None and placed.constant is not None:
+            offset = KeyOffset(Rotation(cos, sin, self._turn, recipe.plain_rope), placed.constant)
+        return Turned(placed, rotation, offset)
 
     def new_layer(self, owner: CSKVLayer | None) -> CSKVLayer:
         """Make this layer's part of a new cache.

@@ -14,20 +14,21 @@ import threading
 import weakref
 from dataclasses import replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from cskv.attachment.compressor import LayerCompressor
+from cskv.attachment.compressor import LayerCompressor, Turned
 from cskv.attachment.layer import CSKVLayer
 from cskv.attachment.order import Orders
 from cskv.attention.attend import attends_to_latents, attention
-from cskv.attention.inputs import AttentionInputs, Logits, Rotation, causal_mask, rebuilt
+from cskv.attention.inputs import AttentionInputs, Logits, causal_mask, rebuilt
 from cskv.cache.buffer import TokenBuffer
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
 from cskv.latents.layout import Layout, Row
-from cskv.latents.view import View
+from cskv.latents.view import Latents, View
 from cskv.models.attention_interface import Original, stands_beside
 from cskv.models.calls import AttentionCall, logits_of
 from cskv.models.cos_sin import CosSin
@@ -54,6 +55,7 @@ class ThreadState(threading.local):
     Attributes:
         scratch: tensors of the attention on latents, used by one layer after the other.
         cos_sin: of the sealed tokens of the cache that was read last.
+        turned: the rotation of sealed keys, by their latents in the view that was read last of a layer.
         orders: of the tokens of the forward under way.
         guessed: how many tokens of the forward under way, the last ones, may be rejected.
     """
@@ -61,6 +63,7 @@ class ThreadState(threading.local):
     def __init__(self) -> None:
         self.scratch = Scratch()
         self.cos_sin = SealedCosSin()
+        self.turned: WeakKeyDictionary[Latents, Turned] = WeakKeyDictionary()
         self.orders = Orders()
         self.guessed = 0
 
@@ -75,6 +78,7 @@ class ThreadState(threading.local):
         """Free all memory of the calling thread."""
         self.scratch.clear()
         self.cos_sin.clear()
+        self.turned.clear()
         self.orders.clear()
 
 
@@ -267,15 +271,23 @@ class Step:
         return (view.keys, view.values) if self.attends else self.rebuilt()
 
     def _inputs(self, logits: Logits, view: View) -> AttentionInputs:
-        compressor, placed, table = self.compressor, self._placed, self._layer.table
-        recipe, cos, sin, rotation, offset = compressor.recipe, None, None, None, None
-        if recipe.rope is not None and table is not None and view.sealed:
-            cos, sin = self._cos_sin(table, recipe.rope, view)
-        if not compressor.is_linear:
-            rotation = Rotation(cos, sin, recipe.keys.heads, recipe.plain_rope, placed.norm, recipe.equal_halves)
-        elif cos is not None:
-            offset = compressor.key_offset(placed, cos, sin)
+        compressor, placed = self.compressor, self._placed
+        _, rotation, offset = self._turned(view)
         return AttentionInputs(view, placed.factors, rotation, logits, compressor.value_heads, offset, placed.int8_keys)
+
+    def _turned(self, view: View) -> Turned:
+        """Return the rotation of sealed keys and what their latents leave out, kept until other tokens are sealed."""
+        known, k, placed = self.state.turned, view.k, self._placed
+        keeps = k is not None and view.layout is None and not torch.compiler.is_compiling()
+        if keeps and (turned := known.get(k)) is not None and turned.placed is placed:
+            return turned
+        cos, sin, table, rope = None, None, self._layer.table, self.compressor.recipe.rope
+        if rope is not None and table is not None and k is not None:
+            cos, sin = self._cos_sin(table, rope, view)
+        turned = self.compressor.turned(placed, cos, sin)
+        if keeps:
+            known[k] = turned
+        return turned
 
     def _cos_sin(self, table: PositionTable, rope: CosSin, view: View) -> tuple[Tensor, Tensor]:
         kept, owner, layout = self.state.cos_sin, self.compressor.owner_idx, view.layout

@@ -107,11 +107,12 @@ class BiBranchStore:
         self.group = group
         self.sinks = sinks
         self.grids = (k_grid, v_grid)
-        self.length = self.sealed = 0
+        self.length = 0
         self.cuts_gradients = False
         self._k, self._v = latent_store(k_grid, capacity), latent_store(v_grid, capacity)
         self._exact: Exact | None = None
-        self._latents: tuple[Latents, Latents] | None = None  # views of the sealed ones
+        self._latents: tuple[Latents, Latents] | None  # views of the sealed ones
+        self._hold(0)
 
     @property
     def batch(self) -> int:
@@ -139,14 +140,18 @@ class BiBranchStore:
             guessed: how many of the new tokens, the last ones, may be cropped again before the next append.
         """
         before, appended = self.length, keys.shape[2]
-        self._seal(self._due(before))
+        if before >= self._due_at:
+            self._seal(before)
         if before < self.sinks:  # what never becomes latents
             k_latents, v_latents = k_latents[:, self.sinks - before :], v_latents[:, self.sinks - before :]
         new, held = Exact(keys, values, k_latents, v_latents), self._exact
         self._exact = exact = new if held is None else held.followed_by(new)
         self.length = before + appended
-        view = View(exact.keys, exact.values, *self._sealed_latents(self.sealed), sinks=self.sinks)
-        if not self._seal(self._due(self.length - guessed_tokens(guessed, before, appended))) and held is None:
+        view = View(exact.keys, exact.values, *self._sealed_latents(), sinks=self.sinks)
+        behind = self.length - guessed_tokens(guessed, before, appended)
+        if behind >= self._due_at:
+            self._seal(behind)
+        elif held is None:
             self._exact = exact.first(appended, k_latents.shape[1])  # the caller's tensors may be views of larger ones
         return view
 
@@ -160,16 +165,16 @@ class BiBranchStore:
             self._exact = self._exact.first(exact, max(0, behind_sinks - self.sealed))
         if behind_sinks < self.sealed:
             self._crop_latents(behind_sinks)
-            self.sealed = behind_sinks
         self.length = length
 
     def clear(self) -> None:
         """Forget everything."""
         self._k.clear()
         self._v.clear()
-        self._exact = self._latents = None
-        self.length = self.sealed = 0
+        self._exact = None
+        self.length = 0
         self.cuts_gradients = False
+        self._hold(0)
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` (reorder, repeat, select along dimension 0, or move) to every tensor held."""
@@ -191,8 +196,9 @@ class BiBranchStore:
         """Count the bytes really allocated."""
         return self.latent_nbytes().total + self.window_nbytes()
 
-    def _sealed_latents(self, sealed: int) -> tuple[Latents | None, Latents | None]:
-        """View the first sealed latents. The views are kept until some are sealed, cropped or moved."""
+    def _sealed_latents(self) -> tuple[Latents | None, Latents | None]:
+        """View the sealed latents. The views are kept until some are sealed, cropped or moved."""
+        sealed = self.sealed
         if not sealed:
             return None, None
         if torch.compiler.is_compiling():  # it would take the sizes of kept views for constants
@@ -204,23 +210,23 @@ class BiBranchStore:
     def _crop_latents(self, sealed: int) -> None:
         self._k.crop(sealed)
         self._v.crop(sealed)
-        self._latents = None
+        self._hold(sealed)
 
-    def _due(self, length: int) -> int:
-        """Count the sealed tokens that a forward which appends to `length` tokens finds."""
-        return sealed_tokens(length - self.sinks, self.window, self.group)
-
-    def _seal(self, until: int) -> bool:
-        """Seal until so many tokens are; return whether there were any to seal."""
-        count, exact = until - self.sealed, self._exact
-        if count <= 0 or exact is None:
-            return False
+    def _seal(self, length: int) -> None:
+        """Seal all but what a forward that appends to `length` tokens reads exactly."""
+        until, exact = sealed_tokens(length - self.sinks, self.window, self.group), self._exact
+        assert exact is not None, "some tokens are due"
+        count = until - self.sealed
         self.cuts_gradients = self.cuts_gradients or exact.keys.requires_grad or exact.values.requires_grad
         self._exact = exact.without(self.sinks, count)
         self._k.append(exact.k_latents[:, :count])
         self._v.append(exact.v_latents[:, :count])
-        self.sealed, self._latents = until, None
-        return True
+        self._hold(until)
+
+    def _hold(self, sealed: int) -> None:
+        """Note how many tokens are sealed, and the length at which others are due: no step computes it."""
+        self.sealed, self._latents = sealed, None
+        self._due_at = self.sinks + self.window + (sealed // self.group + 1) * self.group
 
 
 def guessed_tokens(told: int, before: int, appended: int) -> int:

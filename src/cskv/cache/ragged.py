@@ -79,7 +79,7 @@ class RaggedStore(BiBranchStore):
         self.length = before + appended
         view = View(keys, values)
         if before:
-            latents = self._sealed_latents(self.sealed)
+            latents = self._sealed_latents()
             view = View(exact.keys, exact.values, *latents, sinks=self.sinks, layout=self._layout)
         self._seal_rows(guessed_tokens(guessed, before, appended))
         return view
@@ -91,7 +91,7 @@ class RaggedStore(BiBranchStore):
         if self._exact is not None:
             self._exact = self._exact.first(max(map(layout.exact, layout.rows)), max(map(layout.waiting, layout.rows)))
         self._crop_latents(layout.places)
-        self.length, self.sealed = length, layout.places
+        self.length = length
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         super().map_batch(change)
@@ -100,8 +100,7 @@ class RaggedStore(BiBranchStore):
             return
         order = change(torch.arange(len(rows))).tolist()
         self._layout = Layout(tuple(rows[row] for row in order), self.length, self.sinks, self._align)
-        self.sealed = self._layout.places
-        self._crop_latents(self.sealed)  # the longest row may be gone
+        self._crop_latents(self._layout.places)  # the longest row may be gone
 
     def clear(self) -> None:
         super().clear()
@@ -124,7 +123,7 @@ class RaggedStore(BiBranchStore):
                 place = self._layout.first_place(row, count)
                 self._k.put(index, place, exact.k_latents[index, :count], len(counts))
                 self._v.put(index, place, exact.v_latents[index, :count], len(counts))
-        self.sealed, self._latents = self._layout.places, None
+        self._hold(self._layout.places)
 
 
 # The layers of a model ask for the same indices one after the other.

@@ -18,7 +18,7 @@ from cskv.quantization.grid import Grid, dequantise
 from cskv.scratch import Scratch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlainLatents:
     """Latents in the dtype in which they came.
 
@@ -50,7 +50,7 @@ class PlainLatents:
         return self.tokens[:, start:stop]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedLatents:
     """Latents as codes of a few bits, with a minimum and a scale per block.
 

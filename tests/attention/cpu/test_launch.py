@@ -5,8 +5,10 @@ Memory that the launcher allocates is filled with NaN first, so that a number th
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -19,7 +21,7 @@ from cskv.attention import reference
 from cskv.attention.attend import attention
 from cskv.attention.cpu import launch
 from cskv.attention.cpu.library import LEVELS, Library, library
-from cskv.attention.inputs import Logits
+from cskv.attention.inputs import KeyOffset, Logits
 from cskv.attention.int8_keys import Int8Keys
 from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import PagedLatents
@@ -176,6 +178,52 @@ def test_halves_that_are_equal_are_read_once(level: Library) -> None:
     both = made.told(rotation=plain_rope(cos, sin, 16))
     one = made.told(rotation=replace(plain_rope(cos, sin, 16), is_symmetric=True))
     assert torch.equal(run(one, level), run(both, level))
+
+
+@pytest.mark.parametrize("changed", ["rotation", "key_offset", "factors", "values", "view"])
+def test_what_is_kept_of_sealed_tokens_is_not_used_with_others(changed: str, level: Library) -> None:
+    """Addresses are kept by the latents of keys, from step to step."""
+    case = Case(sealed=100, rotary_dim=None if changed == "key_offset" else 16, device="cpu")
+    made, other = make(case), make(replace(case, batch=2))
+    rope, view, factors = made.inputs.rotation, made.inputs.view, made.inputs.factors
+    run(made, level)
+    if changed == "rotation":
+        assert rope is not None
+        told = made.told(rotation=plain_rope(rope.sin, rope.cos, 16))  # type: ignore[arg-type]
+    elif changed == "key_offset":
+        angles = torch.randn(2, 1, 100, 16)
+        told = made.told(key_offset=KeyOffset(plain_rope(angles[0], angles[1], 16), torch.randn(32)))
+    elif changed == "factors":
+        told = made.told(factors=replace(factors, v=replace(factors.v, up=factors.v.up.flip(0))))
+    elif changed == "values":
+        told = made.told(view=replace(view, v=PlainLatents(torch.randn(1, 100, 20))))
+    else:
+        told = replace(other, inputs=replace(other.inputs, factors=factors))
+    out, truth = run(told, level), told.truth()
+    assert (out - run(made, level)).abs().max() > 0.01
+    assert (out.double() - truth).abs().max() / truth.abs().max() < TOLERANCES[torch.float32]
+
+
+def test_what_is_kept_of_sealed_tokens_is_not_a_copy(level: Library) -> None:
+    """Factors of another dtype are converted for every call anew: those that they were made of may change."""
+    made = make(Case(sealed=100, rotary_dim=16, device="cpu"))
+    up = made.inputs.factors.v.up.double()
+    factors = replace(made.inputs.factors, v=replace(made.inputs.factors.v, up=up))
+    told = made.told(factors=factors)
+    before = run(told, level)
+    up.mul_(2)
+    assert not torch.allclose(run(told, level), before)
+
+
+def test_nothing_is_kept_of_a_cache_that_is_gone() -> None:
+    assert BEST is not None
+    made = make(Case(sealed=100, rotary_dim=16, device="cpu"))
+    run(made, BEST)
+    run(made, BEST)
+    alive = [weakref.ref(part) for part in (made.inputs.view.k, made.inputs.rotation.cos, made.inputs.factors)]  # type: ignore[union-attr]
+    del made
+    gc.collect()
+    assert [part() for part in alive] == [None] * 3
 
 
 def test_tensors_that_are_not_packed_together_are_read_where_they_lie(level: Library) -> None:

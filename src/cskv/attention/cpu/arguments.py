@@ -11,19 +11,22 @@ from torch import Tensor
 from cskv.attention.inputs import AttentionInputs, KeyOffset, Logits, Rotation
 from cskv.factorization.factors import Factors
 from cskv.latents.pages import PagedLatents
-from cskv.latents.view import Latents, PackedLatents
+from cskv.latents.view import Latents, PackedLatents, View
 from cskv.quantization.grid import Grid
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PACKED, BOOL = 3, 4
-CALL = Struct("=23q 32q 5q 6q 8q 2qdq 2d 8q")
+STEP = Struct("=21q 2d 8q")
+SEALED = Struct("=2q 32q 5q 6q 8q 2qdq")
 NO_LATENTS = (0,) * 16
-NO_TENSOR = (0,) * 5
+NO_PAGES = (0,) * 5
+NO_EXISTS = (0,) * 2
+NO_MASK = (0,) * 6
 Fields = tuple[int, ...]
 
 
 class Arguments:
-    """The fields of one call.
+    """The fields of one call, in two parts: what every step changes, and what stays while no token is sealed.
 
     Attributes:
         kept: tensors made for the call, which have to outlive it: the fields hold their addresses alone.
@@ -32,28 +35,34 @@ class Arguments:
     def __init__(self) -> None:
         self.kept: list[Tensor] = []
 
-    def pack(self, query: Tensor, inputs: AttentionInputs, output: Tensor) -> bytes:
-        """Return the fields as the kernels read them.
+    def step(self, query: Tensor, view: View, logits: Logits, output: Tensor) -> bytes:
+        """Return the first part.
 
         Args:
             query: (batch, q_heads, new, head_dim), of the dtype of factors and exact tokens.
-            inputs: what the kernels can do, see `refusal`.
+            view: of the exact tokens.
+            logits: of all.
             output: of the query's shape and dtype, packed together.
         """
-        view, factors, logits = inputs.view, inputs.factors, inputs.logits
         query, keys, values = self._rows(query), self._rows(view.keys), self._rows(view.values)
-        size = 4 if query.dtype == torch.float32 else 2
+        exists, mask, kind = view.exists, logits.mask, KINDS[query.dtype]
         batch, q_heads, new, head_dim = query.shape
-        sealed = 0 if view.k is None else view.k.length
-        return CALL.pack(
-            batch, q_heads, keys.shape[1], new, head_dim, factors.k.groups, KINDS[query.dtype],
-            *_strided(query, size), keys.data_ptr(), values.data_ptr(),
-            *_strided(keys, size)[1:], *_strided(values, size)[1:], keys.shape[2], sealed,
-            *self._exists(view.exists), *self._latents(view.k), *self._latents(view.v), *self._pages(view.k),
-            *self._factors(factors.k, query.dtype), *self._factors(factors.v, query.dtype),
-            *self._angles(inputs.rotation, inputs.key_offset, query.dtype), *self._norm(inputs.rotation, query.dtype),
-            *self._constant(inputs.key_offset), logits.scaling, logits.softcap or 0.0, *self._mask(logits.mask),
-            *self._sinks(logits), output.data_ptr(),
+        _, kv_heads, recent, _ = keys.shape
+        size = 2 if kind else 4
+        return STEP.pack(
+            batch, q_heads, kv_heads, new, head_dim, kind, query.data_ptr(), *_strides(query, size),
+            keys.data_ptr(), values.data_ptr(), *_strides(keys, size), *_strides(values, size), recent,
+            *(NO_EXISTS if exists is None else self._exists(exists)), logits.scaling, logits.softcap or 0.0,
+            *(NO_MASK if mask is None else self._mask(mask)), self._sinks(logits.sinks), output.data_ptr(),
+        )  # fmt: skip
+
+    def sealed(self, dtype: torch.dtype, inputs: AttentionInputs) -> bytes:
+        """Return the second part, for a query of a dtype and what the kernels can do, see `refusal`."""
+        view, factors, rotation, offset = inputs.view, inputs.factors, inputs.rotation, inputs.key_offset
+        return SEALED.pack(
+            view.sealed, factors.k.groups, *self._latents(view.k), *self._latents(view.v), *self._pages(view.k),
+            *self._factors(factors.k, dtype), *self._factors(factors.v, dtype), *self._angles(rotation, offset, dtype),
+            *self._norm(rotation, dtype), *self._constant(offset),
         )  # fmt: skip
 
     def _rows(self, tensor: Tensor) -> Tensor:
@@ -72,9 +81,7 @@ class Arguments:
         self.kept.append(tensor)
         return tensor
 
-    def _exists(self, exists: Tensor | None) -> Fields:
-        if exists is None:
-            return 0, 0
+    def _exists(self, exists: Tensor) -> Fields:
         exists = self._rows(exists)
         return exists.data_ptr(), exists.stride(0)
 
@@ -109,7 +116,7 @@ class Arguments:
 
     def _pages(self, latents: Latents | None) -> Fields:
         if not isinstance(latents, PagedLatents):
-            return NO_TENSOR
+            return NO_PAGES
         table, lengths = self._rows(latents.table), self._rows(latents.lengths)
         size = table.element_size()
         return table.data_ptr(), table.stride(0) * size, size, lengths.data_ptr(), lengths.element_size()
@@ -144,21 +151,19 @@ class Arguments:
     def _constant(self, offset: KeyOffset | None) -> Fields:
         return (0,) if offset is None else (self._typed(offset.constant, torch.float32).data_ptr(),)
 
-    def _mask(self, mask: Tensor | None) -> Fields:
-        if mask is None:
-            return (0,) * 6
+    def _mask(self, mask: Tensor) -> Fields:
         size, shape = mask.element_size(), mask.shape
         kind = BOOL if mask.dtype == torch.bool else KINDS[mask.dtype]
         strides = [0 if shape[dim] == 1 else mask.stride(dim) * size for dim in range(4)]
         return mask.data_ptr(), kind, *strides
 
-    def _sinks(self, logits: Logits) -> Fields:
-        return (0,) if logits.sinks is None else (self._typed(logits.sinks, torch.float32).data_ptr(),)
+    def _sinks(self, sinks: Tensor | None) -> int:
+        return 0 if sinks is None else self._typed(sinks, torch.float32).data_ptr()
 
 
-def _strided(tensor: Tensor, size: int) -> Fields:
+def _strides(tensor: Tensor, size: int) -> Fields:
     batch, heads, tokens, _ = tensor.stride()
-    return tensor.data_ptr(), batch * size, heads * size, tokens * size
+    return batch * size, heads * size, tokens * size
 
 
 @lru_cache(maxsize=1024)

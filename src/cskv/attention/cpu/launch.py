@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float
@@ -12,8 +14,10 @@ from torch import Tensor
 from cskv.attention.attend import attends_to_latents
 from cskv.attention.cpu.arguments import KINDS, Arguments
 from cskv.attention.cpu.library import Library, lacking, library
-from cskv.attention.inputs import AttentionInputs, Rotation
+from cskv.attention.inputs import AttentionInputs, KeyOffset, Rotation
+from cskv.factorization.factors import LayerFactors
 from cskv.latents.pages import PagedLatents
+from cskv.latents.view import Latents
 from cskv.scratch import Scratch
 
 MOST_THREADS = 256
@@ -33,11 +37,10 @@ def attempt(query: Query, inputs: AttentionInputs, scratch: Scratch, *, asked: b
         if asked:
             _say_once(str(lacking()))
         return None
-    reason = refusal(query, inputs)
-    if reason is None:
-        return attention(query, inputs, scratch, loaded)
-    _say_once(reason)
-    return None
+    if (reason := refusal(query, inputs)) is not None:
+        _say_once(reason)
+        return None
+    return attention(query, inputs, scratch, loaded)
 
 
 @cache
@@ -50,13 +53,46 @@ def attention(query: Query, inputs: AttentionInputs, scratch: Scratch, loaded: L
 
     `refusal` has to be None for the same arguments.
     """
-    output = torch.empty(query.shape, dtype=query.dtype)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
     arguments = Arguments()
-    call = arguments.pack(query, inputs, output)
+    call = arguments.step(query, inputs.view, inputs.logits, output) + _sealed(arguments, query.dtype, inputs)
     threads, memory = min(torch.get_num_threads(), MOST_THREADS), scratch.memory(0)
     while needed := loaded.attend(loaded.level, call, threads, memory.data_ptr(), memory.shape[0]):
         memory = scratch.memory(needed)
     return output
+
+
+class _Kept(NamedTuple):
+    """The fields of sealed tokens, and what they were made of beside the latents of keys."""
+
+    fields: bytes
+    factors: LayerFactors
+    v: ref[Latents]
+    rotation: ref[Rotation] | None
+    offset: ref[KeyOffset] | None
+
+
+_KEPT: WeakKeyDictionary[Latents, _Kept] = WeakKeyDictionary()  # by the latents of keys
+
+
+def _sealed(arguments: Arguments, dtype: torch.dtype, inputs: AttentionInputs) -> bytes:
+    """Return the fields of sealed tokens. Those of a cache are kept for the steps that come until others are sealed."""
+    view, rotation, offset = inputs.view, inputs.rotation, inputs.key_offset
+    kept = None if view.k is None else _KEPT.get(view.k)
+    if kept is not None and kept.factors is inputs.factors:
+        if kept.v() is view.v and _is(kept.rotation, rotation) and _is(kept.offset, offset):
+            return kept.fields
+    before = len(arguments.kept)
+    fields = arguments.sealed(dtype, inputs)
+    lasts = len(arguments.kept) == before  # what was converted lives as long as this call
+    if lasts and view.k is not None and view.v is not None and not isinstance(view.k, PagedLatents):
+        own = None if rotation is None else ref(rotation), None if offset is None else ref(offset)
+        _KEPT[view.k] = _Kept(fields, inputs.factors, ref(view.v), *own)
+    return fields
+
+
+def _is(kept: ref[Any] | None, own: Any) -> bool:
+    return own is None if kept is None else kept() is own
 
 
 def refusal(query: Query, inputs: AttentionInputs) -> str | None:
@@ -71,6 +107,10 @@ def refusal(query: Query, inputs: AttentionInputs) -> str | None:
         return f"they add masks of 16 or 32 bits, and this is {mask.dtype}"
     if not attends_to_latents(query.shape[2], query.shape[1], view.keys.shape[1]):
         return f"{query.shape[2]} new tokens are too many, as in a prefill: rebuild keys and values for them"
+    if torch.is_grad_enabled():
+        read = query, view.keys, view.values, factors.k.up, factors.v.up
+        if any(part.requires_grad for part in read):
+            return "they record no gradients; attend under torch.no_grad()"
     if view.k is None or view.v is None:
         return None
     if inputs.value_heads is not None:
@@ -84,9 +124,6 @@ def refusal(query: Query, inputs: AttentionInputs) -> str | None:
     paged = isinstance(view.k, PagedLatents), isinstance(view.v, PagedLatents)
     if any(paged) and not (all(paged) and view.k.table is view.v.table and view.k.lengths is view.v.lengths):  # type: ignore[union-attr]
         return "they find keys and values by one table of pages"
-    read = query, view.keys, view.values, factors.k.up, factors.v.up
-    if torch.is_grad_enabled() and any(part.requires_grad for part in read):
-        return "they record no gradients; attend under torch.no_grad()"
     return None
 
 

@@ -77,13 +77,13 @@ def _load() -> Library | str:
         return MISSING
     import torch  # noqa: F401  loads its OpenMP for all to use
 
-    from cskv.attention.cpu.arguments import CALL
+    from cskv.attention.cpu.arguments import SEALED, STEP
 
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the compiled CPU kernels cannot be loaded, install cskv again: {first_line(error)}"
-    if not hasattr(loaded, "cskv_call_bytes") or loaded.cskv_call_bytes() != CALL.size:
+    if not hasattr(loaded, "cskv_call_bytes") or loaded.cskv_call_bytes() != STEP.size + SEALED.size:
         return "the compiled CPU kernels are those of another cskv: install cskv again"
     attend = loaded.cskv_attend
     attend.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)

@@ -27,16 +27,24 @@ struct Factors {
   const char* bias;
 };
 
+// What every step changes, and behind it what stays while no token is sealed.
 struct Call {
-  int64_t batch, q_heads, kv_heads, added, head_dim, groups;  // added: new tokens
-  int64_t kind;                                               // of the query, factors and exact tokens
+  int64_t batch, q_heads, kv_heads, added, head_dim;  // added: new tokens
+  int64_t kind;                                       // of the query, factors and exact tokens
   const char* query;
   int64_t query_batch, query_head, query_token;
   const char *keys, *values;  // of exact tokens
   int64_t keys_batch, keys_head, keys_token, values_batch, values_head, values_token;
-  int64_t recent, sealed;
+  int64_t recent;
   const char* exists;  // (batch, recent): bool
   int64_t exists_batch;
+  double scaling, softcap;  // 0: none
+  const char* mask;
+  int64_t mask_kind, mask_batch, mask_head, mask_query, mask_token;
+  const char* sink_logits;  // fp32, (q_heads)
+  char* output;             // of the query's kind, (batch, q_heads, added, head_dim), packed together
+
+  int64_t sealed, groups;
   Latents k, v;
   const char* table;  // of pages
   int64_t table_batch, table_bytes;
@@ -46,16 +54,10 @@ struct Call {
   int64_t rotary;  // channels of a head that are rotated, when keys are rebuilt or their constant is added
   const char *cos, *sin;
   int64_t cos_batch, cos_row, sin_batch, sin_row, is_symmetric;
-  int64_t rebuilds;        // whether keys are normalised or rotated after they were rebuilt
-  const char* norm;        // weights of that norm
+  int64_t rebuilds;      // whether keys are normalised or rotated after they were rebuilt
+  const char* norm;      // weights of that norm
   double norm_eps;
-  const char* constant;    // fp32, (kv_dim): what latents leave out of keys
-  double scaling, softcap; // 0: none
-  const char* mask;
-  int64_t mask_kind, mask_batch, mask_head, mask_query, mask_token;
-  const char* sink_logits;  // fp32, (q_heads)
-  char* output;             // of the query's kind, (batch, q_heads, added, head_dim), packed together
+  const char* constant;  // fp32, (kv_dim): what latents leave out of keys
 };
-
 
 }  // namespace cskv
