@@ -79,8 +79,9 @@ def _sealed(arguments: Arguments, dtype: torch.dtype, inputs: AttentionInputs) -
     """Return the fields of sealed tokens. Those of a cache are kept for the steps that come until others are sealed."""
     view, rotation, offset = inputs.view, inputs.rotation, inputs.key_offset
     kept = None if view.k is None else _KEPT.get(view.k)
-    if kept is not None and kept.factors is inputs.factors:
-        if kept.v() is view.v and _is(kept.rotation, rotation) and _is(kept.offset, offset):
+    if kept is not None:
+        same = kept.factors is inputs.factors and kept.v() is view.v
+        if same and _is(kept.rotation, rotation) and _is(kept.offset, offset):
             return kept.fields
     before = len(arguments.kept)
     fields = arguments.sealed(dtype, inputs)

@@ -39,7 +39,7 @@ struct Attention {
     Scores<E> scores{plan, own, prefetch};
     for (int64_t start = tiles * split / plan.splits * tile; start < stop; start += tile) {
       const int64_t count = stop - start < tile ? stop - start : tile;
-      keys.read(start, count, tile, own.k_rows);
+      scores.read(keys, sequence, start, count);
       values.read_by_token(start, count, tile, own.values, own.tile);
       scores.take_angles(sequence, start, count);
       prefetch = Prefetch{};

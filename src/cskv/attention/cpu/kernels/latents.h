@@ -13,6 +13,8 @@ INLINE int64_t whole_number(const char* p, int64_t bytes) {
   return *reinterpret_cast<const int32_t*>(p);
 }
 
+constexpr int MOST_BLOCKS = 16;  // of a token, whose parameters fit a register
+
 // What unpacking takes beside the latents themselves.
 struct Codes {
   uint8_t *bytes, *codes;   // of a token
@@ -34,12 +36,16 @@ struct Reader {
   int64_t sequence, rank, width;
   Codes own;
   const char* parameters = nullptr;  // where the row of blocks is that was read last
-  bool names_blocks = false;         // whether latents find the parameters of their block in a register
+  int shift = -1;                    // where blocks of codes have a power of 2 tokens: of which
+  int64_t bits = 0;                  // of all codes, where these are taken from rows of bytes without a detour
+  bool names_blocks = false;         // whether such latents find the parameters of their block in a register
 
   Reader(const Call& c, const Latents& l, int64_t of, int64_t r, int64_t w, Codes codes)
       : call(c), latents(l), sequence(of), rank(r), width(w), own(codes) {
+    if (l.block_tokens > 0 && (l.block_tokens & (l.block_tokens - 1)) == 0) shift = __builtin_ctzll(l.block_tokens);
 #if defined(__AVX512BF16__)
-    names_blocks = latents.kind == cskv::PACKED && name_blocks();
+    bits = sizeof(E) == 2 && is_of_one_width() ? latents.runs[0] : 0;
+    names_blocks = bits && name_blocks();
 #endif
   }
 
@@ -47,7 +53,14 @@ struct Reader {
   __attribute__((noinline)) void read(int64_t start, int64_t count, int64_t size, E* out) {
     const int64_t row = call.groups * width;
     parameters = nullptr;
-    for (int64_t t = 0; t < count; t++) token(start + t, out + t * row);
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(E) == 2) {
+      if (bits == 8) rows_of_codes<8>(start, count, out);
+      if (bits == 4) rows_of_codes<4>(start, count, out);
+      if (bits == 2) rows_of_codes<2>(start, count, out);
+    }
+#endif
+    for (int64_t t = 0; t < count && !bits; t++) token(start + t, out + t * row);
     zero(out + count * row, (size - count) * row * sizeof(E));
   }
 
@@ -55,25 +68,25 @@ struct Reader {
   __attribute__((noinline)) void read_by_token(int64_t start, int64_t count, int64_t size, E* out, E* rows) {
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(E) == 2) {
-      if (latents.kind != cskv::BFLOAT16 && !(is_of_one_width() && names_blocks)) {
+      const int64_t filled = (count + 1) / 2;
+      if (latents.kind == cskv::BFLOAT16) {
+        for (int64_t pair = 0; pair < filled; pair++) {
+          const auto [even, odd] = find_two(start, count, pair);
+          for (int64_t group = 0; group < call.groups; group++) {
+            bf16* own_out = out + (group * size + 2 * pair) * width;
+            join(even.data + 2 * group * rank, odd.data + 2 * group * rank, own_out);
+          }
+        }
+      } else if (names_blocks) {
+        if (bits == 8) pairs_of_codes<8>(start, count, out);
+        if (bits == 4) pairs_of_codes<4>(start, count, out);
+        if (bits == 2) pairs_of_codes<2>(start, count, out);
+      } else {
         read(start, count, size, rows);
         for (int64_t group = 0; group < call.groups; group++) {
           by_token(rows + group * width, call.groups * width, width, size, out + group * size * width);
         }
         return;
-      }
-      const int64_t filled = (count + 1) / 2;
-      for (int64_t pair = 0; pair < filled; pair++) {
-        // A token without another is there twice: the second has no weight.
-        const Where even = find(start + 2 * pair), odd = find(start + (2 * pair + 1 < count ? 2 * pair + 1 : 2 * pair));
-        for (int64_t group = 0; group < call.groups; group++) {
-          bf16* own_out = out + (group * size + 2 * pair) * width;
-          if (latents.kind == cskv::BFLOAT16) {
-            join(even.data + 2 * group * rank, odd.data + 2 * group * rank, own_out);
-          } else {
-            join_codes(even, odd, own_out);
-          }
-        }
       }
       for (int64_t group = 0; group < call.groups; group++) {
         zero(out + (group * size + 2 * filled) * width, (size - 2 * filled) * width * sizeof(E));
@@ -121,9 +134,9 @@ struct Reader {
     }
     data += in_page * latents.row;
     if (latents.kind != cskv::PACKED) return Where{data, nullptr, nullptr};
-    const int64_t block = latents.token_block             ? latents.token_block[token]
-                          : latents.block_tokens == 1 ? in_page
-                                                          : in_page / latents.block_tokens;
+    const int64_t block = latents.token_block ? latents.token_block[token]
+                          : shift >= 0        ? in_page >> shift
+                                              : in_page / latents.block_tokens;
     return Where{data, scales + block * latents.parameters_row, minima + block * latents.parameters_row};
   }
 
@@ -137,21 +150,6 @@ struct Reader {
       }
       return;
     }
-#if defined(__AVX512BF16__)
-    if constexpr (sizeof(E) == 2) {
-      if (is_of_one_width()) {
-        const int64_t bits = latents.runs[0];
-        const uint8_t* in = reinterpret_cast<const uint8_t*>(data);
-        if (names_blocks) {
-          of_width<true>(bits, in, scales, minima, out);
-        } else {
-          of_width<false>(bits, in, scales, minima, out);
-        }
-        zero(out + rank, (width - rank) * sizeof(E));
-        return;
-      }
-    }
-#endif
     if (scales != parameters) {
       spread(scales, own.scale), spread(minima, own.minimum);
       parameters = scales;
@@ -168,9 +166,11 @@ struct Reader {
   }
 
 #if defined(__AVX512BF16__)
+  // Whether all codes have one width, and no vector of them lies in more than two planes.
   bool is_of_one_width() const {
     const int64_t bits = latents.kind == cskv::PACKED ? latents.runs[0] : 0;
-    return call.groups == 1 && bits && latents.runs[2] == 0 && (bits == 8 || bits == 4 || bits == 2);
+    const bool known = bits == 8 || bits == 4 || bits == 2;
+    return known && call.groups == 1 && latents.runs[2] == 0 && (rank * bits + 7) / 8 >= W;
   }
 
   // Two rows of 16-bit numbers side by side.
@@ -184,52 +184,75 @@ struct Reader {
     }
   }
 
-  INLINE void join_codes(Where even, Where odd, bf16* out) {
-    if (latents.runs[0] == 8) join_codes<8>(even, odd, out);
-    if (latents.runs[0] == 4) join_codes<4>(even, odd, out);
-    if (latents.runs[0] == 2) join_codes<2>(even, odd, out);
+  struct Two {
+    Where even, odd;
+  };
+
+  // A pair of tokens. One without another is there twice: the second has no weight.
+  INLINE Two find_two(int64_t start, int64_t count, int64_t pair) const {
+    return Two{find(start + 2 * pair), find(start + (2 * pair + 1 < count ? 2 * pair + 1 : 2 * pair))};
   }
 
   template <int BITS>
-  INLINE void join_codes(Where even, Where odd, bf16* out) {
+  INLINE void pairs_of_codes(int64_t start, int64_t count, bf16* out) const {
+    for (int64_t pair = 0; 2 * pair < count; pair++) {
+      const auto [even, odd] = find_two(start, count, pair);
+      join_codes<BITS>(even, odd, out + 2 * pair * width);
+    }
+  }
+
+  template <int BITS>
+  INLINE void join_codes(Where even, Where odd, bf16* out) const {
     const uint8_t *low = reinterpret_cast<const uint8_t*>(even.data), *high = reinterpret_cast<const uint8_t*>(odd.data);
     const VF scales[2] = {of_blocks(even.scales), of_blocks(odd.scales)};
     const VF minima[2] = {of_blocks(even.minima), of_blocks(odd.minima)};
-    const int64_t bytes = (rank * BITS + 7) / 8;
-#pragma GCC unroll 4
-    for (int index = 0; index < 8 / BITS; index++) {
-      const int64_t begin = index * bytes;
-      if (begin >= rank) break;
-      for (int64_t i = 0; i < bytes; i += W) {
-        const VF x = latent<BITS, true>(low + i, bytes - i, index, begin + i, scales[0], minima[0]);
-        const VF y = latent<BITS, true>(high + i, bytes - i, index, begin + i, scales[1], minima[1]);
-        store_pairs(out + 2 * (begin + i), x, y);
-      }
-    }
-    zero(out + 2 * rank, 2 * (width - rank) * sizeof(bf16));
+    const auto both = [low, high](__mmask16 some, int64_t at) INLINE_LAMBDA {
+      return _mm512_or_si512(bytes(low + at, some), _mm512_slli_epi32(bytes(high + at, some), 16));
+    };
+    const __m512i of_one = _mm512_set1_epi32((1 << BITS) - 1);
+    const Codes own = this->own;
+    each_vector<BITS>(both, [=, &scales, &minima](int64_t channel, __m512i codes) INLINE_LAMBDA {
+      const VF x = latent<true>(own, number<BITS>(_mm512_and_si512(codes, of_one)), channel, scales[0], minima[0]);
+      const __m512i second = _mm512_and_si512(_mm512_srli_epi32(codes, 16), of_one);
+      store_pairs(out + 2 * channel, x, latent<true>(own, number<BITS>(second), channel, scales[1], minima[1]));
+    });
+    end_with_zeros(out + 2 * rank, width - rank);
+    end_with_zeros(out + rank + width, width - rank);
   }
 
-  // The parameters of all blocks of a token, at most 16.
+  // Write fewer than 32 zeros behind a row: a call of memset takes longer.
+  static INLINE void end_with_zeros(bf16* out, int64_t count) {
+    static_assert(LANES == 32, "a mask has 32 bits");
+    _mm512_mask_storeu_epi16(out, (__mmask32(1) << count) - 1, _mm512_setzero_si512());
+  }
+
+  // The parameters of all blocks of a token, at most MOST_BLOCKS.
   INLINE VF of_blocks(const char* in) const {
     const int64_t n = (rank + latents.block_channels - 1) / latents.block_channels;
     return (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), in)), 16);
   }
 
-  // Name the block of every latent, where there are at most 16 of more than a latent each.
+  // Name the block of every latent, where there are at most MOST_BLOCKS of more than a latent each.
   bool name_blocks() const {
-    if (latents.block_channels == 1 || latents.runs[2] || (rank + latents.block_channels - 1) / latents.block_channels > 16) {
+    if (latents.block_channels == 1 || latents.runs[2] || (rank + latents.block_channels - 1) / latents.block_channels > MOST_BLOCKS) {
       return false;
     }
     for (int64_t i = 0; i < rank; i++) own.blocks[i] = uint32_t(i / latents.block_channels);
     return true;
   }
 
-  // Codes of one width, without a detour through memory.
-  template <bool NAMED>
-  INLINE void of_width(int64_t bits, const uint8_t* in, const char* scales, const char* minima, E* out) {
-    if (bits == 8) one_width<8, NAMED>(in, scales, minima, out);
-    if (bits == 4) one_width<4, NAMED>(in, scales, minima, out);
-    if (bits == 2) one_width<2, NAMED>(in, scales, minima, out);
+  template <int BITS>
+  INLINE void rows_of_codes(int64_t start, int64_t count, E* out) {
+    for (int64_t t = 0; t < count; t++, out += width) {
+      const auto [data, scales, minima] = find(start + t);
+      const uint8_t* in = reinterpret_cast<const uint8_t*>(data);
+      if (names_blocks) {
+        one_width<BITS, true>(in, scales, minima, out);
+      } else {
+        one_width<BITS, false>(in, scales, minima, out);
+      }
+      end_with_zeros(out + rank, width - rank);
+    }
   }
 
   template <int BITS, bool NAMED>
@@ -241,28 +264,61 @@ struct Reader {
       spread(scales, own.scale), spread(minima, own.minimum);
       parameters = scales;
     }
-    const int64_t bytes = (rank * BITS + 7) / 8;
+    const auto at = [in](__mmask16 some, int64_t first) INLINE_LAMBDA { return bytes(in + first, some); };
+    const Codes codes_of = own;
+    each_vector<BITS>(at, [=](int64_t channel, __m512i codes) INLINE_LAMBDA {
+      store(out + channel, latent<NAMED>(codes_of, number<BITS>(codes), channel, scale, minimum));
+    });
+  }
+
+  // Take 16 codes after the other. They begin at whole vectors of latents, and not of the bytes that hold them: rows of
+  // latents are written without crossing lines of the cache.
+  template <int BITS, class Load, class Take>
+  INLINE void each_vector(Load load_bytes, Take take) const {
+    const int64_t rank = this->rank, size = (rank * BITS + 7) / 8;
+    int64_t channel = 0;
 #pragma GCC unroll 4
-    for (int index = 0; index < 8 / BITS; index++) {
-      const int64_t begin = index * bytes;
-      if (begin >= rank) break;
-      for (int64_t i = 0; i < bytes; i += 2 * W) {
-        const int64_t j = i + W;
-        const VF low = latent<BITS, NAMED>(in + i, bytes - i, index, begin + i, scale, minimum);
-        const VF high = latent<BITS, NAMED>(in + j, bytes - j, index, begin + j, scale, minimum);
-        _mm512_storeu_si512(out + begin + i, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    for (int plane = 0; plane < 8 / BITS; plane++) {
+      const int64_t begin = plane * size, end = begin + size < rank ? begin + size : rank;
+      for (; channel + W <= end; channel += W) {
+        take(channel, _mm512_srli_epi32(load_bytes(0xffff, channel - begin), unsigned(plane * BITS)));
       }
+      if (channel >= end) continue;
+      const __mmask16 own = __mmask16((1u << (end - channel)) - 1);
+      __m512i codes = _mm512_srli_epi32(load_bytes(own, channel - begin), unsigned(plane * BITS));
+      if (end < rank) {
+        const __m512i others = _mm512_srli_epi32(load_bytes(__mmask16(~own), channel - end), unsigned((plane + 1) * BITS));
+        codes = _mm512_mask_mov_epi32(codes, __mmask16(~own), others);
+      }
+      take(channel, codes);
+      channel += W;
     }
   }
 
-  // 16 latents, of which `left` bytes can be read.
-  template <int BITS, bool NAMED>
-  INLINE VF latent(const uint8_t* in, int64_t left, int index, int64_t channel, VF scale, VF minimum) {
-    const __mmask16 some = left >= W ? __mmask16(0xffff) : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
-    __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, in));
-    if (index) code = _mm512_srli_epi32(code, unsigned(index * BITS));
-    if ((index + 1) * BITS < 8) code = _mm512_and_si512(code, _mm512_set1_epi32((1 << BITS) - 1));
-    const VF number = (VF)_mm512_cvtepi32_ps(code);
+  static INLINE __m512i bytes(const uint8_t* in, __mmask16 some) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, in));
+  }
+
+  // Codes as numbers, by their lowest bits.
+  template <int BITS>
+  static INLINE VF number(__m512i codes) {
+    if constexpr (BITS == 8) {
+      return (VF)_mm512_cvtepi32_ps(codes);
+    } else {
+      return (VF)_mm512_permutexvar_ps(codes, (__m512)numbers<BITS>());
+    }
+  }
+
+  // The number of every code, by the four bits that a register of 16 is looked up by.
+  template <int BITS>
+  static INLINE VF numbers() {
+    constexpr int most = (1 << BITS) - 1;
+    return VF{0, 1, 2 & most, 3 & most, 4 & most, 5 & most, 6 & most, 7 & most, 8 & most, 9 & most, 10 & most, 11 & most,
+              12 & most, 13 & most, 14 & most, 15 & most};
+  }
+
+  template <bool NAMED>
+  static INLINE VF latent(const Codes& own, VF number, int64_t channel, VF scale, VF minimum) {
     if (!NAMED) return load(own.minimum + channel) + load(own.scale + channel) * number;
     const __m512i block = _mm512_loadu_si512(own.blocks + channel);
     return (VF)_mm512_permutexvar_ps(block, (__m512)minimum) + (VF)_mm512_permutexvar_ps(block, (__m512)scale) * number;

@@ -7,7 +7,8 @@ namespace {
 
 constexpr float LEAST = -3.402823466e38f;  // a row's largest logit, where all are hidden, as in torch's path
 constexpr int PAIRS = 16;                  // of channels that RoPE mixes, rebuilt together
-// Tokens of a tile. Where keys are rebuilt, it, a head's angles and 32 rows of U_k share the nearest cache.
+// Tokens of a tile. Where keys are rebuilt, it, a head's angles and 32 rows of U_k share the nearest cache; else so many
+// tokens are read at a time.
 constexpr int REBUILT_TILE = 32, MOST_TILE = 128;
 
 // The two channels of a head that a rotation mixes, of every pair; channels that are not rotated are paired as well.
@@ -80,14 +81,14 @@ struct Plan {
     const int64_t width = k_width > v_width ? k_width : v_width;
     for (int i = 0; i < n; i++) {
       Own& own = kept[i];
-      own.k_rows = memory.take<E>(tile * c.groups * k_width + SLACK), own.values = memory.take<E>(tile * c.groups * v_width + SLACK);
+      own.k_rows = memory.take<E>(REBUILT_TILE * c.groups * k_width + SLACK), own.values = memory.take<E>(tile * c.groups * v_width + SLACK);
       own.sequence = -1;
       own.tile = memory.take<E>(tile * c.groups * width + SLACK);
       own.turned = memory.take<E>(c.rebuilds ? 2 * pairs.count * tile : 0);
       own.across = memory.take<E>(c.rebuilds ? 0 : c.groups * m * k_width);
       own.weights = memory.take<E>(m * tile), own.scores = memory.take<float>(m * tile);
-      // Rebuilt channels and scores of a head; or scores by token.
-      own.channels = memory.take<float>(c.rebuilds ? (2 * PAIRS + padded(head_rows, 16)) * tile : m * tile);
+      // Rebuilt channels and scores of a head; or scores of all groups, by token.
+      own.channels = memory.take<float>(c.rebuilds ? (2 * PAIRS + padded(head_rows, 16)) * tile : c.groups * m * tile);
       own.angles = memory.take<float>(turns ? angles * tile : 0);
       own.angle_rows = memory.take<float>(turns ? tile * padded(c.rotary, W) : 0);
       own.squares = memory.take<float>(heads * tile);

@@ -11,15 +11,33 @@ struct Scores {
   Prefetch& prefetch;  // of the next tile
   const Call& call = plan.call;
 
-  // Compute the scores of a group with a tile of tokens, whose latents are rows of `own.k_rows`.
+  // Read the latents of a tile's keys. Absorbed queries meet them at once, while they are in the nearest cache.
+  void read(Reader<E>& keys, int64_t sequence, int64_t start, int64_t count) {
+    const int64_t tile = plan.tile, m = plan.m, row = call.groups * plan.k_width;
+    if (call.rebuilds) {
+      keys.read(start, count, tile, own.k_rows);
+      return;
+    }
+    lay_across(sequence);
+    for (int64_t at = 0; at < tile; at += REBUILT_TILE) {
+      const int64_t left = count - at < 0 ? 0 : count - at, some = left < REBUILT_TILE ? left : REBUILT_TILE;
+      keys.read(start + at, some, REBUILT_TILE, own.k_rows);
+      for (int64_t group = 0; group < call.groups; group++) {
+        const E* across = own.across + group * m * plan.k_width;
+        float* products = own.channels + (group * tile + at) * m;
+        product(own.k_rows + group * plan.k_width, row, across, m, products, m, REBUILT_TILE, m, plan.k_width, false);
+      }
+    }
+  }
+
+  // Compute the scores of a group with the tile that was read.
   void compute(int64_t sequence, int64_t group) {
     const int64_t block = sequence * call.groups + group, row = call.groups * plan.k_width;
-    const E* latents = own.k_rows + group * plan.k_width;
     if (call.rebuilds) {
-      by_latent(latents, row, plan.k_width, plan.tile, own.tile);
+      by_latent(own.k_rows + group * plan.k_width, row, plan.k_width, plan.tile, own.tile);
       rebuild(block, group);
     } else {
-      absorbed(sequence, group, latents, row);
+      absorbed(sequence, group);
     }
     if (call.constant) {
       const float* offsets = plan.offsets + block * plan.rows * plan.angles;
@@ -68,18 +86,21 @@ struct Scores {
   }
 
  private:
-  // Products with absorbed queries, by token at first: there are more latents of a token to transpose than scores.
-  void absorbed(int64_t sequence, int64_t group, const E* latents, int64_t row) {
-    const int64_t tile = plan.tile, m = plan.m, size = m * plan.k_width;
-    if (own.sequence != sequence) {
-      own.sequence = sequence;
-      for (int64_t other = 0; other < call.groups; other++) {
-        const E* of_group = plan.absorbed + (sequence * call.groups + other) * size;
-        by_latent(of_group, plan.k_width, plan.k_width, m, own.across + other * size);
-      }
+  // Lay out a sequence's absorbed queries as second operands: there are more latents of a token to transpose than scores.
+  void lay_across(int64_t sequence) {
+    if (own.sequence == sequence) return;
+    own.sequence = sequence;
+    const int64_t size = plan.m * plan.k_width;
+    for (int64_t group = 0; group < call.groups; group++) {
+      const E* of_group = plan.absorbed + (sequence * call.groups + group) * size;
+      by_latent(of_group, plan.k_width, plan.k_width, plan.m, own.across + group * size);
     }
-    product(latents, row, own.across + group * size, m, own.channels, m, tile, m, plan.k_width, false);
-    transposed(own.channels, m, m, own.scores);
+  }
+
+  // Take the products with absorbed queries, which are by token.
+  void absorbed(int64_t sequence, int64_t group) {
+    const int64_t tile = plan.tile, m = plan.m;
+    transposed(own.channels + group * tile * m, m, m, own.scores);
     for (int64_t line = 0; line < plan.rows && call.k_factors.bias; line++) {
       const float x = plan.of_bias[(sequence * call.groups + group) * m + line];
       float* p = own.scores + line * tile;

@@ -29,6 +29,7 @@ typedef uint8_t VB1 __attribute__((vector_size(W), aligned(1)));
 
 using bf16 = uint16_t;
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 INLINE VF broadcast(float x) { return VF{} + x; }
 INLINE VF load(const float* p) { return *reinterpret_cast<const VF1*>(p); }
@@ -142,9 +143,14 @@ INLINE float number(const char* p, int64_t kind) {
 // exp of numbers up to 0, and 0 for those below -87; NaN of NaN.
 INLINE VF exponential(VF x) {
   const VF low = broadcast(-87.0f);
+#if defined(__AVX512F__)
+  const VF bounded = (VF)_mm512_max_ps((__m512)low, (__m512)x);  // of NaN, the second
+  const VF whole = (VF)_mm512_roundscale_ps((__m512)(bounded * 1.44269504088896341f), 0);
+#else
   const VF bounded = x < low ? low : x;
   const VF magic = broadcast(12582912.0f);
   const VF whole = (bounded * 1.44269504088896341f + magic) - magic;
+#endif
   const VF rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
   VF y = broadcast(1.9875691500e-4f);
   y = y * rest + 1.3981999507e-3f;
@@ -153,6 +159,10 @@ INLINE VF exponential(VF x) {
   y = y * rest + 1.6666665459e-1f;
   y = y * rest + 5.0000001201e-1f;
   y = y * rest * rest + rest + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 some = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+  return (VF)_mm512_maskz_scalef_ps(some, (__m512)y, (__m512)whole);
+#endif
   const VI exponent = (__builtin_convertvector(whole, VI) + 127) << 23;
   const VF out = y * (VF)exponent;
   return x < low ? VF{} : out;
