@@ -33,14 +33,14 @@ def measure(monkeypatch):
             def submit(self, function, *of):
                 asked.append((self.folder, *of))
                 answers = {
-                    serving.greedy: lambda tokens: [logprobs[self.folder]] * tokens,
+                    serving.greedy: lambda tokens: [(5, logprobs[self.folder])] * tokens,
                     serving.pool_tokens: lambda: {"base": 450, "joint": 1600}[self.folder],
                     serving.decode: lambda requests, tokens: [0.5 if self.folder == "base" else 1.0] * 3,
                 }
                 return SimpleNamespace(result=lambda: answers[function](*of))
 
         monkeypatch.setattr(serving, "ProcessPoolExecutor", Pool)
-        made = {name: Path(folder) for name, folder in CACHES.items()}, {name: [-1.0, -1.0] for name in CACHES}
+        made = {name: Path(folder) for name, folder in CACHES.items()}, {name: [(5, -1.0)] * 2 for name in CACHES}
         return serving.measure(72, 2, lambda: made, per_token=10) | {"asked": asked}
 
     return run
@@ -59,3 +59,11 @@ def test_caches_are_compared_at_equal_batch_and_at_equal_memory(measure):
 def test_log_probabilities_that_are_off_are_refused(measure):
     with pytest.raises(Wrong, match=r"joint: log-probabilities are 0\.2 off"):
         measure({"base": -1.0, "joint": -1.2})
+
+
+def test_log_probabilities_are_compared_until_rounding_parts_the_answers():
+    expected = [(5, -1.0), (6, -2.0), (7, -1.0)]
+    assert serving.error_of([(5, -1.02), (6, -2.0), (7, -1.5)], expected) == pytest.approx(0.5)
+    assert serving.error_of([(5, -1.02), (9, -2.01), (3, -4.0)], expected) == pytest.approx(0.02)
+    with pytest.raises(Wrong, match="token 9 is chosen first and not 5"):
+        serving.error_of([(9, -1.0), (6, -2.0), (7, -1.0)], expected)
