@@ -284,11 +284,11 @@ struct Reader {
         take(channel, _mm512_srli_epi32(load_bytes(0xffff, channel - begin), unsigned(plane * BITS)));
       }
       if (channel >= end) continue;
-      const __mmask16 own = __mmask16((1u << (end - channel)) - 1);
-      __m512i codes = _mm512_srli_epi32(load_bytes(own, channel - begin), unsigned(plane * BITS));
+      const __mmask16 low = __mmask16((1u << (end - channel)) - 1);
+      __m512i codes = _mm512_srli_epi32(load_bytes(low, channel - begin), unsigned(plane * BITS));
       if (end < rank) {
-        const __m512i others = _mm512_srli_epi32(load_bytes(__mmask16(~own), channel - end), unsigned((plane + 1) * BITS));
-        codes = _mm512_mask_mov_epi32(codes, __mmask16(~own), others);
+        const __m512i others = _mm512_srli_epi32(load_bytes(__mmask16(~low), channel - end), unsigned((plane + 1) * BITS));
+        codes = _mm512_mask_mov_epi32(codes, __mmask16(~low), others);
       }
       take(channel, codes);
       channel += W;
