@@ -78,14 +78,16 @@ def greedy(tokens: int) -> Greedy:
     return [(token, step[token].logprob) for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
 
 
-def error_of(found: Greedy, expected: Greedy) -> float:
+def error_of(name: str, found: Greedy, expected: Greedy) -> float:
     """Return the largest difference of a log-probability, as long as both chose the same: rounding may part them.
 
     Raises:
         Wrong: they part at the first token already, and nothing that was decoded is compared.
     """
     if found[0][0] != expected[0][0]:
-        raise Wrong(f"token {found[0][0]} is chosen first and not {expected[0][0]}; no decoded token can be compared")
+        raise Wrong(
+            f"{name}: token {found[0][0]} is chosen first, not {expected[0][0]}; nothing decoded can be compared"
+        )
     error = 0.0
     for (ours, own), (theirs, other) in zip(found, expected, strict=True):
         error = max(error, abs(own - other))
@@ -163,7 +165,7 @@ def measure(tokens: int, fit: int, made: Callable[[], Checkpoints], per_token: i
         }
         for name, engine in engines.items():
             found = engine.submit(greedy, len(expected[name])).result()
-            error = error_of(found, expected[name])
+            error = error_of(name, found, expected[name])
             if error > TOLERANCE:
                 raise Wrong(f"{name}: log-probabilities are {error:.3g} off, at most {TOLERANCE:g}")
             held = engine.submit(pool_tokens).result()

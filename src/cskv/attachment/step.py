@@ -28,6 +28,7 @@ from cskv.cache.buffer import TokenBuffer
 from cskv.cache.positions import PositionTable
 from cskv.errors import CacheError
 from cskv.latents.layout import Layout, Row
+from cskv.latents.pages import PagedLatents
 from cskv.latents.view import Latents, View
 from cskv.models.attention_interface import Original, stands_beside
 from cskv.models.calls import AttentionCall, logits_of
@@ -278,7 +279,8 @@ class Step:
     def _turned(self, view: View) -> Turned:
         """Return the rotation of sealed keys and what their latents leave out, kept until other tokens are sealed."""
         known, k, placed = self.state.turned, view.k, self._placed
-        keeps = k is not None and view.layout is None and not torch.compiler.is_compiling()
+        in_buffers = k is not None and not isinstance(k, PagedLatents)  # of pages every step makes a view of its own
+        keeps = in_buffers and view.layout is None and not torch.compiler.is_compiling()
         if keeps and (turned := known.get(k)) is not None and turned.placed is placed:
             return turned
         cos, sin, table, rope = None, None, self._layer.table, self.compressor.recipe.rope

@@ -63,7 +63,7 @@ def test_log_probabilities_that_are_off_are_refused(measure):
 
 def test_log_probabilities_are_compared_until_rounding_parts_the_answers():
     expected = [(5, -1.0), (6, -2.0), (7, -1.0)]
-    assert serving.error_of([(5, -1.02), (6, -2.0), (7, -1.5)], expected) == pytest.approx(0.5)
-    assert serving.error_of([(5, -1.02), (9, -2.01), (3, -4.0)], expected) == pytest.approx(0.02)
-    with pytest.raises(Wrong, match="token 9 is chosen first and not 5"):
-        serving.error_of([(9, -1.0), (6, -2.0), (7, -1.0)], expected)
+    assert serving.error_of("joint", [(5, -1.02), (6, -2.0), (7, -1.5)], expected) == pytest.approx(0.5)
+    assert serving.error_of("joint", [(5, -1.02), (9, -2.01), (3, -4.0)], expected) == pytest.approx(0.02)
+    with pytest.raises(Wrong, match="joint: token 9 is chosen first, not 5"):
+        serving.error_of("joint", [(9, -1.0), (6, -2.0), (7, -1.0)], expected)
